@@ -1,0 +1,1 @@
+"""What is trained: models, the policy, layer sets, hooks, log-probs."""

@@ -1,0 +1,156 @@
+"""From a name to a model and its tokenizer, with everything that could differ said explicitly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from operando.errors import UserError, nearest
+from operando.recipe import ModelConfig
+from operando.run import hash_file
+
+logger = logging.getLogger(__name__)
+
+STARTER = Path(__file__).parent / "starter"
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode with its tokenizer, and what identifies its weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, str]
+
+
+def cache_folder() -> Path:
+    """Return where imported models live: $OPERANDO_HOME, else ~/.cache/operando."""
+    return Path(os.environ.get("OPERANDO_HOME", Path.home() / ".cache" / "operando"))
+
+
+def imported_models() -> list[str]:
+    """Return the names that `operando import` has made."""
+    return sorted(f.parent.name for f in (cache_folder() / "models").glob("*/config.json"))
+
+
+def resolve(model_id: str) -> str:
+    """Return the folder or hub id that a model id means."""
+    if model_id == "starter":
+        return str(STARTER)
+    imported = cache_folder() / "models" / model_id
+    if (imported / "config.json").is_file():
+        return str(imported)
+    if model_id.endswith(".gguf"):
+        from operando.models.gguf import import_gguf
+
+        return str(import_gguf(Path(model_id)))
+    if Path(model_id).is_dir():
+        if not (Path(model_id) / "config.json").is_file():
+            raise UserError(f"model.id: the folder {model_id} has no config.json")
+        return model_id
+    if "/" not in model_id or model_id.startswith((".", "/")):
+        known = ["starter", *imported_models(), "smollm2"]
+        todo = " Run `operando import smollm2` first." if model_id == "smollm2" else ""
+        raise UserError(
+            f"model.id = {model_id!r} is neither a folder, an imported model nor a hub id."
+            f"{todo or nearest(model_id, known)} Here: starter, "
+            f"{', '.join(imported_models()) or 'nothing imported'}"
+        )
+    return model_id
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:1` means here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"model.device = {device!r}: {error}") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"model.device = {device!r}, but torch sees no CUDA device here")
+    return picked
+
+
+def load_model(config: ModelConfig) -> Loaded:
+    """Return model and tokenizer as the recipe asks, in eval mode, on the device."""
+    where = resolve(config.id)
+    device = pick_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            quantization_config=_quantization(config),
+            device_map={"": device} if config.quantization != "none" else None,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.id = {config.id!r} can't be loaded: {first}") from error
+    if config.quantization == "none":
+        model.to(device)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.id!r} has no end-of-sequence token: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return Loaded(model.eval(), tokenizer, _identity(config, where))
+
+
+def _quantization(config: ModelConfig) -> object | None:
+    if config.quantization == "none":
+        return None
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            'model.quantization = "nf4" needs: pip install "operando[quant]"'
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+
+
+def _identity(config: ModelConfig, where: str) -> dict[str, str]:
+    folder = Path(where)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        hashes = {f"sha256 {file.name}": hash_file(file) for file in files}
+        return {"id": config.id, "folder": folder.name} | hashes
+    resolved = AutoConfig.from_pretrained(where, revision=config.revision)
+    return {"id": config.id, "commit": str(resolved._commit_hash)}
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills rows; it is always masked, so end-of-sequence serves as well."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert isinstance(eos, int), f"eos_token_id is {eos!r}"
+    return pad if isinstance(pad, int) else eos
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every id that ends a completion: the tokenizer's and the generation config's."""
+    ids = {tokenizer.eos_token_id}
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    if isinstance(configured, int):
+        ids.add(configured)
+    elif configured is not None:
+        ids.update(configured)
+    return tuple(sorted(i for i in ids if isinstance(i, int)))

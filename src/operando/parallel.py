@@ -1,0 +1,105 @@
+"""Several processes as one: every function is the identity where there is a single process.
+
+Each rank samples, scores and rewards its own prompts. What the ranks found is then gathered, so
+that advantages and loss weights are those of the whole batch; only gradients are summed. Metrics
+equal those of one process up to the order of float sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Join the process group that torchrun describes; without torchrun do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_list(mine: Sequence[T]) -> list[T]:
+    """Return the items of all ranks, those of rank 0 first."""
+    if not dist.is_initialized():
+        return list(mine)
+    parts: list[list[T] | None] = [None] * world_size()
+    dist.all_gather_object(parts, list(mine))
+    return [item for part in parts if part is not None for item in part]
+
+
+def max_over_ranks(value: int) -> int:
+    return max(gather_list([value]))
+
+
+def same_length(items: list[list[int]]) -> list[tuple[list[int], bool]]:
+    """Return (item, counts), padded to the longest list of any rank with items that don't count.
+
+    Under FSDP every forward is a collective, so all ranks must run the same number of them.
+    """
+    padding = max_over_ranks(len(items)) - len(items)
+    return [(item, True) for item in items] + [(items[0], False)] * padding
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over ranks, in place; FSDP has already summed those of its own parameters."""
+    if not dist.is_initialized():
+        return
+    grads = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+    if not grads:
+        return
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def shard_model(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), block by block."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=True)
+    root = fully_shard(model)
+    for module in root.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)  # sum, as the loss weights are global
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one (a collective), any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

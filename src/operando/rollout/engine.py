@@ -1,0 +1,360 @@
+"""The in-process sampler: static KV cache, one prefill a prompt, finished rows compacted away.
+
+Prefill is the model's own forward. Decoding is written out here for the Llama family, on the
+model's own weights with LoRA unmerged, so an optimizer step is seen at once and there is nothing to
+synchronise. Dims: P prompts, B rows being decoded, H query heads, K key-value heads, R = H/K,
+S cache length, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+
+from operando.errors import UserError
+from operando.models.logprobs import HeadConfig, head_logits
+from operando.parallel import whole
+from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
+
+SERVED = ("llama", "qwen2", "qwen3", "gemma")
+COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
+STOP_EVERY = 8  # decoded steps between looks for stop texts
+
+
+def serves(model: PreTrainedModel) -> bool:
+    """Return whether the engine can decode this model."""
+    config = model.config
+    plain_attention = getattr(config, "use_sliding_window", False) is not True
+    quantized = getattr(model, "is_quantized", False)
+    return config.model_type in SERVED and plain_attention and not quantized
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x W^T + b + scale (x A^T) B^T on plain tensors."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        return torch.addmm(y, x @ self.lora_a, self.lora_b)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one decoder block, as references wherever that is possible."""
+
+    norm1: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    norm2: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass
+class Rows:
+    """The rows still being decoded; `source` says which completion each row is."""
+
+    source: list[int]
+    position_B: Int[Tensor, " B"]
+    keys: list[Float[Tensor, "B K S d"]]
+    values: list[Float[Tensor, "B K S d"]]
+
+    def keep(self, index: Int[Tensor, " b"]) -> None:
+        self.source = [self.source[i] for i in index.tolist()]
+        self.position_B = self.position_B[index]
+        self.keys = [key[index] for key in self.keys]
+        self.values = [value[index] for value in self.values]
+
+
+class Engine:
+    """Samples from the live weights of a Llama-family model.
+
+    Example: Engine(model, tokenizer, stop_ids=(1,)).sample(prompt_ids, 8, Sampling(64), uniforms)
+    """
+
+    name = "operando"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: tuple[int, ...],
+        max_batch: int = 512,
+    ) -> None:
+        if not serves(model):
+            raise UserError(f"the engine does not serve {model.config.model_type!r}: {SERVED}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.max_batch = max_batch
+        config = model.config
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.repeats: int = config.num_attention_heads // self.num_kv_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self.eps: float = config.rms_norm_eps
+        gemma = config.model_type == "gemma"
+        self.norm_offset = 1.0 if gemma else 0.0
+        self.embed_scale = config.hidden_size**0.5 if gemma else None
+        act = getattr(config, "hidden_activation", None) or config.hidden_act
+        self.activation: nn.Module = ACT2FN[act]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        uniforms_BT: Float[Tensor, "B T"] | None,
+    ) -> list[Sampled]:
+        """Return `group_size` completions of each prompt, siblings adjacent."""
+        blocks = [self._block(layer) for layer in self.model.get_decoder().layers]
+        step = max(1, self.max_batch // group_size)
+        done: list[Sampled] = []
+        for at in range(0, len(prompts), step):
+            part = prompts[at : at + step]
+            rows = slice(at * group_size, (at + len(part)) * group_size)
+            uniforms = None if uniforms_BT is None else uniforms_BT[rows]
+            done += self._sample_chunk(blocks, part, group_size, sampling, uniforms)
+        return done
+
+    def _sample_chunk(
+        self,
+        blocks: list[Block],
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        uniforms_BT: Float[Tensor, "B T"] | None,
+    ) -> list[Sampled]:
+        head = HeadConfig(sampling.temperature, None)
+        weight_VD = whole(self.model.get_output_embeddings().weight)
+        hidden_PD, rows = self._prefill(prompts, group_size, sampling.max_completion_length)
+        device = hidden_PD.device
+        stop_ids = torch.tensor(self.stop_ids, device=device)
+        if uniforms_BT is not None:
+            uniforms_BT = uniforms_BT.to(device)
+        uniforms_now = uniforms_BT
+        cos_SD, sin_SD = self._rope_table(rows.keys[0].shape[2], hidden_PD)
+        ids: list[list[int]] = [[] for _ in rows.source]
+        logps: list[list[float]] = [[] for _ in rows.source]
+        longest = int(rows.position_B.max())
+        logits_BV = head_logits(hidden_PD, weight_VD, head).repeat_interleave(group_size, 0)
+        for t in range(sampling.max_completion_length):
+            u_B = None if uniforms_now is None else uniforms_now[:, t]
+            token_B, logp_B = pick(logits_BV, u_B)
+            for source, token, logp in zip(
+                rows.source, token_B.tolist(), logp_B.tolist(), strict=True
+            ):
+                ids[source].append(token)
+                logps[source].append(logp)
+            alive_B = ~torch.isin(token_B, stop_ids)
+            if sampling.stop and t % STOP_EVERY == STOP_EVERY - 1:
+                alive_B &= self._no_stop_text(rows.source, ids, sampling, device)
+            num_alive = int(alive_B.sum())
+            if num_alive == 0 or t == sampling.max_completion_length - 1:
+                break
+            if num_alive < COMPACT_BELOW * len(rows.source):
+                index = alive_B.nonzero()[:, 0]
+                rows.keep(index)
+                token_B = token_B[index]
+                if uniforms_BT is not None:
+                    uniforms_now = uniforms_BT[torch.tensor(rows.source, device=device)]
+            hidden_BD = self._decode(blocks, rows, token_B, cos_SD, sin_SD, longest + t + 1)
+            logits_BV = head_logits(hidden_BD, weight_VD, head)
+        return [
+            finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling)
+            for i in range(len(ids))
+        ]
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int
+    ) -> tuple[Float[Tensor, "P D"], Rows]:
+        """Run each prompt once; return its last hidden state and caches expanded to the group."""
+        device = self.model.get_input_embeddings().weight.device
+        lengths_P = torch.tensor([len(p) for p in prompts], device=device)
+        width = int(lengths_P.max())
+        ids_PS = torch.full((len(prompts), width), self.stop_ids[0], device=device)
+        for row, prompt in enumerate(prompts):
+            ids_PS[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        cache = DynamicCache(config=self.model.config)
+        position_PS = torch.arange(width, device=device).expand_as(ids_PS)
+        out = self.model.get_decoder()(
+            input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
+        )
+        hidden_PD = out.last_hidden_state[torch.arange(len(prompts)), lengths_P - 1]
+        keys, values = [], []
+        for layer in cache.layers:
+            keys.append(_expand(layer.keys, group_size, width + max_new))
+            values.append(_expand(layer.values, group_size, width + max_new))
+        rows = Rows(
+            source=list(range(len(prompts) * group_size)),
+            position_B=lengths_P.repeat_interleave(group_size),
+            keys=keys,
+            values=values,
+        )
+        return hidden_PD, rows
+
+    def _decode(
+        self,
+        blocks: list[Block],
+        rows: Rows,
+        token_B: Int[Tensor, " B"],
+        cos_SD: Float[Tensor, "S d"],
+        sin_SD: Float[Tensor, "S d"],
+        length: int,
+    ) -> Float[Tensor, "B D"]:
+        """Return final hidden states after reading one more token in each row; advance the rows.
+
+        `length` bounds every row's position, so attention looks at no more of the cache than that.
+        """
+        num_rows, d = len(rows.source), self.head_dim
+        every_B = torch.arange(num_rows, device=token_B.device)
+        position_B = rows.position_B
+        cos_B1d, sin_B1d = cos_SD[position_B][:, None], sin_SD[position_B][:, None]
+        seen_B11S = (torch.arange(length, device=token_B.device) <= position_B[:, None])[
+            :, None, None
+        ]
+        x_BD = F.embedding(token_B, whole(self.model.get_input_embeddings().weight))
+        if self.embed_scale is not None:
+            x_BD = x_BD * torch.tensor(self.embed_scale, dtype=x_BD.dtype)
+        for layer, block in enumerate(blocks):
+            h_BD = self._norm(x_BD, block.norm1)
+            q_BHd = block.q(h_BD).view(num_rows, -1, d)
+            k_BKd = block.k(h_BD).view(num_rows, -1, d)
+            v_BKd = block.v(h_BD).view(num_rows, -1, d)
+            if block.q_norm is not None and block.k_norm is not None:
+                q_BHd = self._norm(q_BHd, block.q_norm)
+                k_BKd = self._norm(k_BKd, block.k_norm)
+            q_BHd = rotate(q_BHd, cos_B1d, sin_B1d)
+            keys, values = rows.keys[layer], rows.values[layer]
+            keys[every_B, :, position_B] = rotate(k_BKd, cos_B1d, sin_B1d)
+            values[every_B, :, position_B] = v_BKd
+            # The R query heads that share a key-value head stand where query positions would.
+            attended = F.scaled_dot_product_attention(
+                q_BHd.reshape(num_rows, self.num_kv_heads, self.repeats, d),
+                keys[:, :, :length],
+                values[:, :, :length],
+                attn_mask=seen_B11S,
+            )
+            x_BD = x_BD + block.o(attended.reshape(num_rows, -1))
+            h_BD = self._norm(x_BD, block.norm2)
+            x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
+        rows.position_B = position_B + 1
+        return self._norm(x_BD, self._norm_weight(self.model.get_decoder().norm))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+    def _norm_weight(self, norm: nn.Module) -> Tensor:
+        weight = whole(norm.weight)
+        return weight + self.norm_offset if self.norm_offset else weight
+
+    def _rope_table(
+        self, length: int, like: Tensor
+    ) -> tuple[Float[Tensor, "S d"], Float[Tensor, "S d"]]:
+        positions = torch.arange(length, device=like.device)[None]
+        cos, sin = self.model.get_decoder().rotary_emb(like, positions)
+        return cos[0], sin[0]
+
+    def _block(self, layer: nn.Module) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        q_norm = getattr(attention, "q_norm", None)
+        k_norm = getattr(attention, "k_norm", None)
+        return Block(
+            norm1=self._norm_weight(layer.input_layernorm),
+            q=_linear(attention.q_proj),
+            k=_linear(attention.k_proj),
+            v=_linear(attention.v_proj),
+            o=_linear(attention.o_proj),
+            q_norm=None if q_norm is None else self._norm_weight(q_norm),
+            k_norm=None if k_norm is None else self._norm_weight(k_norm),
+            norm2=self._norm_weight(layer.post_attention_layernorm),
+            gate=_linear(mlp.gate_proj),
+            up=_linear(mlp.up_proj),
+            down=_linear(mlp.down_proj),
+        )
+
+    def _no_stop_text(
+        self, sources: list[int], ids: list[list[int]], sampling: Sampling, device: torch.device
+    ) -> Tensor:
+        """Return which rows hold no stop text among their last tokens."""
+        tail = STOP_EVERY + max(len(s) for s in sampling.stop)
+        clear = [
+            first_stop(decode(self.tokenizer, ids[source][-tail:]), sampling.stop) is None
+            for source in sources
+        ]
+        return torch.tensor(clear, device=device)
+
+
+def pick(
+    logits_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"] | None
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return one token a row by inverse CDF of its uniform (None: the argmax), and its log-prob."""
+    lse_B = logits_BV.logsumexp(-1)
+    if u_B is None:
+        token_B = logits_BV.argmax(-1)
+    else:
+        p_BV = (logits_BV - lse_B[:, None]).exp()
+        # float64: in float32 the tail of a large vocabulary would be rounded away.
+        cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
+        target_B1 = (u_B.double() * cdf_BV[:, -1])[:, None]
+        token_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
+        token_B = token_B.clamp(max=logits_BV.shape[-1] - 1)
+    return token_B, logits_BV.gather(1, token_B[:, None])[:, 0] - lse_B
+
+
+def rotate(
+    x_BHd: Float[Tensor, "B H d"], cos_B1d: Float[Tensor, "B 1 d"], sin_B1d: Float[Tensor, "B 1 d"]
+) -> Float[Tensor, "B H d"]:
+    """Return x turned by its position (rotary embedding, 2104.09864, half-split form)."""
+    first, second = x_BHd.chunk(2, dim=-1)
+    return x_BHd * cos_B1d + torch.cat((-second, first), dim=-1) * sin_B1d
+
+
+def _expand(x_PKSd: Tensor, group_size: int, length: int) -> Tensor:
+    """Return a cache [P*G K length d] whose first positions are the prompt's."""
+    num, heads, width, d = x_PKSd.shape
+    cache = x_PKSd.new_zeros(num * group_size, heads, length, d)
+    cache[:, :, :width] = x_PKSd.repeat_interleave(group_size, 0)
+    return cache
+
+
+def _linear(module: nn.Module) -> Linear:
+    """Return a linear module's tensors; LoRA factors are cast and scaled once for this rollout."""
+    if not isinstance(module, LoraLayer):
+        assert isinstance(module, nn.Linear), f"{type(module).__name__} is not served"
+        bias = None if module.bias is None else whole(module.bias)
+        return Linear(whole(module.weight), bias, None, None)
+    base = module.get_base_layer()
+    assert isinstance(base, nn.Linear), f"{type(base).__name__} is not served"
+    plain = _linear(base)
+    active = module.active_adapters
+    if module.disable_adapters or not active:
+        return plain
+    assert len(active) == 1, f"one adapter is served, got {active}"
+    name = active[0]
+    dtype = plain.weight.dtype
+    lora_a = whole(module.lora_A[name].weight).T.to(dtype)
+    lora_b = (whole(module.lora_B[name].weight).T * module.scaling[name]).to(dtype)
+    return Linear(plain.weight, plain.bias, lora_a, lora_b)

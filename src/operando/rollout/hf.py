@@ -1,0 +1,106 @@
+"""HF generate as a sampler, for architectures that operando's engine does not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from operando.rollout.engine import pick
+from operando.rollout.sampler import Sampled, Sampling, finish
+
+
+class _Recorder(LogitsProcessor):
+    """Draws each token by inverse CDF, records its log-prob, and leaves generate no choice."""
+
+    def __init__(self, temperature: float, uniforms_BT: Float[Tensor, "B T"] | None) -> None:
+        self.temperature = temperature
+        self.uniforms_BT = uniforms_BT
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        t = len(self.logps)
+        u_B = None if self.uniforms_BT is None else self.uniforms_BT[:, t].to(scores.device)
+        token_B, logp_B = pick(scores.float() / self.temperature, u_B)
+        self.logps.append(logp_B)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
+
+
+class HfSampler:
+    """`model.generate` behind the Sampler protocol: slower, but it serves any causal LM."""
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: tuple[int, ...],
+        max_batch: int = 512,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.max_batch = max_batch
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        uniforms_BT: Float[Tensor, "B T"] | None,
+    ) -> list[Sampled]:
+        """Return `group_size` completions of each prompt, siblings adjacent."""
+        rows = [prompt for prompt in prompts for _ in range(group_size)]
+        done: list[Sampled] = []
+        for at in range(0, len(rows), self.max_batch):
+            part = slice(at, at + self.max_batch)
+            uniforms = None if uniforms_BT is None else uniforms_BT[part]
+            done += self._sample_rows(rows[part], sampling, uniforms)
+        return done
+
+    def _sample_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        uniforms_BT: Float[Tensor, "B T"] | None,
+    ) -> list[Sampled]:
+        device = self.model.get_input_embeddings().weight.device
+        width = max(len(row) for row in rows)
+        ids_BS = torch.full((len(rows), width), self.stop_ids[0], device=device)
+        mask_BS = torch.zeros_like(ids_BS)
+        for b, row in enumerate(rows):  # generate wants left padding
+            ids_BS[b, width - len(row) :] = torch.tensor(row, device=device)
+            mask_BS[b, width - len(row) :] = 1
+        recorder = _Recorder(sampling.temperature, uniforms_BT)
+        out_BS = self.model.generate(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            max_new_tokens=sampling.max_completion_length,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0],
+            logits_processor=LogitsProcessorList([recorder]),
+        )
+        assert isinstance(out_BS, Tensor)
+        ids = out_BS[:, width:].tolist()
+        logps = torch.stack(recorder.logps, dim=1).tolist()
+        return [
+            finish(self.tokenizer, ids[b], logps[b], self.stop_ids, sampling)
+            for b in range(len(rows))
+        ]

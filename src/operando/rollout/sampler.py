@@ -1,0 +1,150 @@
+"""What every sampler takes and gives, and how the trainer and the evaluation call one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from operando.errors import UserError
+from operando.run import SeedTree
+from operando.types import Prompt, Rollout
+
+
+class Sampling(NamedTuple):
+    """How to sample. Example: Sampling(64, temperature=1.0, stop=("Q:",))"""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+class Sampled(NamedTuple):
+    """One completion: ids (with the end token), their log-probs, text, whether it was cut."""
+
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    text: str
+    is_truncated: bool
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Samples `group_size` completions of each prompt; siblings are adjacent in the answer.
+
+    uniforms_BT holds one number in [0, 1) for each token of each completion and decides everything,
+    so that a completion does not depend on its neighbours. None means greedy.
+    """
+
+    name: str
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        uniforms_BT: Float[Tensor, "B T"] | None,
+    ) -> list[Sampled]: ...
+
+
+def make_sampler(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: tuple[int, ...],
+    max_batch: int,
+) -> Sampler:
+    """Return operando's engine where it serves the model, else HF generate (kind "auto")."""
+    from operando.rollout.engine import SERVED, Engine, serves
+    from operando.rollout.hf import HfSampler
+
+    if kind == "hf" or (kind == "auto" and not serves(model)):
+        return HfSampler(model, tokenizer, stop_ids, max_batch)
+    if not serves(model):
+        raise UserError(
+            f'rollout.engine = "operando" does not serve {model.config.model_type!r} '
+            f'(it serves {", ".join(SERVED)}); use "auto" or "hf"'
+        )
+    return Engine(model, tokenizer, stop_ids, max_batch)
+
+
+def uniform_streams(
+    seeds: SeedTree, step: int, prompts: Sequence[int], group_size: int, length: int
+) -> Float[Tensor, "B T"]:
+    """Return the uniforms of each completion from its own (step, prompt, sample) stream."""
+    rows = [
+        torch.rand(length, generator=seeds.generator("rollout", step, prompt, sample))
+        for prompt in prompts
+        for sample in range(group_size)
+    ]
+    return torch.stack(rows)
+
+
+def as_rollouts(
+    prompts: Sequence[Prompt], groups: Sequence[int], group_size: int, sampled: Sequence[Sampled]
+) -> list[Rollout]:
+    """Return sampled completions as rollouts; `groups` numbers the prompts within the step."""
+    return [
+        Rollout(
+            prompt=prompts[row // group_size],
+            group=groups[row // group_size],
+            sample=row % group_size,
+            completion=one.text,
+            completion_ids=one.ids,
+            sampling_logp=one.logp,
+            is_truncated=one.is_truncated,
+        )
+        for row, one in enumerate(sampled)
+    ]
+
+
+def finish(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    logp: list[float],
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+) -> Sampled:
+    """Return one completion cut after its end token or its first stop text."""
+    for at, token in enumerate(ids):
+        if token in stop_ids:
+            ids, logp = ids[: at + 1], logp[: at + 1]
+            break
+    ended = bool(ids) and ids[-1] in stop_ids
+    text = decode(tokenizer, ids)
+    cut = first_stop(text, sampling.stop)
+    if cut is not None:
+        keep = _tokens_until(tokenizer, ids, sampling.stop)
+        ids, logp, text, ended = ids[:keep], logp[:keep], text[:cut], True
+    return Sampled(tuple(ids), tuple(logp), text, is_truncated=not ended)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of some ids without special tokens."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def first_stop(text: str, stop: tuple[str, ...]) -> int | None:
+    """Return where the earliest stop text begins, or None."""
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    return min(found) if found else None
+
+
+def _tokens_until(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: tuple[str, ...]
+) -> int:
+    """Return the smallest number of tokens whose text holds a stop text."""
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if first_stop(decode(tokenizer, ids[:middle]), stop) is not None:
+            high = middle
+        else:
+            low = middle + 1
+    return low

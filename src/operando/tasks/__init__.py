@@ -1,0 +1,1 @@
+"""What is asked, and who says it is right."""

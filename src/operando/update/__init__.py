@@ -1,0 +1,1 @@
+"""Turning rewarded rollouts into one optimizer step: advantages, losses and their reductions."""
