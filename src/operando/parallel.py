@@ -56,11 +56,28 @@ def gather_list(mine: Sequence[T]) -> list[T]:
     return [item for part in parts if part is not None for item in part]
 
 
+def sum_tensor(mine: Tensor) -> Tensor:
+    """Return the sum over ranks of a CPU tensor of the same shape on each."""
+    if not dist.is_initialized():
+        return mine
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = mine.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(mine.device)
+
+
+def gather_rows(mine_BT: Tensor) -> Tensor:
+    """Return the rows of all ranks, those of rank 0 first."""
+    if not dist.is_initialized():
+        return mine_BT
+    return torch.cat(gather_list([mine_BT]))
+
+
 def max_over_ranks(value: int) -> int:
     return max(gather_list([value]))
 
 
-def same_length(items: list[list[int]]) -> list[tuple[list[int], bool]]:
+def same_length(items: list[T]) -> list[tuple[T, bool]]:
     """Return (item, counts), padded to the longest list of any rank with items that don't count.
 
     Under FSDP every forward is a collective, so all ranks must run the same number of them.

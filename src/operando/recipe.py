@@ -82,12 +82,15 @@ class Gsm8kTaskConfig(Config):
 class PromptConfig(Config):
     format: Literal["raw", "chat"] = "raw"
     """raw: the template as text. chat: the tokenizer's chat template around it."""
-    template: str = "Q: {question}\nA:"
-    """Text of one question; `{question}` is replaced."""
+    template: str | None = None
+    """Text of one question; `{question}` is replaced. Absent: "Q: {question}\\nA:" for raw text,
+    "{question}" for chat."""
     few_shot: int = Field(default=0, ge=0, le=32)
     """Worked training examples before the question (raw: as text; chat: as earlier turns)."""
     answer_template: str = " {solution} #### {answer}"
     """Text of a worked example's answer, for `few_shot`."""
+    separator: str = "\n\n"
+    """Between worked examples; raw only."""
     system: str | None = None
     """System message; chat only."""
     max_prompt_length: int | None = Field(default=None, ge=1)
@@ -95,11 +98,21 @@ class PromptConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> PromptConfig:
-        if "{question}" not in self.template:
+        if self.template is not None and "{question}" not in self.template:
             raise ValueError(f"template must contain {{question}}, got {self.template!r}")
         if self.system is not None and self.format == "raw":
             raise ValueError('system is for format = "chat"; in raw text put it in the template')
         return self
+
+    def ask(self, question: str) -> str:
+        """Return the text of one question."""
+        plain = "Q: {question}\nA:" if self.format == "raw" else "{question}"
+        return (self.template or plain).replace("{question}", question)
+
+    def worked_answer(self, solution: str, answer: str) -> str:
+        """Return the text of one worked answer."""
+        text = self.answer_template.replace("{solution}", solution)
+        return text.replace("{answer}", answer)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -127,8 +140,6 @@ class RolloutConfig(Config):
     manifest)."""
     max_batch: int = Field(default=512, ge=1)
     """Most rows decoded at once."""
-    cuda_graphs: bool = False
-    """Capture the decode step in CUDA graphs, one for each batch bucket. GPU only."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
@@ -166,12 +177,13 @@ class FormatReward(Config):
 class FunctionReward(Config):
     kind: Literal["function"]
     """A function with TRL's reward signature: "package.module:name" or "path/file.py:name"."""
-    path: str
+    path: str = ""
+    """Empty: the function is handed to operando.train(functions={...}) under the part's name."""
     weight: float = 1.0
 
     @model_validator(mode="after")
     def _check(self) -> FunctionReward:
-        if ":" not in self.path:
+        if self.path and ":" not in self.path:
             raise ValueError(
                 f'path must be "module:function" or "file.py:function", got {self.path!r}'
             )
@@ -446,6 +458,8 @@ class PretrainRecipe(Config):
     max_number: int = Field(default=20, ge=2)
     frac_direct: float = Field(default=0.5, ge=0, le=1)
     """Share of texts that answer at once, without the steps."""
+    frac_slip: float = Field(default=0.5, ge=0, le=1)
+    """Share of the answers given at once that are wrong by 1 to 9."""
     frac_think: float = Field(default=0.2, ge=0, le=1)
     """Share of texts whose prompt asks for <think> and whose answer has it."""
     lr: float = Field(default=2e-3, gt=0)

@@ -8,7 +8,7 @@ Two rules hold everywhere. Completions are right-padded. Masks are bool and True
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -101,6 +101,16 @@ class Trace:
     ref_logp_BT: Float[Tensor, "B T"] | None  # None: the recipe has no use for a reference
     value_BT: Float[Tensor, "B T"] | None  # None: no value head
     acts: Mapping[str, Float[Tensor, "B T D"]]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Trace:
+        """Return the trace with `change` applied to every tensor."""
+        return Trace(
+            logp_BT=change(self.logp_BT),
+            entropy_BT=change(self.entropy_BT),
+            ref_logp_BT=None if self.ref_logp_BT is None else change(self.ref_logp_BT),
+            value_BT=None if self.value_BT is None else change(self.value_BT),
+            acts={site: change(acts) for site, acts in self.acts.items()},
+        )
 
 
 @dataclass(frozen=True)

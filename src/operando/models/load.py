@@ -138,6 +138,16 @@ def _identity(config: ModelConfig, where: str) -> dict[str, str]:
     return {"id": config.id, "commit": str(resolved._commit_hash)}
 
 
+LLAMA_LIKE = ("llama", "qwen2", "qwen3", "gemma")
+
+
+def is_llama_like(model: PreTrainedModel) -> bool:
+    """Return whether every block is plain causal attention and an MLP, as in Llama."""
+    config = model.config
+    window = "use_sliding_window" in config and config.use_sliding_window
+    return config.model_type in LLAMA_LIKE and not window
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that fills rows; it is always masked, so end-of-sequence serves as well."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id

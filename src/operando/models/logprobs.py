@@ -5,12 +5,11 @@ Dims: N real completion tokens of a micro-batch, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 LOGITS_BYTES = 64 * 2**20  # a chunk of float32 logits, per buffer
@@ -102,26 +101,3 @@ def token_logps(
     """Return log-prob and entropy of each target token, differentiable in hidden and weight."""
     chunk = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
     return TokenLogps(*_HeadLogps.apply(hidden_ND.contiguous(), weight_VD, target_N, config, chunk))
-
-
-def completion_positions(
-    prompt_len_B: Int[Tensor, " B"], mask_BT: Bool[Tensor, "B T"]
-) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """Return (row, t, s) of every real completion token; s is where the row has that token."""
-    row_N, t_N = mask_BT.nonzero(as_tuple=True)
-    return row_N, t_N, prompt_len_B[row_N] + t_N
-
-
-def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Return row indices in groups of similar length, each of at most `micro_tokens` padded tokens.
-
-    A single row longer than the limit is a group of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= micro_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups

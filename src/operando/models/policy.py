@@ -7,14 +7,16 @@ copy. Everything here runs with dropout at 0, and positions are always passed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,13 +24,9 @@ from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks, parse_layer_set
-from operando.models.load import Loaded
-from operando.models.logprobs import (
-    HeadConfig,
-    completion_positions,
-    micro_batches,
-    token_logps,
-)
+from operando.models.load import Loaded, is_llama_like
+from operando.models.logprobs import HeadConfig, token_logps
+from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.recipe import ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Trace
@@ -87,6 +85,8 @@ class Policy:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
         self.base = base
+        # Packs need an attention mask of their own; plain causal attention is sure to obey it.
+        self.shares_prompts = is_llama_like(base)
         self.device = next(base.parameters()).device
         self.value_head: nn.Linear | None = None
         if value_head:
@@ -113,70 +113,97 @@ class Policy:
         else:
             raise UserError("a reference was asked for, but the policy was made without one")
 
-    def scored(self, batch: Batch, rows: Sequence[int], entropy: bool = True) -> Scored:
-        """Return differentiable log-probs (and values) of some rows, right-padded to the batch."""
-        del entropy
-        hidden_ND, where = self._completion_hidden(self.base, batch, rows)
-        return self._head(hidden_ND, where, batch, rows)
+    def save_weights(self) -> dict[str, Tensor]:
+        """Return what save_pretrained writes: adapter or all weights (collective if sharded)."""
+        if isinstance(self.model, PeftModel):
+            found = get_peft_model_state_dict(self.model)
+        else:
+            found = self.base.state_dict()
+        return {name: parallel.whole(t.detach()).cpu().contiguous() for name, t in found.items()}
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that plain PEFT (or transformers) loads."""
+        if isinstance(self.model, PeftModel):
+            config = self.model.peft_config["default"]
+            config.inference_mode = True
+            config.save_pretrained(str(folder))
+            config.inference_mode = False
+            save_file(dict(weights), folder / "adapter_model.safetensors", {"format": "pt"})
+        else:
+            self.base.save_pretrained(folder, state_dict=dict(weights))
+            self.tokenizer.save_pretrained(folder)
+
+    def micro_batches(
+        self, batch: Batch, rows: Sequence[int] | None, micro_tokens: int
+    ) -> list[list[Pack]]:
+        """Return the rows (None: all) as packs in micro-batches; the same rows, the same cut."""
+        chosen = range(len(batch)) if rows is None else rows
+        return plan_micro_batches(batch, chosen, micro_tokens, self.shares_prompts)
+
+    def shard(self) -> None:
+        """Shard the model over the ranks (FSDP2); LoRA needs float32 weights beside its own."""
+        if self.config.lora is not None and self.config.dtype != "float32":
+            raise UserError(
+                f'parallel.kind = "fsdp" with LoRA needs model.dtype = "float32", got '
+                f"{self.config.dtype!r}; or use ddp"
+            )
+        parallel.shard_model(self.base, self.blocks)
+
+    def scored(self, batch: Batch, packs: Sequence[Pack]) -> Scored:
+        """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
+        packed = pack_rows(batch, packs).to(self.device)
+        return self._head(completion_hidden(self.base, packed), packed, batch, packs)
 
     @torch.no_grad()
     def score(
         self,
         batch: Batch,
         *,
+        rows: Sequence[int] | None = None,
         reference: bool = False,
         sites: Sequence[str] = (),
-        micro_tokens: int = 8192,
+        micro_tokens: int = 4096,
     ) -> Trace:
         """Return old log-probs, entropy, values, activations and reference log-probs of a batch.
 
-        The old log-probs come from the same forward that the update runs, so that the first ratio
-        is exactly 1.
+        `rows` are those that this rank scores (None: all); the others stay zero. The old log-probs
+        come from the same forward, cut the same way, as the update's: the first ratio is exactly 1.
         """
-        rows_of = parallel.same_length(micro_batches(row_lengths(batch), micro_tokens))
+        micro = self.micro_batches(batch, rows, micro_tokens)
         logp_BT = torch.zeros(batch.mask_BT.shape)
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
         acts: dict[str, Tensor] = {}
-        for rows, counts in rows_of:
-            reader = ActivationReader(self.base, sites)
+        reader = ActivationReader(self.base, sites)
+        for packs, counts in parallel.same_length(micro):
+            packed = pack_rows(batch, packs).to(self.device)
             with reader.reading() as seen:
-                hidden_ND, where = self._completion_hidden(self.base, batch, rows)
-            scored = self._head(hidden_ND, where, batch, rows)
+                hidden_ND = completion_hidden(self.base, packed)
+            scored = self._head(hidden_ND, packed, batch, packs)
+            ref_logp_bT = None
             if reference:
                 with self.as_reference() as model:
-                    ref_ND, where = self._completion_hidden(model, batch, rows)
-                    ref_logp_BT[rows] = self._head(ref_ND, where, batch, rows).logp_BT.cpu()
+                    ref_ND = completion_hidden(model, packed)
+                    ref_logp_bT = self._head(ref_ND, packed, batch, packs).logp_BT.cpu()
             if not counts:
                 continue
-            logp_BT[rows] = scored.logp_BT.cpu()
-            entropy_BT[rows] = scored.entropy_BT.cpu()
+            index = flat_rows(packs)
+            logp_BT[index] = scored.logp_BT.cpu()
+            entropy_BT[index] = scored.entropy_BT.cpu()
+            if ref_logp_bT is not None:
+                ref_logp_BT[index] = ref_logp_bT
             if value_BT is not None and scored.value_BT is not None:
-                value_BT[rows] = scored.value_BT.cpu()
+                value_BT[index] = scored.value_BT.cpu()
             for site, acts_bSD in seen.items():
-                _store_acts(acts, site, acts_bSD, batch, rows)
+                _store_acts(acts, site, acts_bSD, packed, batch, index)
         return Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
 
-    def _completion_hidden(
-        self, model: PreTrainedModel, batch: Batch, rows: Sequence[int]
-    ) -> tuple[Float[Tensor, "N D"], tuple[Tensor, Tensor]]:
-        """Return the final hidden state before each completion token, and (row, t) of each."""
-        index = torch.tensor(rows)
-        lengths = batch.prompt_len_B[index] + batch.mask_BT[index].sum(1)
-        ids_bS = batch.ids_BS[index, : int(lengths.max())].to(self.device)
-        hidden_bSD = body_hidden(model, ids_bS)
-        row_N, t_N, s_N = completion_positions(batch.prompt_len_B[index], batch.mask_BT[index])
-        hidden_ND = hidden_bSD[row_N.to(self.device), (s_N - 1).to(self.device)]
-        return hidden_ND, (row_N.to(self.device), t_N.to(self.device))
-
     def _head(
-        self,
-        hidden_ND: Float[Tensor, "N D"],
-        where: tuple[Tensor, Tensor],
-        batch: Batch,
-        rows: Sequence[int],
+        self, hidden_ND: Float[Tensor, "N D"], packed: Packed, batch: Batch, packs: Sequence[Pack]
     ) -> Scored:
-        target_N = batch.completion_BT[torch.tensor(rows)].to(self.device)[where]
+        rows = flat_rows(packs)
+        where = (packed.row_N, packed.t_N)
+        target_N = batch.completion_BT[rows].to(self.device)[where]
         weight_VD = parallel.whole(self.base.get_output_embeddings().weight)
         flat = token_logps(hidden_ND, weight_VD, target_N, self.head_config)
         shape = (len(rows), batch.mask_BT.shape[1])
@@ -200,23 +227,34 @@ def body_hidden(model: PreTrainedModel, ids_BS: Int[Tensor, "B S"]) -> Float[Ten
     return out.last_hidden_state
 
 
-def row_lengths(batch: Batch) -> list[int]:
-    """Return the number of real tokens (prompt and completion) of each row."""
-    return (batch.prompt_len_B + batch.mask_BT.sum(1)).tolist()
+def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
+    """Return the final hidden state before each completion token."""
+    out = model.get_decoder()(
+        input_ids=packed.ids_bS,
+        position_ids=packed.position_bS,
+        attention_mask=packed.mask_b1SS,
+        use_cache=False,
+    )
+    return out.last_hidden_state[packed.pack_N, packed.before_N]
+
+
+def flat_rows(packs: Sequence[Pack]) -> list[int]:
+    """Return the rows of all packs in order."""
+    return [row for pack in packs for row in pack]
 
 
 def _store_acts(
     acts: dict[str, Tensor],
     site: str,
     acts_bSD: Float[Tensor, "b S D"],
+    packed: Packed,
     batch: Batch,
     rows: Sequence[int],
 ) -> None:
-    index = torch.tensor(rows)
-    row_N, t_N, s_N = completion_positions(batch.prompt_len_B[index], batch.mask_BT[index])
     if site not in acts:
         acts[site] = torch.zeros(*batch.mask_BT.shape, acts_bSD.shape[-1])
-    acts[site][index[row_N], t_N] = acts_bSD.cpu()[row_N, s_N].float()
+    row_N = torch.tensor(rows)[packed.row_N.cpu()]
+    acts[site][row_N, packed.t_N.cpu()] = acts_bSD[packed.pack_N, packed.at_N].float().cpu()
 
 
 def _with_lora(
@@ -285,7 +323,8 @@ def _check_head(model: PreTrainedModel, config: HeadConfig) -> None:
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = F.linear(body_hidden(model, ids), head.weight).float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours = F.linear(hidden, head.weight).float()
     if config.softcap is not None:
         ours = config.softcap * torch.tanh(ours / config.softcap)
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))

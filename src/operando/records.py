@@ -1,0 +1,227 @@
+"""What a step leaves behind: its metrics row (TRL's names), its rollouts, its held-out answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from operando.recipe import Recipe
+from operando.rollout.held_out import Judged
+from operando.run import Run, read_metrics, write_json, write_parquet
+from operando.types import Batch, Rewards, Trace
+from operando.update.hygiene import duplicate_fraction, zero_variance_fraction
+from operando.update.losses import Totals, effective_sample_size, kl_estimate
+from operando.update.objective import Objective
+from operando.update.optim import UpdateStats
+from operando.update.reduce import masked_mean, masked_sum
+
+
+class Clock:
+    """Where the seconds of a step went. Example: clock.lap("sample"); clock.metrics(num_tokens)"""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def metrics(self, num_tokens: int) -> dict[str, float]:
+        """Return seconds of each lap, of the step, and completion tokens per second of the step."""
+        total = self.last - self.started
+        laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
+        return laps | {"time/step": total, "tokens_per_second": num_tokens / total}
+
+
+def batch_metrics(
+    recipe: Recipe,
+    batch: Batch,
+    rewards: Rewards,
+    trace: Trace,
+    judged: Sequence[Judged],
+    gone_B: Bool[Tensor, " B"],
+) -> dict[str, float]:
+    """Return the metrics of one batch of rollouts."""
+    mask_BT = batch.mask_BT
+    total_B = _applicable(masked_sum(rewards.total_BT, mask_BT))
+    gap_BT = (trace.logp_BT - batch.sampling_logp_BT).abs()
+    metrics = {
+        "reward": float(total_B.mean()),
+        "reward_std": float(total_B.std()) if len(total_B) > 1 else 0.0,
+        "train/correct": sum(j.verdict.correct for j in judged) / len(judged),
+        "frac_reward_zero_std": zero_variance_fraction(batch, rewards),
+        "entropy": float(masked_mean(trace.entropy_BT, mask_BT)),
+        "completions/mean_length": float(mask_BT.sum(1).float().mean()),
+        "completions/clipped_ratio": sum(r.is_truncated for r in batch.rollouts) / len(batch),
+        "completions/duplicate_ratio": duplicate_fraction(batch),
+        "sampler/gap_mean": float(masked_mean(gap_BT, mask_BT)),
+        "sampler/gap_max": float((gap_BT * mask_BT).max()),
+        "sampler/ess": effective_sample_size(trace.logp_BT, batch.sampling_logp_BT, mask_BT),
+        "discarded": float(gone_B.float().mean()),
+    }
+    for name, part_BT in rewards.parts.items():
+        part_B = _applicable(masked_sum(part_BT, mask_BT))
+        metrics[f"rewards/{name}/mean"] = float(part_B.mean()) if len(part_B) else 0.0
+        metrics[f"rewards/{name}/std"] = float(part_B.std()) if len(part_B) > 1 else 0.0
+    if trace.ref_logp_BT is not None:
+        assert recipe.kl is not None
+        kl_BT = kl_estimate(trace.logp_BT, trace.ref_logp_BT, "k3")
+        metrics["kl"] = float(masked_mean(kl_BT, mask_BT))
+        metrics["kl_max"] = float((kl_BT * mask_BT).max())
+    return metrics | dict(rewards.metrics)
+
+
+def _applicable(x_B: Float[Tensor, " B"]) -> Float[Tensor, " b"]:
+    return x_B[~x_B.isnan()]
+
+
+def update_metrics(
+    objectives: Sequence[Objective], taken: UpdateStats, totals: Totals
+) -> dict[str, float]:
+    """Return the metrics of one optimizer step."""
+    tokens = max(1, totals.tokens)
+    return {
+        "loss": sum(float(o.loss.detach()) for o in objectives),
+        "policy_loss": sum(o.policy_loss for o in objectives),
+        "value_loss": sum(o.value_loss for o in objectives),
+        "clip_ratio/low": sum(o.clipped_low for o in objectives) / tokens,
+        "clip_ratio/high": sum(o.clipped_high for o in objectives) / tokens,
+        "ratio_gap": max(o.ratio_gap for o in objectives),
+        "grad_norm": taken.grad_norm,
+        "update_norm": taken.update_norm,
+        "lr": taken.lr,
+    } | dict(taken.metrics)
+
+
+def eval_metrics(judged: Sequence[Judged], proxies: Rewards | None) -> dict[str, float]:
+    """Return held-out metrics: the truth, and beside it what each reward part would have paid."""
+    num = len(judged)
+    metrics = {
+        "eval/correct": sum(j.verdict.correct for j in judged) / num,
+        "eval/n": float(num),
+        "eval/mean_length": sum(len(j.rollout.completion_ids) for j in judged) / num,
+        "eval/clipped_ratio": sum(j.rollout.is_truncated for j in judged) / num,
+    }
+    if proxies is not None:
+        for name, part_BT in proxies.parts.items():
+            part_B = _applicable(part_BT.sum(1))
+            metrics[f"eval/rewards/{name}"] = float(part_B.mean()) if len(part_B) else 0.0
+    return metrics
+
+
+def write_rollouts(
+    run: Run,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    rewards: Rewards,
+    trace: Trace,
+    adv_BT: Float[Tensor, "B T"],
+    judged: Sequence[Judged],
+    gone_B: Bool[Tensor, " B"],
+) -> None:
+    """Write every rollout of a step, discarded ones too, with its per-token channels."""
+    rollouts, lengths = batch.rollouts, batch.mask_BT.sum(1).tolist()
+    vocabulary: dict[int, str] = {}
+
+    def text(token: int) -> str:
+        if token not in vocabulary:
+            vocabulary[token] = str(tokenizer.decode([token]))
+        return vocabulary[token]
+
+    def per_token(x_BT: Float[Tensor, "B T"] | None) -> list[list[float] | None]:
+        if x_BT is None:
+            return [None] * len(batch)
+        return [row[:n] for row, n in zip(x_BT.tolist(), lengths, strict=True)]
+
+    def per_row(x_BT: Float[Tensor, "B T"]) -> list[float | None]:
+        sums = masked_sum(x_BT, batch.mask_BT).tolist()
+        return [None if s != s else s for s in sums]  # NaN: not applicable
+
+    columns: dict[str, Sequence[object]] = {
+        "step": [step] * len(batch),
+        "group": [r.group for r in rollouts],
+        "sample": [r.sample for r in rollouts],
+        "prompt": [r.prompt.text for r in rollouts],
+        "completion": [r.completion for r in rollouts],
+        "answer": [r.prompt.example.answer for r in rollouts],
+        "correct": [j.verdict.correct for j in judged],
+        "reason": [j.verdict.reason for j in judged],
+        "is_truncated": [r.is_truncated for r in rollouts],
+        "discarded": gone_B.tolist(),
+        "reward": per_row(rewards.total_BT),
+        **{f"rewards/{name}": per_row(part_BT) for name, part_BT in rewards.parts.items()},
+        **rewards.columns,
+        "advantage": [sum(a) / max(1, len(a)) for a in per_token(adv_BT) if a is not None],
+        "prompt_ids": [list(r.prompt.ids) for r in rollouts],
+        "completion_ids": [list(r.completion_ids) for r in rollouts],
+        "tokens": [[text(t) for t in r.completion_ids] for r in rollouts],
+        "sampling_logp": [list(r.sampling_logp) for r in rollouts],
+        "old_logp": per_token(trace.logp_BT),
+        "ref_logp": per_token(trace.ref_logp_BT),
+        "entropy": per_token(trace.entropy_BT),
+        "advantage_tokens": per_token(adv_BT),
+        "reward_tokens": per_token(rewards.total_BT),
+    }
+    write_parquet(run.folder / "rollouts" / f"step_{step:05d}.parquet", columns)
+
+
+def write_held_out(run: Run, step: int, judged: Sequence[Judged]) -> None:
+    """Write every held-out answer with its verdict."""
+    columns: Mapping[str, Sequence[object]] = {
+        "example_id": [j.rollout.prompt.example.id for j in judged],
+        "question": [j.rollout.prompt.example.question for j in judged],
+        "completion": [j.rollout.completion for j in judged],
+        "answer": [j.rollout.prompt.example.answer for j in judged],
+        "correct": [j.verdict.correct for j in judged],
+        "reason": [j.verdict.reason for j in judged],
+        "is_truncated": [j.rollout.is_truncated for j in judged],
+        "length": [len(j.rollout.completion_ids) for j in judged],
+    }
+    write_parquet(run.folder / "evals" / f"held_out_step_{step:05d}.parquet", columns)
+
+
+def write_results(run: Run, recipe: Recipe, seconds: float) -> None:
+    """Write results.json: counts before and after, from the rows of metrics.jsonl."""
+    rows = [row for row in read_metrics(run.folder) if "eval/correct" in row]
+    first, last = rows[0], rows[-1]
+    write_json(
+        run.folder / "results.json",
+        {
+            "steps": recipe.steps,
+            "seconds": round(seconds, 1),
+            "held_out": {"base": _count(first), "trained": _count(last)},
+            "metrics": last,
+        },
+    )
+
+
+def _count(row: Mapping[str, float]) -> dict[str, int]:
+    num = int(row["eval/n"])
+    return {"step": int(row["step"]), "correct": round(row["eval/correct"] * num), "n": num}
+
+
+def dump_batch(
+    run: Run, step: int, batch: Batch, rewards: Rewards, adv_BT: Float[Tensor, "B T"]
+) -> Path:
+    """Write the tensors of a batch that went wrong; return the file."""
+    file = run.folder / f"broken_step_{step:05d}.pt"
+    torch.save(
+        {
+            "ids_BS": batch.ids_BS,
+            "mask_BT": batch.mask_BT,
+            "completions": [r.completion for r in batch.rollouts],
+            "parts": dict(rewards.parts),
+            "adv_BT": adv_BT,
+        },
+        file,
+    )
+    return file

@@ -1,0 +1,171 @@
+"""The reward contract: a superset of TRL's, so that any TRL reward function runs unchanged.
+
+A function is called with keywords `prompts, completions, completion_ids`, one list per dataset
+column, `trainer_state, log_extra, log_metric`, and returns one float (or None, "not applicable") a
+completion. It may also name `trace` (log-probs and activations already computed on exactly these
+ids) and may return a list of floats per completion, one for each completion token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from operando.errors import UserError, nearest
+from operando.types import Rollout, Trace
+
+RewardValue = float | None | Sequence[float]
+RewardFunction = Callable[..., Sequence[RewardValue]]
+
+
+class TrainerState(NamedTuple):
+    """Where training stands, as TRL's trainer_state. Example: TrainerState(12, 150)"""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass
+class RewardLog:
+    """What reward functions log: metrics for metrics.jsonl, columns for the rollouts' parquet."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[object]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: list[object]) -> None:
+        self.columns[column] = list(values)
+
+
+def wants_trace(function: RewardFunction) -> bool:
+    """Return whether the function names `trace` among its parameters."""
+    return "trace" in inspect.signature(function).parameters
+
+
+def call_reward(
+    name: str,
+    function: RewardFunction,
+    rollouts: Sequence[Rollout],
+    trace: Trace | None,
+    state: TrainerState,
+    log: RewardLog,
+) -> Sequence[RewardValue]:
+    """Return what the function returns for these rollouts; any failure names function and cause."""
+    keywords: dict[str, object] = {
+        **_columns(rollouts),
+        "prompts": [list(r.prompt.messages) or r.prompt.text for r in rollouts],
+        "completions": [_completion(r) for r in rollouts],
+        "completion_ids": [list(r.completion_ids) for r in rollouts],
+        "trainer_state": state,
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
+    }
+    if wants_trace(function):
+        keywords["trace"] = trace
+    parameters = inspect.signature(function).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        missing = [p.name for p in parameters if p.default is p.empty and p.name not in keywords]
+        if missing:
+            raise UserError(
+                f"reward {name!r} asks for {missing[0]!r}, which is none of "
+                f"{', '.join(sorted(keywords))}.{nearest(missing[0], keywords)}"
+            )
+        keywords = {p.name: keywords[p.name] for p in parameters if p.name in keywords}
+    try:
+        values = function(**keywords)
+        if inspect.iscoroutine(values):
+            values = asyncio.run(values)
+    except Exception as error:  # rewritten, never swallowed: a broken reward is not a reward of 0
+        raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    return _check_length(name, values, rollouts)
+
+
+def _check_length(name: str, values: object, rollouts: Sequence[Rollout]) -> Sequence[RewardValue]:
+    if not isinstance(values, list | tuple):
+        raise UserError(
+            f"reward {name!r} returned {type(values).__name__}, expected a list of "
+            f"{len(rollouts)} values"
+        )
+    if len(values) != len(rollouts):
+        raise UserError(
+            f"reward {name!r} returned {len(values)} values for {len(rollouts)} completions"
+        )
+    return values
+
+
+def _columns(rollouts: Sequence[Rollout]) -> dict[str, list[object]]:
+    names = rollouts[0].prompt.example.columns
+    return {name: [r.prompt.example.columns[name] for r in rollouts] for name in names}
+
+
+def _completion(rollout: Rollout) -> str | list[dict[str, str]]:
+    if rollout.prompt.messages:
+        return [{"role": "assistant", "content": rollout.completion}]
+    return rollout.completion
+
+
+def as_tokens(
+    name: str, values: Sequence[RewardValue], rollouts: Sequence[Rollout], width_T: int
+) -> Float[Tensor, "B T"]:
+    """Return values as a per-token channel: a scalar stands on the last real token, None is NaN."""
+    reward_BT = torch.zeros(len(rollouts), width_T)
+    for b, (value, rollout) in enumerate(zip(values, rollouts, strict=True)):
+        length = len(rollout.completion_ids)
+        if value is None:
+            reward_BT[b, :length] = torch.nan
+            continue
+        if isinstance(value, Sequence):
+            if len(value) != length:
+                raise UserError(
+                    f"reward {name!r}, completion {b}: {len(value)} per-token values for {length} "
+                    "completion tokens"
+                )
+            row = [float(v) for v in value]
+        else:
+            row = [0.0] * (length - 1) + [float(value)]
+        if not all(math.isfinite(v) for v in row):
+            raise UserError(
+                f"reward {name!r}, completion {b}: not finite ({value!r}). Return None where the "
+                "reward does not apply. The completion begins: "
+                f"{rollout.completion[:120]!r}"
+            )
+        reward_BT[b, :length] = torch.tensor(row)
+    return reward_BT
+
+
+def load_function(path: str) -> RewardFunction:
+    """Return the function that "package.module:name" or "file.py:name" means."""
+    where, _, name = path.rpartition(":")
+    if where.endswith(".py"):
+        file = Path(where)
+        if not file.is_file():
+            raise UserError(f"reward path {path!r}: there is no file {file.resolve()}")
+        spec = importlib.util.spec_from_file_location(f"operando_reward_{file.stem}", file)
+        assert spec is not None and spec.loader is not None, path
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(where)
+        except ImportError as error:
+            raise UserError(f"reward path {path!r}: {error}") from error
+    if name not in vars(module):
+        functions = [n for n, v in vars(module).items() if callable(v)]
+        raise UserError(f"reward path {path!r}: no function {name!r}.{nearest(name, functions)}")
+    return vars(module)[name]

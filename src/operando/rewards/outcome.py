@@ -1,0 +1,44 @@
+"""Outcome rewards: one number for a finished completion."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from operando.errors import UserError
+from operando.tasks.base import Task
+from operando.types import Rollout
+
+OutcomeReward = Callable[[Sequence[Rollout]], list[float]]
+
+
+def correct(task: Task) -> OutcomeReward:
+    """Return the reward that pays 1 where the task's verifier says right."""
+
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
+        return [
+            float(task.verify(r.prompt.example, r.completion, r.is_truncated).correct)
+            for r in rollouts
+        ]
+
+    return reward
+
+
+def contains_answer(rollouts: Sequence[Rollout]) -> list[float]:
+    """Return 1 where the gold number stands anywhere in the completion (can be gamed)."""
+    return [float(r.prompt.example.answer in re.findall(r"-?\d+", r.completion)) for r in rollouts]
+
+
+def matches(pattern: str) -> OutcomeReward:
+    """Return the reward that pays 1 where `pattern` matches the whole completion."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise UserError(
+            f"rewards: pattern {pattern!r} is no regular expression: {error}"
+        ) from error
+
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
+        return [float(compiled.fullmatch(r.completion) is not None) for r in rollouts]
+
+    return reward

@@ -1,0 +1,37 @@
+"""Greedy answers to held-out problems, judged by the task's verifier and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from operando import parallel
+from operando.rollout.sampler import Sampler, Sampling, as_rollouts
+from operando.tasks.base import Task
+from operando.types import Prompt, Rollout, Verdict
+
+
+class Judged(NamedTuple):
+    """A completion with the verifier's verdict."""
+
+    rollout: Rollout
+    verdict: Verdict
+
+
+def judge(task: Task, rollouts: Sequence[Rollout]) -> list[Judged]:
+    """Return each rollout with what the verifier says of it."""
+    return [
+        Judged(r, task.verify(r.prompt.example, r.completion, r.is_truncated)) for r in rollouts
+    ]
+
+
+def answer_greedily(
+    sampler: Sampler, task: Task, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[Judged]:
+    """Return one greedy completion of each prompt, judged; ranks share the prompts out."""
+    ranks = parallel.world_size()
+    each = -(-len(prompts) // ranks)
+    mine = list(prompts[parallel.rank() * each :][:each])
+    sampled = sampler.sample([p.ids for p in mine], 1, sampling, None) if mine else []
+    rollouts = as_rollouts(mine, list(range(len(mine))), 1, sampled)
+    return judge(task, parallel.gather_list(rollouts))

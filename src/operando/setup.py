@@ -1,0 +1,132 @@
+"""Assembling a run: data, model, sampler, rewards, optimizer, all checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from operando import parallel
+from operando.errors import UserError
+from operando.integrations.tracking import Tracker, open_tracker
+from operando.models.load import Loaded, load_model, pad_id, stop_ids
+from operando.models.policy import Policy
+from operando.recipe import GaeAdvantage, Recipe
+from operando.rewards.base import RewardFunction
+from operando.rewards.compose import RewardPart, make_parts
+from operando.rollout.sampler import Sampler, make_sampler
+from operando.run import Run
+from operando.tasks.base import Task
+from operando.tasks.load import load_task
+from operando.tasks.prompts import make_prompts
+from operando.types import Batch, Prompt
+from operando.update import hygiene
+from operando.update.checkpoint import load_checkpoint, saved_steps
+from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the command line shows of one step. Example: StepReport(12, 150, {...}, batch)"""
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+    batch: Batch | None  # None at step 0, which only evaluates
+
+
+@dataclass
+class Setup:
+    """Everything that lives as long as the run does."""
+
+    recipe: Recipe
+    run: Run
+    task: Task
+    train_prompts: list[Prompt]
+    held_out_prompts: list[Prompt]
+    policy: Policy
+    sampler: Sampler
+    parts: list[RewardPart]
+    optimizer: torch.optim.AdamW
+    tracker: Tracker
+    pad_id: int
+    gradient_transforms: Sequence[GradientTransform] = ()
+    update_transforms: Sequence[UpdateTransform] = ()
+
+
+def set_up(
+    recipe: Recipe,
+    run: Run,
+    functions: Mapping[str, RewardFunction],
+    loaded: Loaded | None = None,
+) -> Setup:
+    """Return the assembled run: data, model, sampler, rewards, optimizer, all checked."""
+    if recipe.rollout.num_prompts % parallel.world_size():
+        raise UserError(
+            f"rollout.num_prompts = {recipe.rollout.num_prompts} does not divide over "
+            f"{parallel.world_size()} processes"
+        )
+    task = load_task(recipe.task)
+    parts = make_parts(recipe, task, functions)
+    loaded = loaded or load_model(recipe.model)
+    policy = Policy(
+        loaded,
+        recipe.model,
+        run.seeds,
+        reference=recipe.kl is not None,
+        value_head=isinstance(recipe.advantage, GaeAdvantage),
+        temperature=recipe.rollout.temperature,
+    )
+    if recipe.parallel.kind == "fsdp" and parallel.world_size() > 1:
+        policy.shard()
+    train_prompts, held_out_prompts = make_prompt_sets(recipe, task, loaded)
+    sampler = make_sampler(
+        recipe.rollout.engine,
+        policy.base,
+        loaded.tokenizer,
+        stop_ids(policy.base, loaded.tokenizer),
+        recipe.rollout.max_batch,
+    )
+    optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
+    setup = Setup(
+        recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
+        open_tracker(recipe.tracking, recipe.name, recipe.model_dump(mode="json")),
+        pad_id=pad_id(loaded.tokenizer),
+    )  # fmt: skip
+    if parallel.rank() == 0:
+        run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)
+        for warning in hygiene.check_machine():
+            run.warn(warning)
+        if sampler.name == "hf" and recipe.rollout.engine == "auto":
+            run.warn(f"{policy.base.config.model_type} is sampled with HF generate, not the engine")
+    return setup
+
+
+def make_prompt_sets(
+    recipe: Recipe, task: Task, loaded: Loaded
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return training and held-out prompts; worked examples are taken out of the training set."""
+    context = loaded.model.config.get_text_config().max_position_embeddings
+    room = context - recipe.rollout.max_completion_length
+    limit = min(recipe.prompt.max_prompt_length or room, room)
+    shots = list(task.train[: recipe.prompt.few_shot])
+    train_examples = task.train[len(shots) :]
+    held_out = task.held_out[: recipe.eval.num]
+    tokenizer = loaded.tokenizer
+    return (
+        make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit),
+        make_prompts(held_out, shots, recipe.prompt, tokenizer, limit),
+    )
+
+
+def resume(setup: Setup) -> int:
+    """Return the last step that was saved, with weights and optimizer as they were; else 0."""
+    steps = saved_steps(setup.run.folder)
+    done = steps[-1] if steps else 0
+    if done:
+        load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
+    if parallel.rank() == 0:
+        setup.run.rewind_to(done if done else -1)
+    parallel.barrier()
+    return done

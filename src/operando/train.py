@@ -1,0 +1,312 @@
+"""THE LOOP: prompts, sample, score, reward, advantage, loss, gradient, step, checkpoint.
+
+GRPO and PPO are the same loop with another advantage. The five seams are marked. Everything that is
+written goes through `run`; the report and the audits read the run folder and are never called here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from operando import parallel
+from operando.models.load import Loaded
+from operando.models.policy import Policy, flat_rows
+from operando.recipe import Recipe
+from operando.records import (
+    Clock,
+    batch_metrics,
+    dump_batch,
+    eval_metrics,
+    update_metrics,
+    write_held_out,
+    write_results,
+    write_rollouts,
+)
+from operando.rewards.base import RewardFunction, TrainerState
+from operando.rewards.compose import pay
+from operando.rollout.held_out import answer_greedily, judge
+from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.run import Run, SeedTree
+from operando.setup import Setup, StepReport, resume, set_up
+from operando.types import Batch, Rewards, Trace, make_batch
+from operando.update import hygiene
+from operando.update.card import draft_card
+from operando.update.checkpoint import save_checkpoint
+from operando.update.losses import Totals, sampler_weights, token_weights
+from operando.update.objective import (
+    Credit,
+    Objective,
+    Targets,
+    credit,
+    discarded_rows,
+    micro_objective,
+)
+from operando.update.optim import (
+    GradientTransform,
+    UpdateStats,
+    UpdateTransform,
+    apply_update,
+    lr_factor,
+)
+
+
+def train(
+    recipe: Recipe,
+    run: Run,
+    *,
+    functions: Mapping[str, RewardFunction] | None = None,
+    gradient_transforms: Sequence[GradientTransform] = (),
+    update_transforms: Sequence[UpdateTransform] = (),
+    loaded: Loaded | None = None,
+    on_step: Callable[[StepReport], None] = lambda _: None,
+) -> None:
+    """Train as the recipe says and leave everything in the run folder; resume where it stopped."""
+    setup = set_up(recipe, run, functions or {}, loaded)
+    setup.gradient_transforms, setup.update_transforms = gradient_transforms, update_transforms
+    started = time.monotonic()
+    done = resume(setup)
+    if done == 0:
+        report_step(setup, 0, None, evaluate(setup, 0), on_step)
+    for step in range(done + 1, recipe.steps + 1):
+        metrics, batch = train_step(setup, step)
+        if step % recipe.eval.every == 0 or step == recipe.steps:
+            metrics |= evaluate(setup, step)
+        report_step(setup, step, batch, metrics, on_step)
+        if step % recipe.checkpoint.every == 0 or step == recipe.steps:
+            card = draft_card(recipe, step, setup.policy)
+            save_checkpoint(
+                run.folder, step, setup.policy, setup.optimizer, card, recipe.checkpoint.keep
+            )
+    if parallel.rank() == 0:
+        write_results(run, recipe, time.monotonic() - started)
+    setup.tracker.finish()
+
+
+def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
+    """Sample, score, pay, credit, update: one step of the loop. Returns its metrics and batch."""
+    recipe, clock = setup.recipe, Clock()
+    batch, mine = sample_batch(setup, step)
+    clock.lap("sample")
+    trace = setup.policy.score(
+        batch,
+        rows=mine,
+        reference=recipe.kl is not None,
+        micro_tokens=recipe.update.micro_tokens,
+    ).mapped(parallel.sum_tensor)
+    clock.lap("score")
+    rewards = pay_batch(setup, step, batch, mine, trace)  # seam 1
+    gone_B = discarded_rows(recipe, batch, rewards)
+    credited = credit(recipe, batch, rewards, trace)  # seam 2
+    check_finite(setup, step, batch, rewards, credited)
+    judged = judge(setup.task, batch.rollouts)
+    clock.lap("reward")
+    if step == 1 and parallel.rank() == 0:
+        for warning in hygiene.check_rollouts(setup.policy, batch, trace, rewards):
+            setup.run.warn(warning)
+    updates = update(setup, step, batch, mine, trace, credited, gone_B)  # seams 3 and 4
+    clock.lap("update")
+    metrics = {"step": step} | batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
+    metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
+    if parallel.rank() == 0:
+        write_rollouts(setup.run, step, setup.policy.tokenizer, batch, rewards, trace,
+                       credited.adv_BT, judged, gone_B)  # fmt: skip
+    return metrics, batch
+
+
+def evaluate(setup: Setup, step: int) -> dict[str, float]:
+    """Answer the held-out prompts greedily; the verifier alone decides what is right."""
+    recipe = setup.recipe
+    length = recipe.eval.max_completion_length or recipe.rollout.max_completion_length
+    sampling = Sampling(length, stop=recipe.rollout.stop)
+    judged = answer_greedily(setup.sampler, setup.task, setup.held_out_prompts, sampling)
+    rollouts = [j.rollout for j in judged]
+    blind = [part for part in setup.parts if not part.needs_trace()]
+    width_T = max(len(r.completion_ids) for r in rollouts)
+    state = TrainerState(step, recipe.steps)
+    proxies = pay(blind, recipe.weights_at(step), rollouts, None, state, width_T) if blind else None
+    if parallel.rank() == 0:
+        write_held_out(setup.run, step, judged)
+    return eval_metrics(judged, proxies)
+
+
+def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int]]:
+    """Return this step's rollouts (all ranks') and which rows this rank scores and trains on."""
+    config = setup.recipe.rollout
+    each = config.num_prompts // parallel.world_size()
+    first = parallel.rank() * each
+    indices = prompt_order(setup.run.seeds, step, config.num_prompts, len(setup.train_prompts))
+    groups = list(range(first, first + each))
+    prompts = [setup.train_prompts[indices[g]] for g in groups]
+    uniforms_BT = uniform_streams(
+        setup.run.seeds, step, groups, config.num_generations, config.max_completion_length
+    )
+    sampling = Sampling(config.max_completion_length, config.temperature, config.stop)
+    ids = [p.ids for p in prompts]
+    sampled = setup.sampler.sample(ids, config.num_generations, sampling, uniforms_BT)
+    mine = as_rollouts(prompts, groups, config.num_generations, sampled)
+    batch = make_batch(parallel.gather_list(mine), config.num_generations, setup.pad_id)
+    start = first * config.num_generations
+    return batch, list(range(start, start + len(mine)))
+
+
+def prompt_order(seeds: SeedTree, step: int, num_prompts: int, size: int) -> list[int]:
+    """Return the prompts of a step: each epoch is one shuffled pass over the training set."""
+    chosen = []
+    for position in range((step - 1) * num_prompts, step * num_prompts):
+        epoch, at = divmod(position, size)
+        order = torch.randperm(size, generator=seeds.generator("prompts", epoch))
+        chosen.append(int(order[at]))
+    return chosen
+
+
+def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace: Trace) -> Rewards:
+    """Return the rewards of the whole batch; each rank pays its own rows."""
+    recipe, width_T = setup.recipe, batch.mask_BT.shape[1]
+    rollouts = [batch.rollouts[row] for row in mine]
+    own = trace.mapped(lambda x: x[list(mine)])
+    state = TrainerState(step, recipe.steps)
+    paid = pay(setup.parts, recipe.weights_at(step), rollouts, own, state, width_T)
+    return Rewards(
+        parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
+        weights=paid.weights,
+        total_BT=parallel.gather_rows(paid.total_BT),
+        metrics=paid.metrics,
+        columns={name: parallel.gather_list(column) for name, column in paid.columns.items()},
+    )
+
+
+def update(
+    setup: Setup,
+    step: int,
+    batch: Batch,
+    mine: Sequence[int],
+    trace: Trace,
+    credited: Credit,
+    gone_B: Tensor,
+) -> dict[str, float]:
+    """Take the optimizer steps of one batch. Returns their metrics, averaged over steps."""
+    recipe, policy = setup.recipe, setup.policy
+    mask_BT = batch.mask_BT & ~gone_B[:, None]
+    stats: list[dict[str, float]] = []
+    for epoch in range(recipe.update.epochs):
+        for rows in minibatches(setup, step, epoch, len(batch)):
+            totals = Totals(int(mask_BT[rows].sum()), int(mask_BT[rows].any(1).sum()))
+            if totals.tokens == 0:
+                continue
+            objectives = []
+            own = [row for row in rows if row in set(mine)]
+            micro = policy.micro_batches(batch, own, recipe.update.micro_tokens)
+            for packs, counts in parallel.same_length(micro):
+                targets = make_targets(
+                    recipe, policy, batch, trace, credited, mask_BT, flat_rows(packs), totals
+                )
+                if not counts:
+                    targets = targets._replace(weight_BT=torch.zeros_like(targets.weight_BT))
+                objective = micro_objective(recipe, policy.scored(batch, packs), targets)
+                objective.loss.backward()
+                if counts:
+                    objectives.append(objective)
+            parallel.sum_gradients([*policy.trainable().values(), *policy.value_parameters()])
+            taken = apply_update(  # seam 3: gradient and update transforms; seam 4: what may change
+                setup.optimizer,
+                policy.trainable(),
+                policy.value_parameters(),
+                recipe.optim,
+                lr_factor(recipe.optim, step, recipe.steps),
+                setup.gradient_transforms,
+                setup.update_transforms,
+            )
+            if step == 1 and not stats and parallel.rank() == 0:
+                check_first_update(setup, batch, objectives, taken, credited)
+            stats.append(update_metrics(objectives, taken, totals))
+    mean = {key: sum(s[key] for s in stats) / len(stats) for key in (stats[0] if stats else {})}
+    return mean | {"updates": len(stats)}
+
+
+def minibatches(setup: Setup, step: int, epoch: int, num_rows: int) -> list[list[int]]:
+    """Return the rows of each optimizer step of one pass; one minibatch keeps the batch's order."""
+    parts = setup.recipe.update.num_minibatches
+    if parts == 1:
+        return [list(range(num_rows))]
+    generator = setup.run.seeds.generator("minibatch", step, epoch)
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    size = num_rows // parts
+    return [sorted(order[i * size : (i + 1) * size]) for i in range(parts)]
+
+
+def make_targets(
+    recipe: Recipe,
+    policy: Policy,
+    batch: Batch,
+    trace: Trace,
+    credited: Credit,
+    mask_BT: Tensor,
+    rows: Sequence[int],
+    totals: Totals,
+) -> Targets:
+    """Return what the objective needs of some rows, on the model's device."""
+    config, index = recipe.update, list(rows)
+    weight_BT = token_weights(
+        mask_BT[index], config.aggregation, totals, recipe.rollout.max_completion_length
+    )
+    weight_BT = weight_BT * sampler_weights(
+        trace.logp_BT[index], batch.sampling_logp_BT[index], mask_BT[index],
+        config.sampler_correction, config.sampler_cap,
+    )  # fmt: skip
+
+    def on_device(x_BT: Tensor | None) -> Tensor | None:
+        return None if x_BT is None else x_BT[index].to(policy.device)
+
+    return Targets(
+        mask_BT=mask_BT[index].to(policy.device),
+        weight_BT=weight_BT.to(policy.device),
+        adv_BT=credited.adv_BT[index].to(policy.device),
+        old_logp_BT=trace.logp_BT[index].to(policy.device),
+        ref_logp_BT=on_device(trace.ref_logp_BT),
+        old_value_BT=on_device(trace.value_BT),
+        return_BT=on_device(credited.return_BT),
+    )
+
+
+def check_finite(setup: Setup, step: int, batch: Batch, rewards: Rewards, credited: Credit) -> None:
+    """Stop the run at the first NaN advantage; the batch is dumped beside the metrics."""
+    if not credited.adv_BT.isfinite().all():
+        where = dump_batch(setup.run, step, batch, rewards, credited.adv_BT)
+        raise FloatingPointError(f"step {step}: an advantage is not finite; batch in {where}")
+
+
+def check_first_update(
+    setup: Setup,
+    batch: Batch,
+    objectives: Sequence[Objective],
+    taken: UpdateStats,
+    credited: Credit,
+) -> None:
+    """Record what the first update shows: ratio, padding, tensors without gradient."""
+    findings = [
+        *hygiene.check_ratio(max(o.ratio_gap for o in objectives)),
+        *hygiene.check_padding(setup.policy, batch),
+        *hygiene.check_gradients(taken.without_gradient, bool(credited.adv_BT.any())),
+    ]
+    for finding in findings:
+        setup.run.warn(finding)
+
+
+def report_step(
+    setup: Setup,
+    step: int,
+    batch: Batch | None,
+    metrics: dict[str, float],
+    on_step: Callable[[StepReport], None],
+) -> None:
+    """Write one line of metrics.jsonl, tell the tracker and the caller."""
+    if parallel.rank() != 0:
+        return
+    row = {"step": step} | metrics
+    setup.run.log_metrics(row)
+    setup.tracker.log(step, row)
+    on_step(StepReport(step, setup.recipe.steps, row, batch))

@@ -1,0 +1,48 @@
+"""The model card that is written beside every checkpoint while training goes on.
+
+It holds what is known at that moment; `operando report` rewrites it with the evaluations.
+"""
+
+from __future__ import annotations
+
+from operando.models.policy import Policy
+from operando.recipe import Recipe
+from operando.recipe_io import to_toml
+
+
+def draft_card(recipe: Recipe, step: int, policy: Policy) -> str:
+    """Return the card of a checkpoint as Markdown with PEFT's front matter."""
+    lora = recipe.model.lora
+    count = sum(p.numel() for p in policy.trainable().values())
+    layers = f"{policy.layers[0]}-{policy.layers[-1]}" if policy.layers else "none"
+    library = "peft" if lora is not None else "transformers"
+    base = f'AutoModelForCausalLM.from_pretrained("{recipe.model.id}")'
+    load = (
+        f"PeftModel.from_pretrained({base}, HERE)"
+        if lora is not None
+        else "AutoModelForCausalLM.from_pretrained(HERE)"
+    )
+    kind = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora is not None else "full parameters"
+    return f"""---
+base_model: {recipe.model.id}
+library_name: {library}
+tags: [operando, reinforcement-learning]
+---
+# {recipe.name}, step {step} of {recipe.steps}
+
+{kind}; {count:,} trained parameters in {len(policy.layers)} of {len(policy.blocks)} decoder blocks
+({layers}). Task `{recipe.task.kind}`, seed {recipe.seed}, learning rate {recipe.optim.lr:g}.
+Not evaluated in this card: see `results.json` and `evals/` of the run.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = {load}
+```
+
+## Recipe
+
+```toml
+{to_toml(recipe)}```
+"""

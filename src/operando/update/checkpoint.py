@@ -1,0 +1,107 @@
+"""Checkpoints: a plain PEFT (or transformers) folder, a model card, and the resume state apart.
+
+    checkpoints/step_00100/adapter_config.json adapter_model.safetensors README.md resume/state.pt
+
+Random streams hang from (seed, step, ...) alone, so weights, optimizer state and the step number
+are all that a bit-equal resume needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from operando import parallel
+from operando.errors import UserError
+from operando.models.policy import Policy
+from operando.run import atomic_path
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:05d}"
+
+
+def saved_steps(run_folder: Path) -> list[int]:
+    """Return the steps that have a resume state, ascending."""
+    states = (run_folder / "checkpoints").glob("step_*/resume/state.pt")
+    return sorted(int(file.parents[1].name.removeprefix("step_")) for file in states)
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    card: str,
+    keep: int | None,
+) -> Path:
+    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest `keep`."""
+    folder = checkpoint_folder(run_folder, step)
+    trained = {name: parallel.whole(p.detach()).cpu() for name, p in policy.trainable().items()}
+    state = {
+        "step": step,
+        "parameters": trained,
+        "value_head": [p.detach().cpu() for p in policy.value_parameters()],
+        "optimizer": _optimizer_state(optimizer),
+    }
+    weights = policy.save_weights()
+    if parallel.rank() == 0:
+        with atomic_path(folder) as part:
+            part.mkdir(parents=True)
+            policy.save_pretrained(part, weights)
+            (part / "README.md").write_text(card, encoding="utf-8")
+            (part / "resume").mkdir()
+            torch.save(state, part / "resume" / "state.pt")
+        for old in saved_steps(run_folder)[: -keep if keep is not None else 0]:
+            shutil.rmtree(checkpoint_folder(run_folder, old) / "resume")
+    parallel.barrier()
+    return folder
+
+
+def load_checkpoint(
+    run_folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put weights and optimizer back to what they were after `step`."""
+    file = checkpoint_folder(run_folder, step) / "resume" / "state.pt"
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    trainable = policy.trainable()
+    if set(state["parameters"]) != set(trainable):
+        odd = sorted(set(state["parameters"]) ^ set(trainable))
+        raise UserError(f"{file} holds other trained tensors than this recipe: {odd[:3]} ...")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(_like(state["parameters"][name], parameter))
+        for parameter, saved in zip(policy.value_parameters(), state["value_head"], strict=True):
+            parameter.copy_(saved)
+    _load_optimizer(optimizer, state["optimizer"])
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Return AdamW's tensors in the order of its parameters."""
+    return [
+        {key: parallel.whole(value).cpu() for key, value in optimizer.state[parameter].items()}
+        for parameter in _parameters(optimizer)
+    ]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Sequence[dict[str, Tensor]]) -> None:
+    for parameter, state in zip(_parameters(optimizer), saved, strict=True):
+        optimizer.state[parameter] = {
+            key: value if key == "step" else _like(value, parameter) for key, value in state.items()
+        }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _like(saved: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a saved full tensor on the parameter's device and in its sharding."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(saved, parameter.device_mesh, parameter.placements)
+    return saved.to(parameter.device)

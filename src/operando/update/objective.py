@@ -1,0 +1,148 @@
+"""From a recipe's names to the numbers of one update: rewards, advantages, per-token objective."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from operando.models.policy import Scored
+from operando.recipe import (
+    CispoLoss,
+    ClipLoss,
+    GaeAdvantage,
+    GroupAdvantage,
+    GspoTokenLoss,
+    OtherGroupsAdvantage,
+    Recipe,
+    RewardToGoAdvantage,
+    RlooAdvantage,
+)
+from operando.types import Batch, Rewards, Trace
+from operando.update import advantages as adv
+from operando.update import losses
+from operando.update.reduce import masked_sum, zero_outside
+
+
+class Credit(NamedTuple):
+    """Advantage of every token, and the return that the critic learns (None without a critic)."""
+
+    adv_BT: Float[Tensor, "B T"]
+    return_BT: Float[Tensor, "B T"] | None
+
+
+class Targets(NamedTuple):
+    """Everything that an update needs of some rows, on the model's device."""
+
+    mask_BT: Bool[Tensor, "B T"]
+    weight_BT: Float[Tensor, "B T"]
+    adv_BT: Float[Tensor, "B T"]
+    old_logp_BT: Float[Tensor, "B T"]
+    ref_logp_BT: Float[Tensor, "B T"] | None
+    old_value_BT: Float[Tensor, "B T"] | None
+    return_BT: Float[Tensor, "B T"] | None
+
+
+class Objective(NamedTuple):
+    """The loss of a micro-batch, and token counts that add up over micro-batches."""
+
+    loss: Float[Tensor, ""]
+    policy_loss: float
+    value_loss: float
+    clipped_low: int
+    clipped_high: int
+    ratio_gap: float  # max |ratio - 1|
+
+
+def credit(recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace) -> Credit:
+    """Return who gets the credit (seam 2). A KL in the reward is subtracted first."""
+    reward_BT, mask_BT, group = rewards.total_BT, batch.mask_BT, batch.group_size
+    if recipe.kl is not None and recipe.kl.place == "reward":
+        assert trace.ref_logp_BT is not None, "a KL in the reward needs the reference"
+        reward_BT = adv.kl_penalised_reward(
+            reward_BT,
+            trace.logp_BT,
+            trace.ref_logp_BT,
+            mask_BT,
+            recipe.kl.coef,
+            recipe.kl.estimator,
+        )
+    match recipe.advantage:
+        case GroupAdvantage(scale=scale, eps=eps):
+            return Credit(adv.group_advantages(reward_BT, mask_BT, group, scale, eps), None)
+        case RlooAdvantage():
+            return Credit(adv.rloo_advantages(reward_BT, mask_BT, group), None)
+        case OtherGroupsAdvantage():
+            return Credit(adv.leave_one_group_out_advantages(reward_BT, mask_BT, group), None)
+        case RewardToGoAdvantage(gamma=gamma):
+            return Credit(adv.reward_to_go_advantages(reward_BT, mask_BT, group, gamma), None)
+        case GaeAdvantage(gamma=gamma, lam=lam, whiten=whiten):
+            assert trace.value_BT is not None, "GAE needs the value head"
+            found = adv.gae(reward_BT, trace.value_BT, mask_BT, gamma, lam)
+            adv_BT = adv.whiten(found.adv_BT, mask_BT) if whiten else found.adv_BT
+            return Credit(adv_BT, found.return_BT)
+
+
+def discarded_rows(recipe: Recipe, batch: Batch, rewards: Rewards) -> Bool[Tensor, " B"]:
+    """Return which rollouts are not trained on."""
+    gone_B = torch.zeros(len(batch), dtype=torch.bool)
+    if "truncated" in recipe.rollout.discard:
+        gone_B |= torch.tensor([r.is_truncated for r in batch.rollouts])
+    if "zero_variance" in recipe.rollout.discard:
+        return_PG = masked_sum(rewards.total_BT, batch.mask_BT).view(-1, batch.group_size)
+        flat_P = (return_PG - return_PG[:, :1]).abs().amax(1) == 0
+        gone_B |= flat_P.repeat_interleave(batch.group_size)
+    return gone_B
+
+
+def micro_objective(recipe: Recipe, new: Scored, targets: Targets) -> Objective:
+    """Return the objective of some rows: policy, KL, entropy and value loss, weighted by token.
+
+    loss = sum_t w_t (policy_t + coef_kl kl_t - coef_H H_t + coef_V value_t)
+    """
+    mask_BT, weight_BT = targets.mask_BT, targets.weight_BT
+    logp_BT = zero_outside(new.logp_BT, mask_BT)
+    old_BT = zero_outside(targets.old_logp_BT, mask_BT)
+    policy = _policy_loss(recipe, logp_BT, old_BT, targets)
+    total_BT = policy.loss_BT
+    if recipe.kl is not None and recipe.kl.place == "loss":
+        assert targets.ref_logp_BT is not None, "a KL in the loss needs the reference"
+        ref_BT = zero_outside(targets.ref_logp_BT, mask_BT)
+        kl_BT = losses.kl_loss(logp_BT, old_BT, ref_BT, recipe.kl.estimator, recipe.kl.unbiased)
+        total_BT = total_BT + recipe.kl.coef * kl_BT
+    if recipe.update.entropy_coef > 0:
+        total_BT = total_BT - recipe.update.entropy_coef * new.entropy_BT
+    value_loss = 0.0
+    if isinstance(recipe.advantage, GaeAdvantage):
+        assert new.value_BT is not None and targets.old_value_BT is not None
+        assert targets.return_BT is not None
+        value_BT = losses.value_loss(
+            new.value_BT, targets.old_value_BT, targets.return_BT, recipe.advantage.value_clip
+        )
+        total_BT = total_BT + recipe.advantage.value_coef * value_BT
+        value_loss = float((weight_BT * value_BT).detach().sum())
+    ratio_gap_BT = (logp_BT.detach() - old_BT).exp() - 1
+    return Objective(
+        loss=(weight_BT * total_BT).sum(),
+        policy_loss=float((weight_BT * policy.loss_BT).detach().sum()),
+        value_loss=value_loss,
+        clipped_low=int((policy.clipped_low_BT & mask_BT).sum()),
+        clipped_high=int((policy.clipped_high_BT & mask_BT).sum()),
+        ratio_gap=float((ratio_gap_BT * mask_BT).abs().max()),
+    )
+
+
+def _policy_loss(
+    recipe: Recipe, logp_BT: Tensor, old_BT: Tensor, targets: Targets
+) -> losses.PolicyLoss:
+    match recipe.loss:
+        case ClipLoss(clip_low=low, clip_high=high, dual_clip=dual):
+            return losses.clip_loss(logp_BT, old_BT, targets.adv_BT, low, high, dual)
+        case GspoTokenLoss(clip_low=low, clip_high=high):
+            return losses.gspo_token_loss(
+                logp_BT, old_BT, targets.adv_BT, targets.mask_BT, low, high
+            )
+        case CispoLoss(clip_high=high):
+            return losses.cispo_loss(logp_BT, old_BT, targets.adv_BT, high)
