@@ -12,7 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from operando.audit.evaluate import Evaluation
+from operando.pretrain.lm import PretrainProgress
 from operando.setup import StepReport
+from operando.study.stats import PairedDifference, wilson
 
 SHOWN = (
     ("reward", "reward", "{:.3f}"),
@@ -26,6 +29,11 @@ SHOWN = (
     ("sampler gap", "sampler/gap_mean", "{:.5f}"),
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
+
+
+def make_console() -> Console:
+    """Return the console for progress and tables: stderr, so that stdout holds only the result."""
+    return Console(stderr=True)
 
 
 class RunDisplay:
@@ -110,3 +118,55 @@ class RunDisplay:
             left = seconds / report.step * (report.steps - report.step)
             text += f"  {seconds:.0f} s, {left:.0f} s left"
         return text
+
+
+class PretrainDisplay:
+    """A progress bar of pre-training on a terminal, a line each tenth elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+        )
+        self.task = self.progress.add_task("pre-training", total=steps)
+
+    def __enter__(self) -> PretrainDisplay:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def show(self, at: PretrainProgress) -> None:
+        """Take in one step."""
+        text = f"step {at.step}/{at.steps} loss {at.loss:.3f} {at.tokens_per_second:,.0f} tokens/s"
+        self.progress.update(self.task, completed=at.step, description=text)
+        if not self.console.is_terminal and at.step % max(1, at.steps // 10) == 0:
+            self.console.print(text, highlight=False)
+
+
+def show_evaluation(console: Console, result: Evaluation) -> None:
+    """Print base beside trained, paired."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "right", "n", "95 % interval", "cut", "mean tokens"):
+        table.add_column(column, justify="left" if not column else "right")
+    for arm in (result.base, result.trained):
+        rate = wilson(arm.correct, arm.n)
+        table.add_row(
+            arm.name, f"{rate.value:.1%}", str(arm.n), f"{rate.low:.1%} to {rate.high:.1%}",
+            f"{arm.truncated / arm.n:.0%}", f"{arm.mean_length:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(paired_sentence(result.paired), highlight=False)
+
+
+def paired_sentence(paired: PairedDifference) -> str:
+    """Return a paired difference in words."""
+    d = paired.difference
+    return (
+        f"paired difference {100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to "
+        f"{100 * d.high:+.1f}, n = {paired.n}); {paired.gained} gained, {paired.lost} lost, "
+        f"exact McNemar p = {paired.p_value:.2g}"
+    )

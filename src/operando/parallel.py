@@ -107,13 +107,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def shard_model(model: nn.Module, blocks: nn.ModuleList) -> None:
     """Shard parameters, gradients and optimizer state over the ranks (FSDP2), block by block."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     for block in blocks:
         fully_shard(block, reshard_after_forward=True)
-    root = fully_shard(model)
-    for module in root.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+    fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sum, as the loss weights are global
 
 

@@ -142,6 +142,15 @@ class Run:
             )
         return cls(folder, recipe)
 
+    @classmethod
+    def follow(cls, recipe: Recipe) -> Run:
+        """Return the run that rank 0 made or resumed, for the other ranks; they write nothing."""
+        return cls(Path(recipe.runs_dir) / recipe.name, recipe)
+
+    def warnings(self) -> list[str]:
+        """Return the warnings so far."""
+        return json.loads((self.folder / "manifest.json").read_text())["warnings"]
+
     def log_metrics(self, metrics: Mapping[str, float | int | str | None]) -> None:
         """Append one line to metrics.jsonl; NaN becomes null."""
         clean = {

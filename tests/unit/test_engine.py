@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from tests.unit.tiny import byte_tokenizer, tiny_model
 
 from operando.errors import UserError
 from operando.rollout.engine import Engine, pick
 from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, make_sampler, uniform_streams
 from operando.run import SeedTree
+from tests.unit.tiny import byte_tokenizer, tiny_model
 
 PROMPTS = [[5, 9, 40, 7], [100, 3], [77, 78, 79, 80, 81, 82, 83], [9]]
 EOS = (1,)

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
     GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -19,6 +19,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from operando.types import Batch, Example, Prompt, Rollout, make_batch
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -82,3 +84,22 @@ def tiny_model(family: str, seed: int = 0, vocab_size: int = 258) -> PreTrainedM
         case _:
             raise AssertionError(family)
     return model.eval()
+
+
+def random_batch(groups: int, group_size: int, seed: int = 0) -> Batch:
+    """Rollouts with random ids and lengths: prompts of 3-9 tokens, completions of 1-12."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, size: int = 1) -> list[int]:
+        return torch.randint(low, high, (size,), generator=generator).tolist()
+
+    rollouts = []
+    for group in range(groups):
+        ids = tuple(draw(2, 258, draw(3, 10)[0]))
+        example = Example(id=f"e{group}", question="q", answer="7", columns={"answer": "7"})
+        prompt = Prompt(example, "q", ids)
+        for sample in range(group_size):
+            completion = tuple(draw(2, 258, draw(1, 13)[0]))
+            logp = tuple(-0.5 for _ in completion)
+            rollouts.append(Rollout(prompt, group, sample, "7", completion, logp, False))
+    return make_batch(rollouts, group_size, pad_id=0)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 
@@ -187,8 +188,10 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     where, gguf_file = str(file.parent), file.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
+        loaded: tuple[PreTrainedModel, dict[str, Collection[str]]] = (
+            AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportAssignmentType]
+                where, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
+            )
         )
     # What gguf and transformers raise on cut files, unknown architectures and missing metadata.
     except (
@@ -199,6 +202,7 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
             f"{file} can't be converted (damaged or cut, or not served by transformers "
             f"{metadata.version('transformers')}): {type(error).__name__}: {first}"
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -213,9 +217,9 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 def _clean(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a GGUF-loaded model a plain one: it holds float32 weights and is not quantized."""
     # transformers refuses to save a model with these marks, and peft takes it for a quantized one.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+    model.is_quantized = False  # pyright: ignore[reportArgumentType]
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
     ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
     model.generation_config = GenerationConfig(

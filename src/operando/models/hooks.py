@@ -7,7 +7,7 @@ Sites are named as in TransformerLens: "blocks.3.hook_resid_pre", "blocks.3.hook
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jaxtyping import Float
@@ -52,16 +52,20 @@ class ActivationReader:
                 handle.remove()
 
 
-def _pre_hook(acts: dict[str, Tensor], site: str):  # noqa: ANN202
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        acts.setdefault(site, args[0] if args else kwargs["hidden_states"])
+def _pre_hook(acts: dict[str, Tensor], site: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        resid = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(resid, Tensor), type(resid)
+        acts.setdefault(site, resid)
 
     return hook
 
 
-def _post_hook(acts: dict[str, Tensor], site: str):  # noqa: ANN202
-    def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        acts.setdefault(site, output[0] if isinstance(output, tuple) else output)
+def _post_hook(acts: dict[str, Tensor], site: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: object, output: object) -> None:
+        resid = output[0] if isinstance(output, tuple) else output
+        assert isinstance(resid, Tensor), type(resid)
+        acts.setdefault(site, resid)
 
     return hook
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,8 +101,9 @@ def load_model(config: ModelConfig) -> Loaded:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model.id = {config.id!r} can't be loaded: {first}") from error
+    assert isinstance(model, PreTrainedModel), type(model)
     if config.quantization == "none":
-        model.to(device)
+        nn.Module.to(model, device)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.id!r} has no end-of-sequence token: set eos_token in its "
@@ -148,6 +150,14 @@ def is_llama_like(model: PreTrainedModel) -> bool:
     return config.model_type in LLAMA_LIKE and not window
 
 
+def head_weight(model: PreTrainedModel) -> nn.Parameter:
+    """Return the output head's weight [V D]; a model without a bias-free head is refused."""
+    head = model.get_output_embeddings()
+    if head is None or "bias" in dict(head.named_parameters()):
+        raise UserError(f"{type(model).__name__}: needs an output head without bias")
+    return head.get_parameter("weight")
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that fills rows; it is always masked, so end-of-sequence serves as well."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -157,10 +167,9 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a completion: the tokenizer's and the generation config's."""
-    ids = {tokenizer.eos_token_id}
     configured = model.generation_config.eos_token_id if model.generation_config else None
-    if isinstance(configured, int):
-        ids.add(configured)
-    elif configured is not None:
-        ids.update(configured)
-    return tuple(sorted(i for i in ids if isinstance(i, int)))
+    found = [
+        tokenizer.eos_token_id,
+        *(configured if isinstance(configured, list) else [configured]),
+    ]
+    return tuple(sorted({i for i in found if isinstance(i, int)}))

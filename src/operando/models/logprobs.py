@@ -43,7 +43,7 @@ class _HeadLogps(torch.autograd.Function):
     """Chunked log-softmax of the head; the backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, config, chunk):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden_ND, weight_VD, target_N, config, chunk):
         logp_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         entropy_N, lse_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         for at in range(0, len(target_N), chunk):
@@ -59,7 +59,7 @@ class _HeadLogps(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx, grad_logp_N, grad_entropy_N):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_logp_N, grad_entropy_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_ND, weight_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
         config: HeadConfig = ctx.config
         need_hidden, need_weight = ctx.needs_input_grad[:2]

@@ -40,7 +40,17 @@ class Packed(NamedTuple):
     t_N: Int[Tensor, " N"]
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(*(None if x is None else x.to(device) for x in self))
+        mask = self.mask_b1SS
+        return Packed(
+            ids_bS=self.ids_bS.to(device),
+            position_bS=self.position_bS.to(device),
+            mask_b1SS=None if mask is None else mask.to(device),
+            pack_N=self.pack_N.to(device),
+            before_N=self.before_N.to(device),
+            at_N=self.at_N.to(device),
+            row_N=self.row_N.to(device),
+            t_N=self.t_N.to(device),
+        )
 
 
 def plan_packs(batch: Batch, rows: Sequence[int], share: bool) -> list[Pack]:

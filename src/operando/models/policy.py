@@ -24,7 +24,7 @@ from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks, parse_layer_set
-from operando.models.load import Loaded, is_llama_like
+from operando.models.load import Loaded, head_weight, is_llama_like
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.recipe import ModelConfig
@@ -82,12 +82,12 @@ class Policy:
         else:
             self.model = _with_lora(base, self.blocks_name, self.layers, config, seeds)
         if config.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
             self.model.train()
         self.base = base
         # Packs need an attention mask of their own; plain causal attention is sure to obey it.
         self.shares_prompts = is_llama_like(base)
-        self.device = next(base.parameters()).device
+        self.device = base.device
         self.value_head: nn.Linear | None = None
         if value_head:
             self.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1)
@@ -204,7 +204,7 @@ class Policy:
         rows = flat_rows(packs)
         where = (packed.row_N, packed.t_N)
         target_N = batch.completion_BT[rows].to(self.device)[where]
-        weight_VD = parallel.whole(self.base.get_output_embeddings().weight)
+        weight_VD = parallel.whole(head_weight(self.base))
         flat = token_logps(hidden_ND, weight_VD, target_N, self.head_config)
         shape = (len(rows), batch.mask_BT.shape[1])
         value_BT = None
@@ -217,14 +217,6 @@ class Policy:
             zeros_BT.index_put(where, flat.entropy_N),
             value_BT,
         )
-
-
-def body_hidden(model: PreTrainedModel, ids_BS: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
-    """Return the decoder's last hidden states. Rows are right-padded, so causality is the mask."""
-    position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
-    decoder = model.get_decoder()
-    out = decoder(input_ids=ids_BS, position_ids=position_BS, use_cache=False)
-    return out.last_hidden_state
 
 
 def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
@@ -317,14 +309,10 @@ def _softcap(model: PreTrainedModel) -> float | None:
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, config: HeadConfig) -> None:
     """Refuse a model whose logits are not head(hidden): its log-probs would be wrong here."""
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise UserError(f"{type(model).__name__}: needs an output head without bias")
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 5, device=device)[None]
+    ids = torch.arange(1, 5, device=model.device)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    ours = F.linear(hidden, head.weight).float()
+    ours = F.linear(hidden, head_weight(model)).float()
     if config.softcap is not None:
         ours = config.softcap * torch.tanh(ours / config.softcap)
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))

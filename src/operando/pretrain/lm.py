@@ -96,6 +96,8 @@ def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
 def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """Return the untrained model."""
     m = recipe.model
+    pad, eos = tokenizer.convert_tokens_to_ids(PAD), tokenizer.convert_tokens_to_ids(EOS)
+    assert isinstance(pad, int) and isinstance(eos, int), (pad, eos)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=m.hidden_size,
@@ -105,8 +107,8 @@ def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> Q
         num_key_value_heads=m.num_kv_heads,
         max_position_embeddings=m.max_length,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        eos_token_id=eos,
         bos_token_id=None,
     )
     torch.manual_seed(recipe.seed)

@@ -18,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
 
 from operando.errors import UserError
-from operando.models.load import LLAMA_LIKE, is_llama_like
+from operando.models.load import LLAMA_LIKE, head_weight, is_llama_like
 from operando.models.logprobs import HeadConfig, head_logits
 from operando.parallel import whole
 from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
@@ -31,9 +32,11 @@ STOP_EVERY = 8  # decoded steps between looks for stop texts
 
 def serves(model: PreTrainedModel) -> bool:
     """Return whether the engine can decode this model."""
-    weight = model.get_decoder().layers[0].mlp.up_proj if is_llama_like(model) else None
-    base = weight.get_base_layer() if isinstance(weight, LoraLayer) else weight
-    return base is not None and type(base) is nn.Linear  # not a quantised one
+    if not is_llama_like(model):
+        return False
+    up = model.get_decoder().get_submodule("layers.0.mlp.up_proj")
+    base = up.get_base_layer() if isinstance(up, LoraLayer) else up
+    return type(base) is nn.Linear  # not a quantised one
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Engine:
         if not serves(model):
             raise UserError(f"the engine does not serve {model.config.model_type!r}: {LLAMA_LIKE}")
         self.model = model
+        self.decoder: nn.Module = model.get_decoder()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.max_batch = max_batch
@@ -110,14 +114,15 @@ class Engine:
         self.num_kv_heads: int = config.num_key_value_heads
         self.repeats: int = config.num_attention_heads // self.num_kv_heads
         self.head_dim: int = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.head_dim
+            if "head_dim" in config and config.head_dim
+            else config.hidden_size // config.num_attention_heads
         )
         self.eps: float = config.rms_norm_eps
         gemma = config.model_type == "gemma"
         self.norm_offset = 1.0 if gemma else 0.0
         self.embed_scale = config.hidden_size**0.5 if gemma else None
-        act = getattr(config, "hidden_activation", None) or config.hidden_act
-        self.activation: nn.Module = ACT2FN[act]
+        self.activation: nn.Module = ACT2FN[config.hidden_act]
 
     @torch.inference_mode()
     def sample(
@@ -128,7 +133,7 @@ class Engine:
         uniforms_BT: Float[Tensor, "B T"] | None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
-        blocks = [self._block(layer) for layer in self.model.get_decoder().layers]
+        blocks = [self._block(layer) for layer in self.decoder.get_submodule("layers").children()]
         step = max(1, self.max_batch // group_size)
         done: list[Sampled] = []
         for at in range(0, len(prompts), step):
@@ -147,7 +152,7 @@ class Engine:
         uniforms_BT: Float[Tensor, "B T"] | None,
     ) -> list[Sampled]:
         head = HeadConfig(sampling.temperature, None)
-        weight_VD = whole(self.model.get_output_embeddings().weight)
+        weight_VD = whole(head_weight(self.model))
         hidden_PD, rows = self._prefill(prompts, group_size, sampling.max_completion_length)
         device = hidden_PD.device
         stop_ids = torch.tensor(self.stop_ids, device=device)
@@ -190,7 +195,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int
     ) -> tuple[Float[Tensor, "P D"], Rows]:
         """Run each prompt once; return its last hidden state and caches expanded to the group."""
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         lengths_P = torch.tensor([len(p) for p in prompts], device=device)
         width = int(lengths_P.max())
         ids_PS = torch.full((len(prompts), width), self.stop_ids[0], device=device)
@@ -198,12 +203,14 @@ class Engine:
             ids_PS[row, : len(prompt)] = torch.tensor(prompt, device=device)
         cache = DynamicCache(config=self.model.config)
         position_PS = torch.arange(width, device=device).expand_as(ids_PS)
-        out = self.model.get_decoder()(
+        out = self.decoder(
             input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
         )
         hidden_PD = out.last_hidden_state[torch.arange(len(prompts)), lengths_P - 1]
         keys, values = [], []
         for layer in cache.layers:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None, type(layer)
+            assert layer.values is not None
             keys.append(_expand(layer.keys, group_size, width + max_new))
             values.append(_expand(layer.values, group_size, width + max_new))
         rows = Rows(
@@ -234,7 +241,8 @@ class Engine:
         seen_B11S = (torch.arange(length, device=token_B.device) <= position_B[:, None])[
             :, None, None
         ]
-        x_BD = F.embedding(token_B, whole(self.model.get_input_embeddings().weight))
+        embed_VD = whole(self.model.get_input_embeddings().get_parameter("weight"))
+        x_BD = F.embedding(token_B, embed_VD)
         if self.embed_scale is not None:
             x_BD = x_BD * torch.tensor(self.embed_scale, dtype=x_BD.dtype)
         for layer, block in enumerate(blocks):
@@ -260,38 +268,45 @@ class Engine:
             h_BD = self._norm(x_BD, block.norm2)
             x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
         rows.position_B = position_B + 1
-        return self._norm(x_BD, self._norm_weight(self.model.get_decoder().norm))
+        return self._norm(x_BD, self._norm_weight(self.decoder.get_submodule("norm")))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
-        weight = whole(norm.weight)
+        weight = whole(norm.get_parameter("weight"))
         return weight + self.norm_offset if self.norm_offset else weight
 
     def _rope_table(
         self, length: int, like: Tensor
     ) -> tuple[Float[Tensor, "S d"], Float[Tensor, "S d"]]:
         positions = torch.arange(length, device=like.device)[None]
-        cos, sin = self.model.get_decoder().rotary_emb(like, positions)
+        cos, sin = self.decoder.get_submodule("rotary_emb")(like, positions)
         return cos[0], sin[0]
 
     def _block(self, layer: nn.Module) -> Block:
-        attention, mlp = layer.self_attn, layer.mlp
-        q_norm = getattr(attention, "q_norm", None)
-        k_norm = getattr(attention, "k_norm", None)
+        qk_norm = any(
+            name == "q_norm" for name, _ in layer.get_submodule("self_attn").named_children()
+        )
+
+        def linear(name: str) -> Linear:
+            return _linear(layer.get_submodule(name))
+
+        def norm(name: str) -> Tensor:
+            return self._norm_weight(layer.get_submodule(name))
+
         return Block(
-            norm1=self._norm_weight(layer.input_layernorm),
-            q=_linear(attention.q_proj),
-            k=_linear(attention.k_proj),
-            v=_linear(attention.v_proj),
-            o=_linear(attention.o_proj),
-            q_norm=None if q_norm is None else self._norm_weight(q_norm),
-            k_norm=None if k_norm is None else self._norm_weight(k_norm),
-            norm2=self._norm_weight(layer.post_attention_layernorm),
-            gate=_linear(mlp.gate_proj),
-            up=_linear(mlp.up_proj),
-            down=_linear(mlp.down_proj),
+            norm1=norm("input_layernorm"),
+            q=linear("self_attn.q_proj"),
+            k=linear("self_attn.k_proj"),
+            v=linear("self_attn.v_proj"),
+            o=linear("self_attn.o_proj"),
+            q_norm=norm("self_attn.q_norm") if qk_norm else None,
+            k_norm=norm("self_attn.k_norm") if qk_norm else None,
+            norm2=norm("post_attention_layernorm"),
+            gate=linear("mlp.gate_proj"),
+            up=linear("mlp.up_proj"),
+            down=linear("mlp.down_proj"),
         )
 
     def _no_stop_text(
@@ -354,6 +369,7 @@ def _linear(module: nn.Module) -> Linear:
     assert len(active) == 1, f"one adapter is served, got {active}"
     name = active[0]
     dtype = plain.weight.dtype
-    lora_a = whole(module.lora_A[name].weight).T.to(dtype)
-    lora_b = (whole(module.lora_B[name].weight).T * module.scaling[name]).to(dtype)
+    a_RD = whole(module.lora_A.get_submodule(name).get_parameter("weight"))
+    b_DR = whole(module.lora_B.get_submodule(name).get_parameter("weight"))
+    lora_a, lora_b = a_RD.T.to(dtype), (b_DR.T * module.scaling[name]).to(dtype)
     return Linear(plain.weight, plain.bias, lora_a, lora_b)

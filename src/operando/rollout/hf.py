@@ -75,7 +75,7 @@ class HfSampler:
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
     ) -> list[Sampled]:
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         width = max(len(row) for row in rows)
         ids_BS = torch.full((len(rows), width), self.stop_ids[0], device=device)
         mask_BS = torch.zeros_like(ids_BS)
@@ -83,7 +83,7 @@ class HfSampler:
             ids_BS[b, width - len(row) :] = torch.tensor(row, device=device)
             mask_BS[b, width - len(row) :] = 1
         recorder = _Recorder(sampling.temperature, uniforms_BT)
-        out_BS = self.model.generate(
+        out_BS = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids_BS,
             attention_mask=mask_BS,
             max_new_tokens=sampling.max_completion_length,

@@ -242,7 +242,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
-    # Not splitlines: GSM8K has U+2028 and its like inside strings.
+    # Not splitlines: a JSON string may hold U+2028 and its like, and one question does.
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         lines = raw.decode("utf-8").split("\n")

@@ -8,11 +8,13 @@ are all that a bit-equal resume needs.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -69,16 +71,48 @@ def load_checkpoint(
     """Put weights and optimizer back to what they were after `step`."""
     file = checkpoint_folder(run_folder, step) / "resume" / "state.pt"
     state = torch.load(file, map_location="cpu", weights_only=True)
-    trainable = policy.trainable()
-    if set(state["parameters"]) != set(trainable):
-        odd = sorted(set(state["parameters"]) ^ set(trainable))
-        raise UserError(f"{file} holds other trained tensors than this recipe: {odd[:3]} ...")
+    _put(policy.trainable(), state["parameters"], str(file))
     with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(_like(state["parameters"][name], parameter))
         for parameter, saved in zip(policy.value_parameters(), state["value_head"], strict=True):
             parameter.copy_(saved)
     _load_optimizer(optimizer, state["optimizer"])
+
+
+def weight_steps(run_folder: Path) -> list[int]:
+    """Return the steps that have weights (an adapter or a model), ascending."""
+    files = (run_folder / "checkpoints").glob("step_*/*.safetensors")
+    return sorted({int(file.parent.name.removeprefix("step_")) for file in files})
+
+
+def load_weights(run_folder: Path, step: int, policy: Policy) -> None:
+    """Put the trained weights of a saved step into the policy, from the published files alone."""
+    folder = checkpoint_folder(run_folder, step)
+    saved: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        saved |= load_file(file)
+    if policy.config.lora is not None:
+        saved = {_with_adapter_name(name): tensor for name, tensor in saved.items()}
+    wanted = policy.trainable()
+    _put(wanted, {name: t for name, t in saved.items() if name in wanted}, str(folder))
+
+
+def _with_adapter_name(name: str) -> str:
+    """Return PEFT's in-model name of a saved tensor: files leave out the adapter's name."""
+    return re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name)
+
+
+@torch.no_grad()
+def _put(wanted: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], where: str) -> None:
+    if set(saved) != set(wanted):
+        odd = sorted(set(saved) ^ set(wanted))
+        raise UserError(f"{where} holds other trained tensors than this recipe: {odd[:3]} ...")
+    for name, parameter in wanted.items():
+        if saved[name].shape != parameter.shape:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(saved[name].shape)}, the model wants "
+                f"{tuple(parameter.shape)}"
+            )
+        parameter.copy_(_like(saved[name], parameter))
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:

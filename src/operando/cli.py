@@ -1,0 +1,159 @@
+"""The command line: reads arguments, calls the library, prints. No logic, no torch import here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from operando.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning of language models with the internals in the loop, "
+    "and the control beside every claim.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="a.b=value, TOML values", show_default=False)
+]
+
+
+@app.command()
+def demo(
+    hack: Annotated[bool, typer.Option(help="Show a reward hack, and what holds it.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    runs_dir: Annotated[str, typer.Option(help="Where run folders go.")] = "runs",
+) -> None:
+    """Train the starter model on word problems in about two minutes, then open the report."""
+    from operando.demo import hack_demo, learning_demo
+    from operando.display import make_console
+
+    console = make_console()
+    report = (hack_demo if hack else learning_demo)(console, seed, runs_dir)
+    print(report)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and stop before step 1.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where the run of this name stopped.")] = False,
+) -> None:
+    """Train as a recipe says. Prints the run folder last."""
+    from operando.display import make_console
+    from operando.launch import dry_run as check_only
+    from operando.launch import launch
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+    console = make_console()
+    if dry_run:
+        check_only(console, checked)
+        return
+    folder = launch(console, checked, resume=resume)
+    if folder is not None:
+        print(folder)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Answer held-out problems greedily with the base and the trained model, paired."""
+    from operando.audit.evaluate import evaluate_run
+    from operando.display import make_console, show_evaluation
+
+    console = make_console()
+    result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
+    show_evaluation(console, result)
+    print(result.file)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page about runs, and refresh their model cards."""
+    from operando.report.cards import write_cards
+    from operando.report.html import write_report
+
+    page = write_report(runs, out)
+    for run in runs:
+        write_cards(run)
+    print(page)
+
+
+@app.command()
+def config(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; absent with --schema.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of recipes.")] = False,
+    check: Annotated[bool, typer.Option(help="Only check; print nothing but errors.")] = False,
+) -> None:
+    """Show a recipe with every default filled in, or the schema of all recipes."""
+    import json
+
+    from operando.recipe import Recipe
+    from operando.recipe_io import load_recipe, shipped_recipes, to_toml
+
+    if schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+    elif recipe is None:
+        names = ", ".join(file.stem for file in shipped_recipes())
+        raise UserError(f"config: name a recipe, or ask for --schema. Shipped: {names}")
+    else:
+        resolved = to_toml(load_recipe(recipe, tuple(overrides or ())))
+        if not check:
+            print(resolved, end="")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="smollm2, or the path of a GGUF file.")],
+    name: Annotated[str | None, typer.Option(help="Name for model.id; default: from the file.")] = (
+        None
+    ),
+) -> None:
+    """Bring a model once into the local cache; then train it by model.id = NAME."""
+    from operando.models.gguf import import_gguf, import_smollm2
+
+    folder = import_smollm2() if source == "smollm2" else import_gguf(Path(source), name)
+    print(folder)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a small language model from nothing, as the starter model was made."""
+    from operando.display import PretrainDisplay, make_console
+    from operando.pretrain.lm import pretrain as run_pretraining
+    from operando.recipe_io import load_pretrain_recipe
+
+    checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
+    with PretrainDisplay(make_console(), checked.steps) as display:
+        folder = run_pretraining(checked, display.show)
+    print(folder)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(130)

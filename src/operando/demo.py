@@ -1,0 +1,111 @@
+"""`operando demo`: the starter model learns; `operando demo --hack`: it learns to cheat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from operando.audit.doctor import diagnose
+from operando.display import paired_sentence
+from operando.launch import launch
+from operando.recipe import Recipe
+from operando.recipe_io import load_recipe
+from operando.report.html import write_report
+from operando.run import free_name, read_metrics, read_recipe
+from operando.study.stats import paired_difference, wilson
+
+
+def learning_demo(console: Console, seed: int, runs_dir: str) -> Path:
+    """Train the demo recipe, show what changed, return the report's path."""
+    folder = _run(console, load_recipe("demo"), seed, runs_dir)
+    show_change(console, folder)
+    show_siblings(console, folder)
+    show_findings(console, folder)
+    return write_report([folder])
+
+
+def hack_demo(console: Console, seed: int, runs_dir: str) -> Path:
+    """Train on a lenient verifier without and with a KL term; return the report of both."""
+    console.print("1 of 2: a lenient verifier pays for the gold number anywhere in the text.")
+    hacked = _run(console, load_recipe("demo_hack"), seed, runs_dir)
+    show_proxy(console, hacked)
+    show_findings(console, hacked)
+    show_siblings(console, hacked)
+    console.print("2 of 2: the same, with a KL term that holds the policy near its start.")
+    held = _run(console, load_recipe("demo_hack_kl"), seed, runs_dir)
+    show_proxy(console, held)
+    show_findings(console, held)
+    return write_report([hacked, held])
+
+
+def _run(console: Console, recipe: Recipe, seed: int, runs_dir: str) -> Path:
+    name = free_name(runs_dir, recipe.name)
+    changed = {"name": name, "seed": seed, "runs_dir": runs_dir}
+    folder = launch(console, recipe.model_copy(update=changed))
+    assert folder is not None, "the demo runs in one process"
+    return folder
+
+
+def show_change(console: Console, folder: Path) -> None:
+    """Print held-out accuracy before and after with intervals, and the paired difference."""
+    before, after = _held_out(folder, first=True), _held_out(folder, first=False)
+    table = Table(title="Held-out problems, greedy", title_justify="left", box=None)
+    for column in ("", "right", "n", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, marks in (("before", before), ("after", after)):
+        rate = wilson(sum(marks), len(marks))
+        interval = f"{rate.low:.1%} to {rate.high:.1%}"
+        table.add_row(name, f"{rate.value:.1%}", str(len(marks)), interval)
+    console.print(table)
+    console.print(paired_sentence(paired_difference(before, after)), highlight=False)
+
+
+def show_proxy(console: Console, folder: Path) -> None:
+    """Print, for every evaluation, what the reward says beside what is true."""
+    rows = [row for row in read_metrics(folder) if "eval/correct" in row]
+    parts = [key for key in rows[0] if key.startswith("eval/rewards/")]
+    table = Table(title="Held-out problems, greedy", title_justify="left", box=None)
+    for column in ("step", *(f"reward: {key.split('/')[2]}" for key in parts), "truly right"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        paid = [f"{row[key]:.2f}" for key in parts]
+        table.add_row(f"{row['step']:.0f}", *paid, f"{row['eval/correct']:.1%}")
+    console.print(table)
+
+
+def show_siblings(console: Console, folder: Path) -> None:
+    """Print one problem of the last step with its sibling completions."""
+    file = sorted((folder / "rollouts").glob("step_*.parquet"))[-1]
+    columns = ["group", "prompt", "completion", "answer", "reward", "advantage", "correct"]
+    rows = pq.read_table(file, columns=columns).to_pylist()
+    mixed = [r["group"] for r in rows if abs(r["advantage"]) > 1e-6]
+    chosen = mixed[0] if mixed else rows[0]["group"]
+    group = [r for r in rows if r["group"] == chosen]
+    first = group[0]
+    console.print(f"\n{escape(first['prompt'])}   [dim](gold {first['answer']})[/dim]")
+    table = Table(box=None)
+    for column in ("reward", "advantage", "truly", "completion"):
+        table.add_column(column, justify="left" if column == "completion" else "right")
+    for r in group:
+        verdict = "right" if r["correct"] else "wrong"
+        text = escape(r["completion"].strip())
+        table.add_row(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", verdict, text)
+    console.print(table, highlight=False)
+
+
+def show_findings(console: Console, folder: Path) -> None:
+    """Print what the doctor finds in the run, in words, with the remedy."""
+    max_grad_norm = read_recipe(folder).optim.max_grad_norm
+    for finding in diagnose(read_metrics(folder), max_grad_norm):
+        console.print(f"{finding.severity}: {finding.sentence}", style="bold", highlight=False)
+        console.print(f"  remedy: {finding.remedy}", highlight=False)
+
+
+def _held_out(folder: Path, *, first: bool) -> list[bool]:
+    files = sorted((folder / "evals").glob("held_out_step_*.parquet"))
+    table = pq.read_table(files[0 if first else -1], columns=["correct"])
+    return table.column("correct").to_pylist()

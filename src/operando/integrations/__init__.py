@@ -1,0 +1,1 @@
+"""What connects operando to other tools; each needs that tool only when it is used."""

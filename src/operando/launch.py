@@ -1,0 +1,100 @@
+"""From a checked recipe to a finished run folder, with a display; under torchrun, all ranks."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from operando import parallel
+from operando.display import RunDisplay
+from operando.recipe import Recipe
+from operando.recipe_io import to_toml
+from operando.rewards.base import RewardFunction
+from operando.run import Run
+from operando.setup import StepReport
+from operando.train import train
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' progress bars and notices out of the display."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # peft 0.21 asks transformers for a property by its old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+def launch(
+    console: Console,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    functions: Mapping[str, RewardFunction] | None = None,
+) -> Path | None:
+    """Train and return the run folder; ranks other than 0 return None."""
+    quieten_libraries()
+    parallel.start()
+    try:
+        folder = Path(recipe.runs_dir) / recipe.name
+        if parallel.rank() == 0:
+            command = shlex.join(["operando", *sys.argv[1:]])
+            run = Run.resume(recipe) if resume else Run.create(recipe, command)
+            parallel.barrier()
+        else:
+            parallel.barrier()
+            run = Run.follow(recipe)
+        _train_shown(console, recipe, run, functions or {})
+        run.close()
+        return folder if parallel.rank() == 0 else None
+    finally:
+        parallel.stop()
+
+
+def _train_shown(
+    console: Console, recipe: Recipe, run: Run, functions: Mapping[str, RewardFunction]
+) -> None:
+    with RunDisplay(console, f"{recipe.name}: {run.folder}", recipe.steps) as display:
+        shown: set[str] = set()
+
+        def on_step(report: StepReport) -> None:
+            display.show(report)
+            for warning in run.warnings():
+                if warning not in shown:
+                    shown.add(warning)
+                    console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+        train(recipe, run, functions=functions, on_step=on_step)
+
+
+def dry_run(console: Console, recipe: Recipe) -> None:
+    """Load everything, sample and score nothing, and say what would be trained."""
+    import tempfile
+
+    from operando.setup import set_up
+
+    quieten_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        trial = recipe.model_copy(update={"runs_dir": folder})
+        run = Run.create(trial)
+        setup = set_up(trial, run, {})
+        run.close()
+    trainable = setup.policy.trainable()
+    count = sum(p.numel() for p in trainable.values())
+    console.print(to_toml(recipe), highlight=False)
+    console.print(
+        f"ok: {count:,} trained parameters in {len(trainable)} tensors, blocks "
+        f"{setup.policy.layers[0]}-{setup.policy.layers[-1]} of {len(setup.policy.blocks)}; "
+        f"{len(setup.train_prompts)} training and {len(setup.held_out_prompts)} held-out prompts, "
+        f"longest {max(len(p.ids) for p in setup.train_prompts)} tokens; sampler "
+        f"{setup.sampler.name}. First prompt:",
+        highlight=False,
+    )
+    console.print(setup.train_prompts[0].text, style="dim", highlight=False, markup=False)
