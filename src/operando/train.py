@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operando import parallel
 from operando.models.load import Loaded
-from operando.models.policy import Policy, flat_rows
+from operando.models.policy import Policy, Scoring, flat_rows
 from operando.recipe import Recipe
 from operando.records import (
     Clock,
@@ -91,12 +91,14 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     recipe, clock = setup.recipe, Clock()
     batch, mine = sample_batch(setup, step)
     clock.lap("sample")
-    trace = setup.policy.score(
+    scoring = setup.policy.score(
         batch,
         rows=mine,
         reference=recipe.kl is not None,
         micro_tokens=recipe.update.micro_tokens,
-    ).mapped(parallel.sum_tensor)
+        keep_graph=recipe.update.num_minibatches == 1,
+    )
+    trace = scoring.trace.mapped(parallel.sum_tensor)
     clock.lap("score")
     rewards = pay_batch(setup, step, batch, mine, trace)  # seam 1
     gone_B = discarded_rows(recipe, batch, rewards)
@@ -107,7 +109,7 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     if step == 1 and parallel.rank() == 0:
         for warning in hygiene.check_rollouts(setup.policy, batch, trace, rewards):
             setup.run.warn(warning)
-    updates = update(setup, step, batch, mine, trace, credited, gone_B)  # seams 3 and 4
+    updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
     clock.lap("update")
     metrics = {"step": step} | batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
@@ -184,12 +186,13 @@ def update(
     step: int,
     batch: Batch,
     mine: Sequence[int],
-    trace: Trace,
+    scoring: Scoring,
     credited: Credit,
     gone_B: Tensor,
 ) -> dict[str, float]:
     """Take the optimizer steps of one batch. Returns their metrics, averaged over steps."""
-    recipe, policy = setup.recipe, setup.policy
+    recipe, policy, trace = setup.recipe, setup.policy, scoring.trace
+    kept = scoring.graph  # of the whole batch; good for one backward, before the first step
     mask_BT = batch.mask_BT & ~gone_B[:, None]
     stats: list[dict[str, float]] = []
     for epoch in range(recipe.update.epochs):
@@ -206,7 +209,8 @@ def update(
                 )
                 if not counts:
                     targets = targets._replace(weight_BT=torch.zeros_like(targets.weight_BT))
-                objective = micro_objective(recipe, policy.scored(batch, packs), targets)
+                new, kept = kept or policy.scored(batch, packs), None
+                objective = micro_objective(recipe, new, targets)
                 objective.loss.backward()
                 if counts:
                     objectives.append(objective)

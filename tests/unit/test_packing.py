@@ -47,7 +47,7 @@ def test_scores_equal_one_row_at_a_time(family: str) -> None:
     config = {"lora": None} if family == "gpt2" else {"lora": LoraConfig(rank=4, targets=targets)}
     policy = make_policy(family, temperature=0.7, **config)
     batch = random_batch(groups=3, group_size=4)
-    trace = policy.score(batch, micro_tokens=64)
+    trace = policy.score(batch, micro_tokens=64).trace
     for row in range(len(batch)):
         want = slow_logps(policy, row, batch, 0.7)
         got = trace.logp_BT[row, : len(want)]
@@ -87,9 +87,14 @@ def test_gradient_does_not_depend_on_cut_sharing_or_order() -> None:
 def test_first_ratio_is_exactly_one() -> None:
     policy = make_policy(lora=LORA)
     batch = random_batch(groups=4, group_size=4)
-    trace = policy.score(batch, micro_tokens=100)
+    trace = policy.score(batch, micro_tokens=100).trace
     for packs in policy.micro_batches(batch, None, 100):
         assert torch.equal(policy.scored(batch, packs).logp_BT, trace.logp_BT[flat_rows(packs)])
+    kept = policy.score(batch, keep_graph=True)
+    whole = policy.score(batch)
+    assert kept.graph is not None and whole.graph is None
+    assert torch.equal(kept.trace.logp_BT, whole.trace.logp_BT)
+    assert policy.score(batch, micro_tokens=100, keep_graph=True).graph is None
 
 
 def test_reference_is_the_base_model() -> None:
@@ -100,9 +105,9 @@ def test_reference_is_the_base_model() -> None:
             with torch.no_grad():
                 for parameter in policy.trainable().values():
                     parameter.add_(0.05)
-        trace = policy.score(batch, reference=True)
+        trace = policy.score(batch, reference=True).trace
         bare = Policy(Loaded(tiny_model("qwen2"), byte_tokenizer(), {}), ModelConfig(), SeedTree(0))
-        want = bare.score(batch).logp_BT
+        want = bare.score(batch).trace.logp_BT
         torch.testing.assert_close(trace.ref_logp_BT, want, atol=1e-5, rtol=1e-5)
         assert (trace.logp_BT - want).abs().max() > 1e-2
 
@@ -118,7 +123,7 @@ def test_packs_hold_only_siblings_and_respect_the_limit() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_chunked_head_equals_autograd(softcap: float | None, monkeypatch) -> None:
-    monkeypatch.setattr("operando.models.logprobs.LOGITS_BYTES", 4 * 11 * 3)
+    monkeypatch.setattr("operando.models.logprobs.LOGITS_BYTES", {"cpu": 4 * 11 * 3})
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, generator=generator, requires_grad=True)
     weight = torch.randn(11, 6, generator=generator, requires_grad=True)
@@ -146,7 +151,7 @@ def test_activations_are_those_of_the_row_alone(checkpointing: bool) -> None:
     policy = make_policy(lora=LORA, gradient_checkpointing=checkpointing)
     batch = random_batch(groups=2, group_size=3)
     sites = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.0.hook_mlp_out"]
-    trace = policy.score(batch, sites=sites)
+    trace = policy.score(batch, sites=sites).trace
     for row in range(len(batch)):
         rollout = batch.rollouts[row]
         ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])

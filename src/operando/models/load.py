@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -148,6 +151,19 @@ def is_llama_like(model: PreTrainedModel) -> bool:
     config = model.config
     window = "use_sliding_window" in config and config.use_sliding_window
     return config.model_type in LLAMA_LIKE and not window
+
+
+@contextmanager
+def lora_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Cast LoRA's float32 factors to a 16-bit model's dtype for the product, not the activations.
+
+    The factors are small and the activations are not; the factors' gradients arrive in float32.
+    """
+    if model.dtype == torch.float32:
+        yield
+        return
+    with disable_input_dtype_casting(model), torch.autocast(model.device.type, model.dtype):
+        yield
 
 
 def head_weight(model: PreTrainedModel) -> nn.Parameter:

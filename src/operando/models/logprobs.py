@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LOGITS_BYTES = 64 * 2**20  # a chunk of float32 logits, per buffer
+# Float32 logits of one chunk. On a CPU a larger buffer leaves the cache and is paged in anew.
+LOGITS_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 
 
 class TokenLogps(NamedTuple):
@@ -49,10 +50,15 @@ class _HeadLogps(torch.autograd.Function):
         for at in range(0, len(target_N), chunk):
             part = slice(at, at + chunk)
             logits_NV = head_logits(hidden_ND[part], weight_VD, config)
-            lse_N[part] = logits_NV.logsumexp(-1)
-            logp_N[part] = logits_NV.gather(1, target_N[part, None])[:, 0] - lse_N[part]
-            p_NV = (logits_NV - lse_N[part, None]).exp_()
-            entropy_N[part] = lse_N[part] - torch.einsum("nv,nv->n", p_NV, logits_NV)
+            top_N = logits_NV.amax(-1)
+            logits_NV.sub_(top_N[:, None])
+            weight_NV = logits_NV.exp()
+            sum_N = weight_NV.sum(-1)
+            logp_N[part] = logits_NV.gather(1, target_N[part, None])[:, 0] - sum_N.log()
+            # H = log sum_v e^z - sum_v p z, with z shifted by its maximum; e^-inf z counts 0.
+            mean_N = torch.linalg.vecdot(weight_NV, logits_NV.nan_to_num_(neginf=0.0)) / sum_N
+            entropy_N[part] = sum_N.log() - mean_N
+            lse_N[part] = top_N + sum_N.log()
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
         ctx.config, ctx.chunk = config, chunk
         ctx.set_materialize_grads(False)
@@ -68,22 +74,25 @@ class _HeadLogps(torch.autograd.Function):
         for at in range(0, len(target_N), ctx.chunk):
             part = slice(at, at + ctx.chunk)
             logits_NV = head_logits(hidden_ND[part], weight_VD, config)
-            log_p_NV = logits_NV - lse_N[part, None]
-            p_NV = log_p_NV.exp()
-            dz_NV = torch.zeros_like(p_NV)
-            if grad_logp_N is not None:
-                # d logp(y) / dz = onehot(y) - p
-                dz_NV.addcmul_(p_NV, grad_logp_N[part, None], value=-1)
-                dz_NV.scatter_add_(1, target_N[part, None], grad_logp_N[part, None])
-            if grad_entropy_N is not None:
-                # dH / dz = -p (log p + H)
-                slope_NV = p_NV * (log_p_NV + entropy_N[part, None])
-                dz_NV.addcmul_(slope_NV, grad_entropy_N[part, None], value=-1)
+            slope_NV = None  # d z / d (h W^T), where it is not 1
             if config.softcap is not None:
-                capped_NV = logits_NV * config.temperature / config.softcap
-                dz_NV *= 1 - capped_NV.square()
-            dz_NV /= config.temperature
-            dz_NV = dz_NV.to(weight_VD.dtype)
+                slope_NV = 1 - (logits_NV * (config.temperature / config.softcap)).square()
+            log_p_NV = logits_NV.sub_(lse_N[part, None])
+            # d logp(y) / dz = onehot(y) - p        dH / dz = -p (log p + H)
+            factor_N1 = torch.zeros_like(lse_N[part, None])
+            if grad_logp_N is not None:
+                factor_N1 = grad_logp_N[part, None]
+            if grad_entropy_N is not None:
+                g_N1 = grad_entropy_N[part, None]
+                factor_NV = (log_p_NV + entropy_N[part, None]).mul_(g_N1).add_(factor_N1)
+                dz_NV = log_p_NV.exp_().mul_(factor_NV).neg_()
+            else:
+                dz_NV = log_p_NV.exp_().mul_(-factor_N1)
+            if grad_logp_N is not None:
+                dz_NV.scatter_add_(1, target_N[part, None], grad_logp_N[part, None])
+            if slope_NV is not None:
+                dz_NV.mul_(slope_NV)
+            dz_NV = dz_NV.div_(config.temperature).to(weight_VD.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = (dz_NV @ weight_VD).to(hidden_ND.dtype)
             if grad_weight_VD is not None:
@@ -99,5 +108,5 @@ def token_logps(
     config: HeadConfig,
 ) -> TokenLogps:
     """Return log-prob and entropy of each target token, differentiable in hidden and weight."""
-    chunk = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
+    chunk = max(1, LOGITS_BYTES[weight_VD.device.type] // (4 * weight_VD.shape[0]))
     return TokenLogps(*_HeadLogps.apply(hidden_ND.contiguous(), weight_VD, target_N, config, chunk))

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks, parse_layer_set
-from operando.models.load import Loaded, head_weight, is_llama_like
+from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.recipe import ModelConfig
@@ -32,18 +33,19 @@ from operando.run import SeedTree
 from operando.types import Batch, Trace
 
 
-class Scored:
-    """Log-probs of some rows of a batch, differentiable. logp_BT, entropy_BT, value_BT or None."""
+class Scored(NamedTuple):
+    """Log-probs, entropy and values (None without a value head) of some rows, differentiable."""
 
-    def __init__(
-        self,
-        logp_BT: Float[Tensor, "B T"],
-        entropy_BT: Float[Tensor, "B T"],
-        value_BT: Float[Tensor, "B T"] | None,
-    ) -> None:
-        self.logp_BT = logp_BT
-        self.entropy_BT = entropy_BT
-        self.value_BT = value_BT
+    logp_BT: Float[Tensor, "B T"]
+    entropy_BT: Float[Tensor, "B T"]
+    value_BT: Float[Tensor, "B T"] | None
+
+
+class Scoring(NamedTuple):
+    """A scoring pass: the trace, and the autograd graph of the whole batch where it was kept."""
+
+    trace: Trace
+    graph: Scored | None
 
 
 class Policy:
@@ -51,7 +53,7 @@ class Policy:
 
     Example:
         policy = Policy(load_model(config), config, SeedTree(0), reference=True)
-        trace = policy.score(batch)          # old log-probs, reference log-probs, entropy
+        trace = policy.score(batch).trace    # old log-probs, reference log-probs, entropy
         scored = policy.scored(batch, rows)  # the same with a gradient
     """
 
@@ -163,23 +165,28 @@ class Policy:
         reference: bool = False,
         sites: Sequence[str] = (),
         micro_tokens: int = 4096,
-    ) -> Trace:
+        keep_graph: bool = False,
+    ) -> Scoring:
         """Return old log-probs, entropy, values, activations and reference log-probs of a batch.
 
         `rows` are those that this rank scores (None: all); the others stay zero. The old log-probs
         come from the same forward, cut the same way, as the update's: the first ratio is exactly 1.
+        With `keep_graph`, a batch that is one micro-batch is scored with its autograd graph, so that
+        the first update need not run that forward again.
         """
-        micro = self.micro_batches(batch, rows, micro_tokens)
+        micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
+        keep_graph = keep_graph and len(micro) == 1
+        graph: Scored | None = None
         logp_BT = torch.zeros(batch.mask_BT.shape)
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
         acts: dict[str, Tensor] = {}
         reader = ActivationReader(self.base, sites)
-        for packs, counts in parallel.same_length(micro):
+        for packs, counts in micro:
             packed = pack_rows(batch, packs).to(self.device)
-            with reader.reading() as seen:
-                hidden_ND = completion_hidden(self.base, packed)
-            scored = self._head(hidden_ND, packed, batch, packs)
+            with torch.set_grad_enabled(keep_graph), reader.reading() as seen:
+                scored = self._head(completion_hidden(self.base, packed), packed, batch, packs)
+            graph = scored if keep_graph else None
             ref_logp_bT = None
             if reference:
                 with self.as_reference() as model:
@@ -188,15 +195,16 @@ class Policy:
             if not counts:
                 continue
             index = flat_rows(packs)
-            logp_BT[index] = scored.logp_BT.cpu()
-            entropy_BT[index] = scored.entropy_BT.cpu()
+            logp_BT[index] = scored.logp_BT.detach().cpu()
+            entropy_BT[index] = scored.entropy_BT.detach().cpu()
             if ref_logp_bT is not None:
                 ref_logp_BT[index] = ref_logp_bT
             if value_BT is not None and scored.value_BT is not None:
-                value_BT[index] = scored.value_BT.cpu()
+                value_BT[index] = scored.value_BT.detach().cpu()
             for site, acts_bSD in seen.items():
-                _store_acts(acts, site, acts_bSD, packed, batch, index)
-        return Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
+                _store_acts(acts, site, acts_bSD.detach(), packed, batch, index)
+        trace = Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
+        return Scoring(trace, graph)
 
     def _head(
         self, hidden_ND: Float[Tensor, "N D"], packed: Packed, batch: Batch, packs: Sequence[Pack]
@@ -221,12 +229,13 @@ class Policy:
 
 def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
     """Return the final hidden state before each completion token."""
-    out = model.get_decoder()(
-        input_ids=packed.ids_bS,
-        position_ids=packed.position_bS,
-        attention_mask=packed.mask_b1SS,
-        use_cache=False,
-    )
+    with lora_in_model_dtype(model):
+        out = model.get_decoder()(
+            input_ids=packed.ids_bS,
+            position_ids=packed.position_bS,
+            attention_mask=packed.mask_b1SS,
+            use_cache=False,
+        )
     return out.last_hidden_state[packed.pack_N, packed.before_N]
 
 

@@ -21,12 +21,13 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 
 from operando.errors import UserError
-from operando.models.load import LLAMA_LIKE, head_weight, is_llama_like
+from operando.models.load import LLAMA_LIKE, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, head_logits
 from operando.parallel import whole
 from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
 
 COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
+CDF_BLOCK = 256  # tokens of one block in the two-level CDF
 STOP_EVERY = 8  # decoded steps between looks for stop texts
 
 
@@ -203,9 +204,10 @@ class Engine:
             ids_PS[row, : len(prompt)] = torch.tensor(prompt, device=device)
         cache = DynamicCache(config=self.model.config)
         position_PS = torch.arange(width, device=device).expand_as(ids_PS)
-        out = self.decoder(
-            input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
-        )
+        with lora_in_model_dtype(self.model):
+            out = self.decoder(
+                input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
+            )
         hidden_PD = out.last_hidden_state[torch.arange(len(prompts)), lengths_P - 1]
         keys, values = [], []
         for layer in cache.layers:
@@ -324,18 +326,33 @@ class Engine:
 def pick(
     logits_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"] | None
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return one token a row by inverse CDF of its uniform (None: the argmax), and its log-prob."""
-    lse_B = logits_BV.logsumexp(-1)
+    """Return one token a row by inverse CDF of its uniform (None: the argmax), and its log-prob.
+
+    The CDF is taken in two levels, over blocks of the vocabulary and then inside one block, in
+    float64: in float32 the tail of a large vocabulary would be rounded away.
+    """
+    top_B = logits_BV.amax(-1, keepdim=True)
+    weight_BV = (logits_BV - top_B).exp_()
+    num_rows, vocab = weight_BV.shape
+    padded_BV = F.pad(weight_BV, (0, -vocab % CDF_BLOCK))
+    block_BKv = padded_BV.view(num_rows, -1, CDF_BLOCK)
+    sum_BK = block_BKv.sum(-1, dtype=torch.float64)
+    total_B = sum_BK.sum(-1)
     if u_B is None:
         token_B = logits_BV.argmax(-1)
     else:
-        p_BV = (logits_BV - lse_B[:, None]).exp()
-        # float64: in float32 the tail of a large vocabulary would be rounded away.
-        cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
-        target_B1 = (u_B.double() * cdf_BV[:, -1])[:, None]
-        token_B = torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
-        token_B = token_B.clamp(max=logits_BV.shape[-1] - 1)
-    return token_B, logits_BV.gather(1, token_B[:, None])[:, 0] - lse_B
+        cdf_BK = sum_BK.cumsum(-1)
+        target_B1 = u_B.double()[:, None] * cdf_BK[:, -1:]
+        block_B1 = torch.searchsorted(cdf_BK, target_B1, right=True).clamp(max=sum_BK.shape[1] - 1)
+        below_B1 = cdf_BK.gather(1, block_B1) - sum_BK.gather(1, block_B1)
+        inside_Bv = block_BKv[torch.arange(num_rows, device=block_B1.device), block_B1[:, 0]]
+        cdf_Bv = inside_Bv.cumsum(-1, dtype=torch.float64)
+        # Rounding must not push the target past the block's last token that can be drawn.
+        target_B1 = torch.minimum(target_B1 - below_B1, cdf_Bv[:, -1:] * (1 - 1e-12))
+        place_B1 = torch.searchsorted(cdf_Bv, target_B1, right=True)
+        token_B = (block_B1 * CDF_BLOCK + place_B1)[:, 0].clamp(max=vocab - 1)
+    logp_B = (logits_BV.gather(1, token_B[:, None]) - top_B)[:, 0] - total_B.log().float()
+    return token_B, logp_B
 
 
 def rotate(

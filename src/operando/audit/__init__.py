@@ -1,0 +1,1 @@
+"""What is checked about a run after the fact; only run folders are read."""

@@ -1,0 +1,1 @@
+"""What is shown of a run: one HTML page, and the model card."""

@@ -1,0 +1,1 @@
+"""Arms, seeds and the statistics that compare them."""
