@@ -162,9 +162,9 @@ class Run:
     def rewind_to(self, step: int) -> None:
         """Drop what was written after `step`, so that the resumed run writes it again."""
         self._metrics.close()
-        kept = [row for row in read_metrics(self.folder) if int(row["step"]) <= step]
+        kept = [line for line, row in _metric_lines(self.folder) if int(str(row["step"])) <= step]
         with atomic_path(self.folder / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(line + "\n" for line in kept))
         for kind in ("rollouts", "evals"):
             for file in (self.folder / kind).glob("*step_*.parquet"):
                 if int(file.stem.rpartition("_")[2]) > step:
@@ -215,20 +215,28 @@ def read_manifest(folder: Path) -> dict[str, object]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl; a last line cut by a kill is left out."""
+    """Return the rows of metrics.jsonl as floats, without what is null or text."""
+    return [
+        {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+        for _, row in _metric_lines(folder)
+    ]
+
+
+def _metric_lines(folder: Path) -> list[tuple[str, dict[str, float | int | str | None]]]:
+    """Return each line of metrics.jsonl with its row; a last line cut by a kill is left out."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    rows = []
+    found = []
     lines = file.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            found.append((line, json.loads(line)))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise UserError(f"{file}:{number} is damaged: {error}") from error
-    return rows
+    return found
 
 
 def _manifest(recipe: Recipe, command: str) -> dict[str, object]:

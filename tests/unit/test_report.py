@@ -52,7 +52,7 @@ def make_run(
 
 
 def metrics_row(step: int, *, kl: bool) -> dict[str, float | None]:
-    row: dict[str, float | None] = {"step": float(step)}  # read_metrics promises floats
+    row: dict[str, float | None] = {"step": step}
     if step % 10 == 0:
         right = sum(BEFORE if step == 0 else AFTER) / 20
         row |= {"eval/correct": right, "eval/n": 20.0, "eval/rewards/contains": right}

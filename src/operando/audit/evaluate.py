@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from operando.study.stats import PairedDifference, paired_difference
-
 from operando.errors import UserError
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
@@ -14,6 +12,7 @@ from operando.rollout.held_out import Judged, answer_greedily
 from operando.rollout.sampler import Sampling, make_sampler
 from operando.run import SeedTree, read_recipe, write_parquet
 from operando.setup import make_prompt_sets
+from operando.study.stats import PairedDifference, paired_difference
 from operando.tasks.load import load_task
 from operando.update.checkpoint import load_weights, weight_steps
 

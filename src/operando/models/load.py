@@ -44,7 +44,7 @@ def cache_folder() -> Path:
 
 def imported_models() -> list[str]:
     """Return the names that `operando import` has made."""
-    return sorted(f.parent.name for f in (cache_folder() / "models").glob("*/config.json"))
+    return sorted(f.parent.name for f in (cache_folder() / "models").glob("[!.]*/config.json"))
 
 
 def resolve(model_id: str) -> str:

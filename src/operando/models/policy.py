@@ -171,7 +171,7 @@ class Policy:
 
         `rows` are those that this rank scores (None: all); the others stay zero. The old log-probs
         come from the same forward, cut the same way, as the update's: the first ratio is exactly 1.
-        With `keep_graph`, a batch that is one micro-batch is scored with its autograd graph, so that
+        With `keep_graph`, a batch of one micro-batch is scored with its autograd graph, so that
         the first update need not run that forward again.
         """
         micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
