@@ -25,6 +25,8 @@ def quieten_libraries() -> None:
     """Keep other libraries' progress bars and notices out of the display."""
     from transformers.utils import logging as hf_logging
 
+    # The display shows warnings itself.
+    logging.getLogger("operando").addHandler(logging.NullHandler())
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,0 +1,163 @@
+"""A whole GRPO step: operando against TRL, in one run, each in a process of its own.
+
+    .venv-interop/bin/python benchmarks/grpo_step.py --model smollm2 --dtype bfloat16
+
+Same model, prompts, reward, LoRA (rank 32 on all seven projections), KL term, group size and
+token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
+checkpointing off, which is faster. Reported: median seconds a step after the first, where they went,
+mean completion length (the work must be alike), peak resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def reward(completions: list[object], **_: object) -> list[float]:
+    """Pays for a length near 100 characters: every group has signal."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [-abs(len(t) - 100) / 100 for t in texts]
+
+
+def run_operando(args: argparse.Namespace) -> dict[str, object]:
+    from rich.console import Console
+
+    from operando.launch import launch
+    from operando.recipe import Recipe
+    from operando.recipe_io import check
+    from operando.run import read_metrics
+
+    with tempfile.TemporaryDirectory() as folder:
+        tables: dict[str, object] = {
+            "name": "bench", "steps": args.steps, "runs_dir": folder,
+            "model": {"id": args.model, "dtype": args.dtype, "lora": {"rank": 32, "alpha": 32}},
+            "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
+            "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
+                        "max_completion_length": args.new},
+            "rewards": {"length": {"kind": "function"}},
+            "kl": {"coef": 0.04, "unbiased": False},
+            "optim": {"lr": 1e-5},
+            "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
+            "checkpoint": {"every": 10_000},
+        }  # fmt: skip
+        recipe = check(Recipe, tables, "benchmark")
+        run = launch(Console(quiet=True), recipe, functions={"length": reward})
+        assert run is not None
+        rows = read_metrics(run)[2:]
+    parts = ("time/step", "time/sample", "time/score", "time/reward", "time/update")
+    return {
+        "seconds": statistics.median(r["time/step"] for r in rows),
+        "parts": {p: round(statistics.median(r[p] for r in rows), 2) for p in parts},
+        "mean_length": statistics.mean(r["completions/mean_length"] for r in rows),
+    }
+
+
+def run_trl(args: argparse.Namespace) -> dict[str, object]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from operando.models.load import resolve
+    from operando.recipe import WordsTaskConfig
+    from operando.tasks.words import load_words
+
+    where = resolve(args.model)
+    task = load_words(WordsTaskConfig(kind="words", num_steps=(1,), num_train=64, num_held_out=1))
+    data = Dataset.from_list([{"prompt": f"Q: {e.question}\nA:"} for e in task.train])
+    seconds: list[float] = []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype)),
+            reward_funcs=[reward],
+            args=GRPOConfig(
+                output_dir=folder, max_steps=args.steps, num_generations=args.group,
+                per_device_train_batch_size=args.prompts * args.group,
+                max_completion_length=args.new, beta=0.04, learning_rate=1e-5,
+                use_bias_correction_kl=False, use_cpu=True, bf16=False, report_to=[],
+                save_strategy="no", logging_steps=1, gradient_checkpointing=False,
+                temperature=1.0, disable_tqdm=True,
+            ),
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(where),
+            peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=targets),
+            callbacks=[Timer()],
+        )  # fmt: skip
+        parts: dict[str, float] = {"sample": 0.0, "sample+score": 0.0}
+        for name, key in (
+            ("_generate_single_turn", "sample"), ("_generate_and_score_completions", "sample+score")
+        ):  # fmt: skip
+            _timed(trainer, name, key, parts)
+        trainer.train()
+    lengths = [h["completions/mean_length"] for h in trainer.state.log_history if "kl" in h]
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "parts": {k: round(v / args.steps, 2) for k, v in parts.items()},
+        "mean_length": statistics.mean(lengths[1:]),
+    }
+
+
+def _timed(trainer: object, name: str, key: str, parts: dict[str, float]) -> None:
+    inner = getattr(trainer, name)
+
+    def timed(*args: object, **keywords: object) -> object:
+        started = time.perf_counter()
+        result = inner(*args, **keywords)
+        parts[key] += time.perf_counter() - started
+        return result
+
+    setattr(trainer, name, timed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", choices=("operando", "trl"))
+    args = parser.parse_args()
+    if args.only:
+        result = run_operando(args) if args.only == "operando" else run_trl(args)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print("RESULT " + json.dumps(result | {"peak_mb": peak}))
+        return
+    results = {}
+    for peer in ("operando", "trl"):
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).resolve()), "--only", peer, *sys.argv[1:]],
+            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
+        )  # fmt: skip
+        lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}")
+        results[peer] = json.loads(lines[0].removeprefix("RESULT "))
+    ratio = results["trl"]["seconds"] / results["operando"]["seconds"]
+    memory = results["trl"]["peak_mb"] / results["operando"]["peak_mb"]
+    print(json.dumps(results | {"speed_ratio": round(ratio, 2), "memory_ratio": round(memory, 2)},
+                     indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
