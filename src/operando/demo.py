@@ -101,8 +101,9 @@ def show_findings(console: Console, folder: Path) -> None:
     """Print what the doctor finds in the run, in words, with the remedy."""
     max_grad_norm = read_recipe(folder).optim.max_grad_norm
     for finding in diagnose(read_metrics(folder), max_grad_norm):
-        console.print(f"{finding.severity}: {finding.sentence}", style="bold", highlight=False)
-        console.print(f"  remedy: {finding.remedy}", highlight=False)
+        text = f"{finding.severity}: {finding.sentence}"
+        console.print(text, style="bold", highlight=False, markup=False)
+        console.print(f"  remedy: {finding.remedy}", highlight=False, markup=False)
 
 
 def _held_out(folder: Path, *, first: bool) -> list[bool]:

@@ -71,7 +71,8 @@ def _train_shown(
             for warning in run.warnings():
                 if warning not in shown:
                     shown.add(warning)
-                    console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+                    text = f"warning: {warning}"
+                    console.print(text, style="yellow", soft_wrap=True, markup=False)
 
         train(recipe, run, functions=functions, on_step=on_step)
 
@@ -90,7 +91,7 @@ def dry_run(console: Console, recipe: Recipe) -> None:
         run.close()
     trainable = setup.policy.trainable()
     count = sum(p.numel() for p in trainable.values())
-    console.print(to_toml(recipe), highlight=False)
+    console.print(to_toml(recipe), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"ok: {count:,} trained parameters in {len(trainable)} tensors, blocks "
         f"{setup.policy.layers[0]}-{setup.policy.layers[-1]} of {len(setup.policy.blocks)}; "

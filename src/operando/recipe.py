@@ -178,7 +178,7 @@ class FunctionReward(Config):
     kind: Literal["function"]
     """A function with TRL's reward signature: "package.module:name" or "path/file.py:name"."""
     path: str = ""
-    """Empty: the function is handed to operando.train(functions={...}) under the part's name."""
+    """Empty: operando.launch.launch(functions={...}) gets the function, under the part name."""
     weight: float = 1.0
 
     @model_validator(mode="after")
@@ -234,11 +234,17 @@ class GaeAdvantage(Config):
     kind: Literal["gae"]
     """PPO: generalised advantage estimation with a value head."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount a token."""
     lam: float = Field(default=1.0, ge=0, le=1)
+    """1: returns minus values; 0: one-step differences."""
     whiten: bool = True
+    """Scale advantages to mean 0 and std 1 over the batch's tokens."""
     value_lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of the value head."""
     value_coef: float = Field(default=0.1, gt=0)
+    """Weight of the value loss, which also reaches the trained layers below the head."""
     value_clip: float | None = Field(default=0.5, gt=0)
+    """Largest change of a value in one update; absent: none."""
 
 
 AdvantageConfig = Annotated[
@@ -277,7 +283,10 @@ class KlConfig(Config):
     coef: float = Field(ge=0)
     """0 is an error: leave the table out instead."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of d = logp - ref_logp: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d. In the reward only k1 has
+    the gradient of a KL."""
     place: Literal["loss", "reward"] = "loss"
+    """Where it acts: a term of the loss, or subtracted from every token's reward."""
     unbiased: bool = True
     """In the loss: multiply by the differentiable ratio (its gradient is then that of the reverse
     KL). TRL's use_bias_correction_kl."""
@@ -286,6 +295,8 @@ class KlConfig(Config):
     def _check(self) -> KlConfig:
         if self.coef == 0:
             raise ValueError("coef = 0 would be inert; leave the [kl] table out instead")
+        if self.place == "reward" and "unbiased" in self.model_fields_set:
+            raise ValueError("unbiased is about a KL in the loss; in the reward it is inert")
         if self.estimator == "k1" and self.place == "loss" and not self.unbiased:
             raise ValueError("k1 in the loss has zero expected gradient; use k2, k3 or unbiased")
         return self
@@ -303,18 +314,26 @@ class UpdateConfig(Config):
     micro_tokens: int = Field(default=4096, ge=1)
     """Tokens (padding included) in one forward and backward. Changes memory, never the gradient."""
     entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus (nats a token)."""
     sampler_correction: Literal["none", "token", "sequence"] = "none"
     """Truncated importance weights for the gap between sampler and trainer."""
     sampler_cap: float = Field(default=2.0, gt=0)
+    """Largest importance weight."""
 
 
 class OptimConfig(Config):
     lr: float = Field(default=1e-4, gt=0)
+    """Base learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes on after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's averaging of gradient and squared gradient."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients with a larger L2 norm are scaled down to it."""
 
 
 # --- around the loop -----------------------------------------------------------------------------
@@ -350,8 +369,11 @@ class Recipe(Config):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """The run is written to runs/<name>."""
     steps: int = Field(ge=1)
+    """Batches of rollouts to train on."""
     seed: int = Field(default=0, ge=0)
+    """Root of every random stream."""
     runs_dir: str = "runs"
+    """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
     task: Annotated[WordsTaskConfig | Gsm8kTaskConfig, Field(discriminator="kind")]
     prompt: PromptConfig = PromptConfig()
@@ -394,6 +416,10 @@ class Recipe(Config):
             )
         if isinstance(self.advantage, OtherGroupsAdvantage) and self.rollout.num_prompts < 2:
             problems.append("advantage.kind = 'leave_one_group_out' needs rollout.num_prompts >= 2")
+        if group < 2 and "zero_variance" in self.rollout.discard:
+            problems.append(
+                "rollout.discard: a group of one never varies, so all would be discarded"
+            )
         rows = self.rollout.num_prompts * group
         if rows % self.update.num_minibatches:
             problems.append(

@@ -9,7 +9,6 @@ import torch
 
 from operando import parallel
 from operando.errors import UserError
-from operando.integrations.tracking import Tracker, open_tracker
 from operando.models.load import Loaded, load_model, pad_id, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import GaeAdvantage, Recipe
@@ -49,7 +48,6 @@ class Setup:
     sampler: Sampler
     parts: list[RewardPart]
     optimizer: torch.optim.AdamW
-    tracker: Tracker
     pad_id: int
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -91,7 +89,6 @@ def set_up(
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
-        open_tracker(recipe.tracking, recipe.name, recipe.model_dump(mode="json")),
         pad_id=pad_id(loaded.tokenizer),
     )  # fmt: skip
     if parallel.rank() == 0:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from operando import parallel
+from operando.integrations.tracking import Tracker, open_tracker
 from operando.models.load import Loaded
 from operando.models.policy import Policy, Scoring, flat_rows
-from operando.recipe import Recipe
+from operando.recipe import Recipe, TrackingConfig
 from operando.records import (
     Clock,
     batch_metrics,
@@ -66,16 +67,18 @@ def train(
 ) -> None:
     """Train as the recipe says and leave everything in the run folder; resume where it stopped."""
     setup = set_up(recipe, run, functions or {}, loaded)
+    tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
+    tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     setup.gradient_transforms, setup.update_transforms = gradient_transforms, update_transforms
     started = time.monotonic()
     done = resume(setup)
     if done == 0:
-        report_step(setup, 0, None, evaluate(setup, 0), on_step)
+        report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
     for step in range(done + 1, recipe.steps + 1):
         metrics, batch = train_step(setup, step)
         if step % recipe.eval.every == 0 or step == recipe.steps:
             metrics |= evaluate(setup, step)
-        report_step(setup, step, batch, metrics, on_step)
+        report_step(setup, tracker, step, batch, metrics, on_step)
         if step % recipe.checkpoint.every == 0 or step == recipe.steps:
             card = draft_card(recipe, step, setup.policy)
             save_checkpoint(
@@ -83,7 +86,7 @@ def train(
             )
     if parallel.rank() == 0:
         write_results(run, recipe, time.monotonic() - started)
-    setup.tracker.finish()
+    tracker.finish()
 
 
 def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
@@ -176,9 +179,15 @@ def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace:
         parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
         weights=paid.weights,
         total_BT=parallel.gather_rows(paid.total_BT),
-        metrics=paid.metrics,
+        metrics=mean_over_ranks(paid.metrics),
         columns={name: parallel.gather_list(column) for name, column in paid.columns.items()},
     )
+
+
+def mean_over_ranks(mine: Mapping[str, float]) -> dict[str, float]:
+    """Return each logged metric averaged over the ranks, which hold equally many rollouts."""
+    logged = parallel.gather_list([mine])
+    return {name: sum(one[name] for one in logged) / len(logged) for name in mine}
 
 
 def update(
@@ -302,6 +311,7 @@ def check_first_update(
 
 def report_step(
     setup: Setup,
+    tracker: Tracker,
     step: int,
     batch: Batch | None,
     metrics: dict[str, float],
@@ -312,5 +322,5 @@ def report_step(
         return
     row = {"step": step} | metrics
     setup.run.log_metrics(row)
-    setup.tracker.log(step, row)
+    tracker.log(step, row)
     on_step(StepReport(step, setup.recipe.steps, row, batch))

@@ -128,6 +128,7 @@ class Policy:
         if isinstance(self.model, PeftModel):
             config = self.model.peft_config["default"]
             config.inference_mode = True
+            config.base_model_name_or_path = self.config.id  # not the path it was loaded from
             config.save_pretrained(str(folder))
             config.inference_mode = False
             save_file(dict(weights), folder / "adapter_model.safetensors", {"format": "pt"})

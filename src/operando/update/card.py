@@ -16,7 +16,9 @@ def draft_card(recipe: Recipe, step: int, policy: Policy) -> str:
     count = sum(p.numel() for p in policy.trainable().values())
     layers = f"{policy.layers[0]}-{policy.layers[-1]}" if policy.layers else "none"
     library = "peft" if lora is not None else "transformers"
-    base = f'AutoModelForCausalLM.from_pretrained("{recipe.model.id}")'
+    own = recipe.model.id == "starter"
+    name = "operando.models.load.STARTER" if own else f'"{recipe.model.id}"'
+    base = f"AutoModelForCausalLM.from_pretrained({name})"
     load = (
         f"PeftModel.from_pretrained({base}, HERE)"
         if lora is not None
@@ -35,6 +37,7 @@ tags: [operando, reinforcement-learning]
 Not evaluated in this card: see `results.json` and `evals/` of the run.
 
 ```python
+{"import operando.models.load" if own else "# the base model is loaded by its name"}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from operando.models.policy import Policy, flat_rows
 from operando.types import Batch, Rewards, Trace
@@ -52,7 +53,7 @@ def check_rollouts(policy: Policy, batch: Batch, trace: Trace, rewards: Rewards)
             'float32, or update.sampler_correction = "token"'
         )
     copies = duplicate_fraction(batch)
-    if copies > 0.5:
+    if copies > 0.8:
         warnings.append(
             f"{copies:.0%} of the completions are copies of a sibling: sampling is near-greedy. "
             "Raise rollout.temperature, or check the model's entropy"
@@ -64,7 +65,7 @@ def check_rollouts(policy: Policy, batch: Batch, trace: Trace, rewards: Rewards)
             "rollout.max_completion_length, or give a rollout.stop text"
         )
     flat = zero_variance_fraction(batch, rewards)
-    if flat == 1.0:
+    if flat == 1.0 and batch.group_size > 1:
         warnings.append(
             "no group has siblings with different rewards, so the first step teaches nothing: "
             "easier problems, more siblings (rollout.num_generations), or a denser reward"
@@ -123,6 +124,12 @@ def duplicate_fraction(batch: Batch) -> float:
 
 def zero_variance_fraction(batch: Batch, rewards: Rewards) -> float:
     """Return the share of groups whose returns are all equal."""
+    return float(zero_variance_groups(batch, rewards).float().mean())
+
+
+def zero_variance_groups(batch: Batch, rewards: Rewards) -> Bool[Tensor, " P"]:
+    """Return which groups have returns that are all equal; returns that don't apply don't count."""
     return_PG = masked_sum(rewards.total_BT, batch.mask_BT).view(-1, batch.group_size)
-    spread_P = return_PG.nan_to_num(0.0).amax(1) - return_PG.nan_to_num(0.0).amin(1)
-    return float((spread_P == 0).float().mean())
+    high_P = return_PG.nan_to_num(nan=-torch.inf).amax(1)
+    low_P = return_PG.nan_to_num(nan=torch.inf).amin(1)
+    return high_P <= low_P

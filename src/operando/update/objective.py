@@ -23,7 +23,8 @@ from operando.recipe import (
 from operando.types import Batch, Rewards, Trace
 from operando.update import advantages as adv
 from operando.update import losses
-from operando.update.reduce import masked_sum, zero_outside
+from operando.update.hygiene import zero_variance_groups
+from operando.update.reduce import zero_outside
 
 
 class Credit(NamedTuple):
@@ -91,9 +92,7 @@ def discarded_rows(recipe: Recipe, batch: Batch, rewards: Rewards) -> Bool[Tenso
     if "truncated" in recipe.rollout.discard:
         gone_B |= torch.tensor([r.is_truncated for r in batch.rollouts])
     if "zero_variance" in recipe.rollout.discard:
-        return_PG = masked_sum(rewards.total_BT, batch.mask_BT).view(-1, batch.group_size)
-        flat_P = (return_PG - return_PG[:, :1]).abs().amax(1) == 0
-        gone_B |= flat_P.repeat_interleave(batch.group_size)
+        gone_B |= zero_variance_groups(batch, rewards).repeat_interleave(batch.group_size)
     return gone_B
 
 
