@@ -2,7 +2,7 @@
 
     .venv-interop/bin/python benchmarks/grpo_step.py --model smollm2 --dtype bfloat16
 
-Same model, prompts, reward, LoRA (rank 32 on all seven projections), KL term, group size and
+Same model, prompts, reward, LoRA (rank 32, all seven projections), KL term, group size and
 token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
 checkpointing off, which is faster. Reported: median seconds a step after the first, where they went,
 mean completion length (the work must be alike), peak resident memory.

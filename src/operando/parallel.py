@@ -106,7 +106,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def shard_model(model: nn.Module, blocks: nn.ModuleList) -> None:
-    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), block by block."""
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), block by block.
+
+    `model` is the decoder; an output head of its own stays whole on every rank.
+    """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     for block in blocks:
@@ -114,7 +117,9 @@ def shard_model(model: nn.Module, blocks: nn.ModuleList) -> None:
     fully_shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sum, as the loss weights are global
+            # A sum, as the loss weights are global; gloo knows no scaled reduction.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -222,7 +222,8 @@ def update(
                 objective = micro_objective(recipe, new, targets)
                 objective.loss.backward()
                 if counts:
-                    objectives.append(objective)
+                    objectives.append(objective._replace(loss=objective.loss.detach().cpu()))
+            objectives = parallel.gather_list(objectives)
             parallel.sum_gradients([*policy.trainable().values(), *policy.value_parameters()])
             taken = apply_update(  # seam 3: gradient and update transforms; seam 4: what may change
                 setup.optimizer,
@@ -233,7 +234,7 @@ def update(
                 setup.gradient_transforms,
                 setup.update_transforms,
             )
-            if step == 1 and not stats and parallel.rank() == 0:
+            if step == 1 and not stats:
                 check_first_update(setup, batch, objectives, taken, credited)
             stats.append(update_metrics(objectives, taken, totals))
     mean = {key: sum(s[key] for s in stats) / len(stats) for key in (stats[0] if stats else {})}
@@ -305,8 +306,9 @@ def check_first_update(
         *hygiene.check_padding(setup.policy, batch),
         *hygiene.check_gradients(taken.without_gradient, bool(credited.adv_BT.any())),
     ]
-    for finding in findings:
-        setup.run.warn(finding)
+    if parallel.rank() == 0:  # the forwards above are collective under FSDP
+        for finding in findings:
+            setup.run.warn(finding)
 
 
 def report_step(

@@ -118,7 +118,7 @@ class Policy:
     def save_weights(self) -> dict[str, Tensor]:
         """Return what save_pretrained writes: adapter or all weights (collective if sharded)."""
         if isinstance(self.model, PeftModel):
-            found = get_peft_model_state_dict(self.model)
+            found = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         else:
             found = self.base.state_dict()
         return {name: parallel.whole(t.detach()).cpu().contiguous() for name, t in found.items()}
@@ -150,7 +150,7 @@ class Policy:
                 f'parallel.kind = "fsdp" with LoRA needs model.dtype = "float32", got '
                 f"{self.config.dtype!r}; or use ddp"
             )
-        parallel.shard_model(self.base, self.blocks)
+        parallel.shard_model(self.base.get_decoder(), self.blocks)
 
     def scored(self, batch: Batch, packs: Sequence[Pack]) -> Scored:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""

@@ -125,7 +125,7 @@ class Engine:
         self.embed_scale = config.hidden_size**0.5 if gemma else None
         self.activation: nn.Module = ACT2FN[config.hidden_act]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
