@@ -4,7 +4,7 @@
 
 Same model, prompts, reward, LoRA (rank 32, all seven projections), KL term, group size and
 token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
-checkpointing off, which is faster. Reported: median seconds a step after the first, where they went,
+checkpointing off, which is faster. Reported: median seconds a step after the first, their parts,
 mean completion length (the work must be alike), peak resident memory.
 """
 

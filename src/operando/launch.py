@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from operando.display import RunDisplay
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.rewards.base import RewardFunction
-from operando.run import Run
+from operando.run import Run, read_metrics
 from operando.setup import StepReport
 from operando.train import train
 
@@ -53,8 +54,12 @@ def launch(
         else:
             parallel.barrier()
             run = Run.follow(recipe)
-        _train_shown(console, recipe, run, functions or {})
-        run.close()
+        try:
+            _train_shown(console, recipe, run, functions or {})
+        finally:
+            run.close()
+            if parallel.rank() == 0 and len(read_metrics(folder)) <= 1 and not resume:
+                shutil.rmtree(folder)  # nothing was trained: the next try may have the name
         return folder if parallel.rank() == 0 else None
     finally:
         parallel.stop()

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 T = TypeVar("T")
 
@@ -123,5 +123,10 @@ def shard_model(model: nn.Module, blocks: nn.ModuleList) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded one (a collective), any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Return the full tensor of a sharded one (a collective), any other tensor as it is.
+
+    Its gradient on each rank is a part; the sum over ranks goes back to the shards.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)

@@ -295,7 +295,7 @@ class KlConfig(Config):
     def _check(self) -> KlConfig:
         if self.coef == 0:
             raise ValueError("coef = 0 would be inert; leave the [kl] table out instead")
-        if self.place == "reward" and "unbiased" in self.model_fields_set:
+        if self.place == "reward" and not self.unbiased:
             raise ValueError("unbiased is about a KL in the loss; in the reward it is inert")
         if self.estimator == "k1" and self.place == "loss" and not self.unbiased:
             raise ValueError("k1 in the loss has zero expected gradient; use k2, k3 or unbiased")

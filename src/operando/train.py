@@ -114,7 +114,7 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
             setup.run.warn(warning)
     updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
     clock.lap("update")
-    metrics = {"step": step} | batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
+    metrics = batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
     if parallel.rank() == 0:
         write_rollouts(setup.run, step, setup.policy.tokenizer, batch, rewards, trace,
@@ -238,7 +238,7 @@ def update(
                 check_first_update(setup, batch, objectives, taken, credited)
             stats.append(update_metrics(objectives, taken, totals))
     mean = {key: sum(s[key] for s in stats) / len(stats) for key in (stats[0] if stats else {})}
-    return mean | {"updates": len(stats)}
+    return mean | {"updates": float(len(stats))}
 
 
 def minibatches(setup: Setup, step: int, epoch: int, num_rows: int) -> list[list[int]]:
@@ -322,7 +322,6 @@ def report_step(
     """Write one line of metrics.jsonl, tell the tracker and the caller."""
     if parallel.rank() != 0:
         return
-    row = {"step": step} | metrics
-    setup.run.log_metrics(row)
-    tracker.log(step, row)
-    on_step(StepReport(step, setup.recipe.steps, row, batch))
+    setup.run.log_metrics({"step": step} | metrics)
+    tracker.log(step, metrics)
+    on_step(StepReport(step, setup.recipe.steps, metrics, batch))

@@ -85,7 +85,6 @@ class Policy:
             self.model = _with_lora(base, self.blocks_name, self.layers, config, seeds)
         if config.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
         self.base = base
         # Packs need an attention mask of their own; plain causal attention is sure to obey it.
         self.shares_prompts = is_llama_like(base)
@@ -120,7 +119,9 @@ class Policy:
         if isinstance(self.model, PeftModel):
             found = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         else:
-            found = self.base.state_dict()
+            # Tied weights once, as transformers writes them.
+            tied = self.base.all_tied_weights_keys
+            found = {name: t for name, t in self.base.state_dict().items() if name not in tied}
         return {name: parallel.whole(t.detach()).cpu().contiguous() for name, t in found.items()}
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -151,11 +152,12 @@ class Policy:
                 f"{self.config.dtype!r}; or use ddp"
             )
         parallel.shard_model(self.base.get_decoder(), self.blocks)
+        self.base.tie_weights()  # the head of a tied model is the sharded embedding again
 
     def scored(self, batch: Batch, packs: Sequence[Pack]) -> Scored:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
         packed = pack_rows(batch, packs).to(self.device)
-        return self._head(completion_hidden(self.base, packed), packed, batch, packs)
+        return self._head(self._hidden(packed), packed, batch, packs)
 
     @torch.no_grad()
     def score(
@@ -186,7 +188,7 @@ class Policy:
         for packs, counts in micro:
             packed = pack_rows(batch, packs).to(self.device)
             with torch.set_grad_enabled(keep_graph), reader.reading() as seen:
-                scored = self._head(completion_hidden(self.base, packed), packed, batch, packs)
+                scored = self._head(self._hidden(packed), packed, batch, packs)
             graph = scored if keep_graph else None
             ref_logp_bT = None
             if reference:
@@ -206,6 +208,17 @@ class Policy:
                 _store_acts(acts, site, acts_bSD.detach(), packed, batch, index)
         trace = Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
         return Scoring(trace, graph)
+
+    def _hidden(self, packed: Packed) -> Float[Tensor, "N D"]:
+        """Return the final hidden states of the policy.
+
+        transformers recomputes blocks only in train mode, where it also refuses the sampler's
+        cache: the mode is on for this forward alone.
+        """
+        self.base.train(self.config.gradient_checkpointing)
+        hidden_ND = completion_hidden(self.base, packed)
+        self.base.eval()
+        return hidden_ND
 
     def _head(
         self, hidden_ND: Float[Tensor, "N D"], packed: Packed, batch: Batch, packs: Sequence[Pack]
