@@ -128,6 +128,8 @@ def as_tokens(
         if value is None:
             reward_BT[b, :length] = torch.nan
             continue
+        if isinstance(value, str):
+            raise UserError(f"reward {name!r}, completion {b}: expected a number, got {value!r}")
         if isinstance(value, Sequence):
             if len(value) != length:
                 raise UserError(
@@ -157,7 +159,10 @@ def load_function(path: str) -> RewardFunction:
         spec = importlib.util.spec_from_file_location(f"operando_reward_{file.stem}", file)
         assert spec is not None and spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError) as error:
+            raise UserError(f"reward path {path!r}: {error}") from error
     else:
         if "" not in sys.path:
             sys.path.insert(0, "")
