@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from operando.audit.doctor import diagnose
-from operando.display import paired_sentence
 from operando.launch import launch
 from operando.recipe import Recipe
 from operando.recipe_io import load_recipe
+from operando.report.cards import paired_sentence
 from operando.report.html import write_report
 from operando.run import free_name, read_metrics, read_recipe
 from operando.study.stats import paired_difference, wilson

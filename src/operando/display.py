@@ -14,8 +14,9 @@ from rich.text import Text
 
 from operando.audit.evaluate import Evaluation
 from operando.pretrain.lm import PretrainProgress
+from operando.report.cards import paired_sentence
 from operando.setup import StepReport
-from operando.study.stats import PairedDifference, wilson
+from operando.study.stats import wilson
 
 SHOWN = (
     ("reward", "reward", "{:.3f}"),
@@ -160,13 +161,3 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(paired_sentence(result.paired), highlight=False)
-
-
-def paired_sentence(paired: PairedDifference) -> str:
-    """Return a paired difference in words."""
-    d = paired.difference
-    return (
-        f"paired difference {100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to "
-        f"{100 * d.high:+.1f}, n = {paired.n}); {paired.gained} gained, {paired.lost} lost, "
-        f"exact McNemar p = {paired.p_value:.2g}"
-    )
