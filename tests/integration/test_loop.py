@@ -1,24 +1,18 @@
-"""The loop end to end on the starter: files, PEFT, bit-equal resume, two processes, errors."""
+"""Other algorithms through the same loop, two processes, and bad input, on the starter."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from operando import cli
 from operando.launch import launch
-from operando.models.load import STARTER
 from operando.recipe_io import load_recipe
 from operando.run import read_metrics
 
@@ -43,55 +37,6 @@ def adapter(folder: Path, step: int = 4) -> bytes:
     return (folder / f"checkpoints/step_{step:05d}/adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_leaves_its_files_and_a_plain_peft_adapter(tmp_path: Path) -> None:
-    folder = train_tiny(tmp_path)
-    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3, 4]
-    for name in (
-        "recipe.toml",
-        "manifest.json",
-        "results.json",
-        "rollouts/step_00004.parquet",
-        "evals/held_out_step_00000.parquet",
-        "checkpoints/step_00002/README.md",
-    ):
-        assert (folder / name).is_file(), name
-    config = json.loads((folder / "checkpoints/step_00004/adapter_config.json").read_text())
-    assert config["layers_to_transform"] == [3, 4, 5]
-    assert "/" not in config["base_model_name_or_path"], "a path of this machine"
-    base = AutoModelForCausalLM.from_pretrained(STARTER).eval()
-    ids = torch.arange(5, 25)[None]
-    before = base(ids).logits
-    peft = PeftModel.from_pretrained(base, str(folder / "checkpoints/step_00004"))
-    assert (peft(ids).logits - before).abs().max() > 1e-4, "the adapter should do something"
-
-
-@pytest.mark.parametrize("kill_after", [1, 3])
-def test_resume_after_a_hard_kill_is_bit_equal(tmp_path: Path, kill_after: int) -> None:
-    whole = train_tiny(tmp_path / "whole")
-    where = f"runs_dir={tmp_path / 'killed'}"
-    command = [sys.executable, "-m", "operando", "train", "tiny", where]
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    killed = tmp_path / "killed" / "tiny"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        file = killed / "metrics.jsonl"
-        if file.is_file() and len(file.read_text().splitlines()) > kill_after:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run([*command, "--resume"], env=ENV, check=True, capture_output=True)
-    assert comparable(killed) == comparable(whole)
-    assert adapter(killed) == adapter(whole)
-
-
-def test_the_seed_decides(tmp_path: Path) -> None:
-    first, again = train_tiny(tmp_path / "a"), train_tiny(tmp_path / "b")
-    assert comparable(first) == comparable(again) and adapter(first) == adapter(again)
-    other = train_tiny(tmp_path / "c", "seed=1")
-    assert comparable(other) != comparable(first)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -107,36 +52,6 @@ def test_other_algorithms_go_through_the_same_loop(tmp_path: Path, overrides: tu
     rows = read_metrics(folder)
     assert any(row.get("update_norm", 0) > 0 for row in rows)
     assert adapter(folder, 2) != adapter(train_tiny(tmp_path / "b", "steps=2"), 2)
-
-
-def test_full_training_moves_only_the_layer_set(tmp_path: Path) -> None:
-    recipe = load_recipe("tiny", (f"runs_dir={tmp_path}", "steps=2"))
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
-    folder = launch(Console(quiet=True), recipe)
-    base = AutoModelForCausalLM.from_pretrained(STARTER).state_dict()
-    trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoints/step_00002").state_dict()
-    changed = {name for name in base if not torch.equal(base[name], trained[name])}
-    assert changed and all(name.split(".")[2] in ("3", "4", "5") for name in changed), changed
-
-
-def test_a_planted_rule_is_learned_and_a_shuffled_reward_is_not(tmp_path: Path) -> None:
-    def has_steps(completions: list[str], **_: object) -> list[float]:
-        return [float(";" in c or "=" in c) for c in completions]
-
-    def shuffled(completions: list[str], **_: object) -> list[float]:
-        return [float(hash((i * 7919, len(completions))) % 2) for i, _ in enumerate(completions)]
-
-    settings = (
-        "steps=14", "rewards.correct.weight=0", "rewards.format.weight=0", "eval.every=14",
-        "rewards={paid={kind='function'},probe={kind='function',weight=0}}", "optim.lr=3e-3",
-        "rollout.num_prompts=8", "model.layers=all", "checkpoint.every=14",
-    )  # fmt: skip
-    rule = {"paid": has_steps, "probe": has_steps}
-    learned = read_metrics(train_tiny(tmp_path / "a", *settings, functions=rule))
-    noise = {"paid": shuffled, "probe": has_steps}
-    unlearned = read_metrics(train_tiny(tmp_path / "b", *settings, functions=noise))
-    assert learned[1]["rewards/probe/mean"] < 0.7 and learned[-1]["rewards/probe/mean"] > 0.9
-    assert unlearned[-1]["rewards/probe/mean"] < 0.8
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

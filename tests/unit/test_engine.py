@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
+from torch import Tensor
 
 from operando.errors import UserError
 from operando.rollout.engine import Engine, pick
@@ -49,6 +52,33 @@ def test_greedy_equals_hf_generate(family: str, lora: bool) -> None:
     got = Engine(model, byte_tokenizer(), EOS).sample(PROMPTS, 1, Sampling(24), None)
     for prompt, one in zip(PROMPTS, got, strict=True):
         assert list(one.ids) == hf_greedy(model, prompt, 24)
+
+
+def test_fixed_buffers_of_a_captured_step_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph demands, without one: fixed inputs and outputs."""
+
+    def capture(step: Callable[[Tensor], Tensor], token_B: Tensor) -> Callable[[Tensor], Tensor]:
+        token_in_B = token_B.clone()
+        out_BD = step(token_in_B)
+
+        def replay(token_B: Tensor) -> Tensor:
+            token_in_B.copy_(token_B)
+            return out_BD.copy_(step(token_in_B))
+
+        captures.append(len(token_B))
+        return replay
+
+    captures: list[int] = []
+    monkeypatch.setattr("operando.rollout.engine.capture", capture)
+    engine = Engine(tiny_model("qwen2"), byte_tokenizer(), tuple(range(60)))
+    uniforms = uniform_streams(SeedTree(0), 2, range(4), 6, 70)
+    plain = engine.sample(PROMPTS, 6, Sampling(70), uniforms)
+    assert not captures
+    engine.use_graphs = True
+    assert [one.ids for one in engine.sample(PROMPTS, 6, Sampling(70), uniforms)] == [
+        one.ids for one in plain
+    ]
+    assert len(captures) >= 4 and min(captures) <= 12, "room grew and rows were compacted"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])

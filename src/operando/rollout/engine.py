@@ -8,8 +8,9 @@ S cache length, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from operando.parallel import whole
 from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
 
 COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
+COMPACT_GRAPH_BELOW = 0.5  # the same under CUDA graphs, where a new batch size is a new capture
+FIRST_TOKENS = 16  # room for this many new tokens at first; it doubles when it is full
+GRAPH_FROM = 64  # completions shorter than this are not worth a capture
 CDF_BLOCK = 256  # tokens of one block in the two-level CDF
 STOP_EVERY = 8  # decoded steps between looks for stop texts
 
@@ -73,6 +77,22 @@ class Block:
     down: Linear
 
 
+class Rope(NamedTuple):
+    """Cosines and sines of every position that this rollout can reach."""
+
+    cos_SD: Float[Tensor, "S d"]
+    sin_SD: Float[Tensor, "S d"]
+
+
+class Weights(NamedTuple):
+    """All that decoding reads of the model, gathered once a rollout."""
+
+    embed_VD: Tensor
+    blocks: list[Block]
+    norm_D: Tensor
+    head_VD: Tensor
+
+
 @dataclass
 class Rows:
     """The rows still being decoded; `source` says which completion each row is."""
@@ -87,6 +107,12 @@ class Rows:
         self.position_B = self.position_B[index]
         self.keys = [key[index] for key in self.keys]
         self.values = [value[index] for value in self.values]
+
+    def make_room(self, length: int) -> None:
+        """Give the caches this many positions."""
+        for caches in (self.keys, self.values):
+            for layer, cache in enumerate(caches):
+                caches[layer] = F.pad(cache, (0, 0, 0, length - cache.shape[2]))
 
 
 class Engine:
@@ -124,6 +150,7 @@ class Engine:
         self.norm_offset = 1.0 if gemma else 0.0
         self.embed_scale = config.hidden_size**0.5 if gemma else None
         self.activation: nn.Module = ACT2FN[config.hidden_act]
+        self.use_graphs: bool = model.device.type == "cuda"
 
     @torch.no_grad()
     def sample(
@@ -134,38 +161,46 @@ class Engine:
         uniforms_BT: Float[Tensor, "B T"] | None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
-        blocks = [self._block(layer) for layer in self.decoder.get_submodule("layers").children()]
+        weights = Weights(
+            embed_VD=whole(self.model.get_input_embeddings().get_parameter("weight")),
+            blocks=[self._block(b) for b in self.decoder.get_submodule("layers").children()],
+            norm_D=self._norm_weight(self.decoder.get_submodule("norm")),
+            head_VD=whole(head_weight(self.model)),
+        )
         step = max(1, self.max_batch // group_size)
         done: list[Sampled] = []
         for at in range(0, len(prompts), step):
             part = prompts[at : at + step]
             rows = slice(at * group_size, (at + len(part)) * group_size)
             uniforms = None if uniforms_BT is None else uniforms_BT[rows]
-            done += self._sample_chunk(blocks, part, group_size, sampling, uniforms)
+            done += self._sample_chunk(weights, part, group_size, sampling, uniforms)
         return done
 
     def _sample_chunk(
         self,
-        blocks: list[Block],
+        weights: Weights,
         prompts: Sequence[Sequence[int]],
         group_size: int,
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
     ) -> list[Sampled]:
-        head = HeadConfig(sampling.temperature, None)
-        weight_VD = whole(head_weight(self.model))
-        hidden_PD, rows = self._prefill(prompts, group_size, sampling.max_completion_length)
+        head, max_new = HeadConfig(sampling.temperature, None), sampling.max_completion_length
+        hidden_PD, rows = self._prefill(prompts, group_size, min(FIRST_TOKENS, max_new))
         device = hidden_PD.device
         stop_ids = torch.tensor(self.stop_ids, device=device)
         if uniforms_BT is not None:
             uniforms_BT = uniforms_BT.to(device)
         uniforms_now = uniforms_BT
-        cos_SD, sin_SD = self._rope_table(rows.keys[0].shape[2], hidden_PD)
         ids: list[list[int]] = [[] for _ in rows.source]
         logps: list[list[float]] = [[] for _ in rows.source]
         longest = int(rows.position_B.max())
-        logits_BV = head_logits(hidden_PD, weight_VD, head).repeat_interleave(group_size, 0)
-        for t in range(sampling.max_completion_length):
+        rope = self._rope_table(longest + max_new, hidden_PD)
+        graphs = self.use_graphs and max_new >= GRAPH_FROM
+        compact_below = COMPACT_GRAPH_BELOW if graphs else COMPACT_BELOW
+        step: Callable[[Tensor], Tensor] | None = None  # the captured step of these very buffers
+        alive_B = torch.ones(len(rows.source), dtype=torch.bool, device=device)
+        logits_BV = head_logits(hidden_PD, weights.head_VD, head).repeat_interleave(group_size, 0)
+        for t in range(max_new):
             u_B = None if uniforms_now is None else uniforms_now[:, t]
             token_B, logp_B = pick(logits_BV, u_B)
             for source, token, logp in zip(
@@ -173,24 +208,37 @@ class Engine:
             ):
                 ids[source].append(token)
                 logps[source].append(logp)
-            alive_B = ~torch.isin(token_B, stop_ids)
+            alive_B &= ~torch.isin(token_B, stop_ids)
             if sampling.stop and t % STOP_EVERY == STOP_EVERY - 1:
                 alive_B &= self._no_stop_text(rows.source, ids, sampling, device)
             num_alive = int(alive_B.sum())
-            if num_alive == 0 or t == sampling.max_completion_length - 1:
+            if num_alive == 0 or t == max_new - 1:
                 break
-            if num_alive < COMPACT_BELOW * len(rows.source):
-                index = alive_B.nonzero()[:, 0]
+            if num_alive < compact_below * len(rows.source):
+                index, step = alive_B.nonzero()[:, 0], None
                 rows.keep(index)
-                token_B = token_B[index]
+                token_B, alive_B = token_B[index], alive_B[index]
                 if uniforms_BT is not None:
                     uniforms_now = uniforms_BT[torch.tensor(rows.source, device=device)]
-            hidden_BD = self._decode(blocks, rows, token_B, cos_SD, sin_SD, longest + t + 1)
-            logits_BV = head_logits(hidden_BD, weight_VD, head)
+            length, room = longest + t + 1, rows.keys[0].shape[2]
+            if length > room:
+                rows.make_room(min(longest + 2 * (room - longest), longest + max_new))
+                step = None
+            if graphs:
+                step = step or capture(self._step(weights, rows, rope), token_B)
+                hidden_BD = step(token_B)
+            else:
+                hidden_BD = self._decode(weights, rows, token_B, rope, length)
+            rows.position_B += 1
+            logits_BV = head_logits(hidden_BD, weights.head_VD, head)
         return [
             finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling)
             for i in range(len(ids))
         ]
+
+    def _step(self, weights: Weights, rows: Rows, rope: Rope) -> Callable[[Tensor], Tensor]:
+        """Return the decoding step over the caches' whole length: its shapes never change."""
+        return lambda token_B: self._decode(weights, rows, token_B, rope, rows.keys[0].shape[2])
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int
@@ -224,30 +272,24 @@ class Engine:
         return hidden_PD, rows
 
     def _decode(
-        self,
-        blocks: list[Block],
-        rows: Rows,
-        token_B: Int[Tensor, " B"],
-        cos_SD: Float[Tensor, "S d"],
-        sin_SD: Float[Tensor, "S d"],
-        length: int,
+        self, weights: Weights, rows: Rows, token_B: Int[Tensor, " B"], rope: Rope, length: int
     ) -> Float[Tensor, "B D"]:
-        """Return final hidden states after reading one more token in each row; advance the rows.
+        """Return final hidden states after reading one more token in each row.
 
         `length` bounds every row's position, so attention looks at no more of the cache than that.
+        The rows' positions stay: to run the same step twice changes nothing.
         """
         num_rows, d = len(rows.source), self.head_dim
         every_B = torch.arange(num_rows, device=token_B.device)
         position_B = rows.position_B
-        cos_B1d, sin_B1d = cos_SD[position_B][:, None], sin_SD[position_B][:, None]
-        seen_B11S = (torch.arange(length, device=token_B.device) <= position_B[:, None])[
-            :, None, None
-        ]
-        embed_VD = whole(self.model.get_input_embeddings().get_parameter("weight"))
-        x_BD = F.embedding(token_B, embed_VD)
+        cos_B1d, sin_B1d = rope.cos_SD[position_B][:, None], rope.sin_SD[position_B][:, None]
+        unseen_BS = torch.arange(length, device=token_B.device) > position_B[:, None]
+        x_BD = F.embedding(token_B, weights.embed_VD)
+        mask_B11S = torch.zeros_like(unseen_BS, dtype=x_BD.dtype).masked_fill(unseen_BS, -torch.inf)
+        mask_B11S = mask_B11S[:, None, None]
         if self.embed_scale is not None:
             x_BD = x_BD * torch.tensor(self.embed_scale, dtype=x_BD.dtype)
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(weights.blocks):
             h_BD = self._norm(x_BD, block.norm1)
             q_BHd = block.q(h_BD).view(num_rows, -1, d)
             k_BKd = block.k(h_BD).view(num_rows, -1, d)
@@ -264,13 +306,12 @@ class Engine:
                 q_BHd.reshape(num_rows, self.num_kv_heads, self.repeats, d),
                 keys[:, :, :length],
                 values[:, :, :length],
-                attn_mask=seen_B11S,
+                attn_mask=mask_B11S,
             )
             x_BD = x_BD + block.o(attended.reshape(num_rows, -1))
             h_BD = self._norm(x_BD, block.norm2)
             x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
-        rows.position_B = position_B + 1
-        return self._norm(x_BD, self._norm_weight(self.decoder.get_submodule("norm")))
+        return self._norm(x_BD, weights.norm_D)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -279,12 +320,10 @@ class Engine:
         weight = whole(norm.get_parameter("weight"))
         return weight + self.norm_offset if self.norm_offset else weight
 
-    def _rope_table(
-        self, length: int, like: Tensor
-    ) -> tuple[Float[Tensor, "S d"], Float[Tensor, "S d"]]:
+    def _rope_table(self, length: int, like: Tensor) -> Rope:
         positions = torch.arange(length, device=like.device)[None]
         cos, sin = self.decoder.get_submodule("rotary_emb")(like, positions)
-        return cos[0], sin[0]
+        return Rope(cos[0], sin[0])
 
     def _block(self, layer: nn.Module) -> Block:
         qk_norm = any(
@@ -321,6 +360,29 @@ class Engine:
             for source in sources
         ]
         return torch.tensor(clear, device=device)
+
+
+def capture(step: Callable[[Tensor], Tensor], token_B: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the step as a CUDA graph: one launch for its several hundred kernels.
+
+    The graph reads and writes fixed memory; what it returns is overwritten by its next call.
+    """
+    token_in_B = token_B.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries take their workspaces outside the graph
+        step(token_in_B)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_BD = step(token_in_B)
+
+    def replay(token_B: Tensor) -> Tensor:
+        token_in_B.copy_(token_B)
+        graph.replay()
+        return out_BD
+
+    return replay
 
 
 def pick(
