@@ -279,24 +279,15 @@ def test_a_value_out_of_its_range_is_named(override: str, path: str) -> None:
         (("kl={estimator='k1',unbiased=false}",), "zero expected gradient"),
         (("rollout.num_generations=1",), "advantage.kind = 'group' compares siblings"),
         (
-            (
-                "rollout.num_prompts=1",
-                "advantage={kind='leave_one_group_out'}",
-            ),
+            ("rollout.num_prompts=1", "advantage={kind='leave_one_group_out'}"),
             "num_prompts >= 2",
         ),
         (
-            (
-                "rollout.num_generations=1",
-                "advantage={kind='rloo'}",
-            ),
+            ("rollout.num_generations=1", "advantage={kind='rloo'}"),
             "'rloo' compares siblings",
         ),
         (
-            (
-                "rollout={num_generations=1,discard=['zero_variance']}",
-                "advantage={kind='gae'}",
-            ),
+            ("rollout={num_generations=1,discard=['zero_variance']}", "advantage={kind='gae'}"),
             "a group of one never varies",
         ),
         (("update.num_minibatches=3",), "does not divide num_prompts * num_generations = 16"),
@@ -318,7 +309,7 @@ def test_a_value_out_of_its_range_is_named(override: str, path: str) -> None:
         ),
         (
             ("stages=[{weights={corect=1,correct=1,format=1}}]",),
-            ("stages.0.weights.corect: no such reward. Did you mean 'correct'?",),
+            "stages.0.weights.corect: no such reward. Did you mean 'correct'?",
         ),
         (("stages=[{weights={correct=1}}]",), "stages.0.weights does not name ['format']"),
     ],
