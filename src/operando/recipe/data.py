@@ -1,0 +1,139 @@
+"""The model, the task, the prompt and the sampling of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from operando.recipe.base import Config
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+class LoraConfig(Config):
+    rank: int = Field(default=32, ge=1)
+    """Rank r of the update B A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Names of the linear modules inside a decoder block that get an update."""
+
+
+class ModelConfig(Config):
+    id: str = "starter"
+    """"starter" (ships in the package), a name made by `operando import`, a local folder, a GGUF
+    file, or a hub id."""
+    revision: str | None = None
+    """Commit or tag of a hub id; absent means the hub's main."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights. Trained weights and all losses are float32."""
+    device: str = "auto"
+    """"auto" is cuda where there is one, else cpu."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 needs the extra `operando[quant]`."""
+    lora: LoraConfig | None = None
+    """Absent: the weights themselves are trained."""
+    layers: str = "all"
+    """Which decoder blocks may change: "all", "24-27", "3,5", "last:4", "first:2", "60%:75%"."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+
+
+# --- the task ------------------------------------------------------------------------------------
+
+
+class WordsTaskConfig(Config):
+    kind: Literal["words"]
+    num_steps: tuple[int, ...] = (2,)
+    """Operations in a problem; each problem draws one of these."""
+    max_number: int = Field(default=20, ge=2, le=1000)
+    num_train: int = Field(default=20_000, ge=1)
+    num_held_out: int = Field(default=400, ge=1)
+    seed: int = 0
+
+
+class Gsm8kTaskConfig(Config):
+    kind: Literal["gsm8k"]
+    train: str = "openai/gsm8k"
+    """A hub id, or a local .jsonl, .jsonl.gz or .parquet file with `question` and `answer`."""
+    test: str = "openai/gsm8k"
+    """As `train`; the held-out split."""
+    scorer: Literal["strict", "flexible", "last_number"] = "last_number"
+    """Who says a completion is right: verl strict, verl flexible, or the last number."""
+    num_held_out: int | None = Field(default=None, ge=1)
+    """Hold only the first n test problems; absent means all."""
+
+
+class PromptConfig(Config):
+    format: Literal["raw", "chat"] = "raw"
+    """raw: the template as text. chat: the tokenizer's chat template around it."""
+    template: str | None = None
+    """Text of one question; `{question}` is replaced. Absent: "Q: {question}\\nA:" for raw text,
+    "{question}" for chat."""
+    few_shot: int = Field(default=0, ge=0, le=32)
+    """Worked training examples before the question (raw: as text; chat: as earlier turns)."""
+    answer_template: str = " {solution} #### {answer}"
+    """Text of a worked example's answer, for `few_shot`."""
+    separator: str = "\n\n"
+    """Between worked examples; raw only."""
+    system: str | None = None
+    """System message; chat only."""
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens; a longer one is an error at the start. Absent: model limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptConfig:
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError(f"template must contain {{question}}, got {self.template!r}")
+        if self.system is not None and self.format == "raw":
+            raise ValueError('system is for format = "chat"; in raw text put it in the template')
+        return self
+
+    def ask(self, question: str) -> str:
+        """Return the text of one question."""
+        plain = "Q: {question}\nA:" if self.format == "raw" else "{question}"
+        return (self.template or plain).replace("{question}", question)
+
+    def worked_answer(self, solution: str, answer: str) -> str:
+        """Return the text of one worked answer."""
+        text = self.answer_template.replace("{solution}", solution)
+        return text.replace("{answer}", answer)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+class RolloutConfig(Config):
+    num_prompts: int = Field(default=16, ge=1)
+    """Prompts a step (P)."""
+    num_generations: int = Field(default=8, ge=1)
+    """Completions of each prompt (G); B = P * G."""
+    max_completion_length: int = Field(default=64, ge=1)
+    """Tokens; a completion cut here is truncated."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits in sampling and in every log-prob."""
+    top_p: float = 1.0
+    """Only 1.0. Sampling from a truncated support would make every log-prob that of another
+    distribution."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the end-of-sequence token."""
+    discard: tuple[Literal["zero_variance", "truncated"], ...] = ()
+    """Rollouts that are not trained on: groups whose rewards are all equal, truncated completions.
+    They stay in the parquet files, marked."""
+    engine: Literal["auto", "operando", "hf"] = "auto"
+    """auto: operando's engine where it serves the architecture, else HF generate (noted in the
+    manifest)."""
+    max_batch: int = Field(default=512, ge=1)
+    """Most rows decoded at once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.top_p != 1.0:
+            raise ValueError(
+                f"top_p = {self.top_p}: RL samples from the full distribution only (1.0); a "
+                "truncated support makes the log-probs those of another distribution"
+            )
+        return self
