@@ -25,6 +25,7 @@ def operando(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str]:
     """The exit code and what stood on stderr."""
+    capsys.readouterr()  # what preparing the test wrote
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["operando", *arguments])
     with pytest.raises(SystemExit) as ended:
