@@ -71,11 +71,31 @@ def evaluate(
     """Answer held-out problems greedily with the base and the trained model, paired."""
     from operando.audit.evaluate import evaluate_run
     from operando.display import make_console, show_evaluation
+    from operando.launch import quieten_libraries
 
+    quieten_libraries()
     console = make_console()
     result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
     show_evaluation(console, result)
     print(result.file)
+
+
+@app.command()
+def certify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+) -> None:
+    """Check from the files alone that training landed only in its layers; exit code 3 if not."""
+    from operando.audit.certify import certify_run
+    from operando.display import make_console, show_certificate
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    certificate, file = certify_run(run, step)
+    show_certificate(make_console(), certificate)
+    print(file)
+    if not certificate.passed:
+        raise typer.Exit(3)
 
 
 @app.command()

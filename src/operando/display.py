@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from operando.audit.evaluate import Evaluation
+from operando.models.freeze import Certificate
 from operando.pretrain.lm import PretrainProgress
 from operando.report.cards import paired_sentence
 from operando.setup import StepReport
@@ -146,6 +147,26 @@ class PretrainDisplay:
         self.progress.update(self.task, completed=at.step, description=text)
         if not self.console.is_terminal and at.step % max(1, at.steps // 10) == 0:
             self.console.print(text, highlight=False)
+
+
+def show_certificate(console: Console, certificate: Certificate) -> None:
+    """Print the checks of an insulation certificate."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("check")
+    table.add_column("")
+    table.add_column("found", overflow="fold")
+    for check in certificate.checks:
+        style = "" if check.passed else "bold red"
+        verdict = "pass" if check.passed else "FAIL"
+        table.add_row(check.name, verdict, check.detail, style=style)
+    console.print(table)
+    first, last = certificate.layers[0], certificate.layers[-1]
+    console.print(
+        f"step {certificate.step}: {certificate.trained_parameters:,} parameters trained in "
+        f"{len(certificate.layers)} of {certificate.num_layers} layers ({first} to {last}); "
+        f"{'insulated' if certificate.passed else 'NOT insulated'}",
+        highlight=False,
+    )
 
 
 def show_evaluation(console: Console, result: Evaluation) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from operando.models.freeze import Certificate
 from operando.recipe import Recipe
 from operando.rollout.held_out import Judged
 from operando.run import Run, read_metrics, write_json, write_parquet
@@ -187,6 +188,14 @@ def write_held_out(run: Run, step: int, judged: Sequence[Judged]) -> None:
         "length": [len(j.rollout.completion_ids) for j in judged],
     }
     write_parquet(run.folder / "evals" / f"held_out_step_{step:05d}.parquet", columns)
+
+
+def write_certificate(run: Run, certificate: Certificate) -> None:
+    """Write the newest certificate to the run folder; a failed check is a warning."""
+    write_json(run.folder / "certificate.json", certificate.as_json())
+    failed = [f"{check.name}: {check.detail}" for check in certificate.checks if not check.passed]
+    if failed:
+        run.warn(f"step {certificate.step}: the insulation certificate fails: {'; '.join(failed)}")
 
 
 def write_results(run: Run, recipe: Recipe, seconds: float) -> None:

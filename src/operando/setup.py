@@ -9,6 +9,7 @@ import torch
 
 from operando import parallel
 from operando.errors import UserError
+from operando.models.freeze import Insulation
 from operando.models.load import Loaded, load_model, pad_id, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import GaeAdvantage, Recipe
@@ -48,6 +49,7 @@ class Setup:
     sampler: Sampler
     parts: list[RewardPart]
     optimizer: torch.optim.AdamW
+    insulation: Insulation
     pad_id: int
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -89,7 +91,7 @@ def set_up(
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
-        pad_id=pad_id(loaded.tokenizer),
+        Insulation(policy), pad_id=pad_id(loaded.tokenizer),
     )  # fmt: skip
     if parallel.rank() == 0:
         run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)

@@ -23,6 +23,7 @@ from operando.records import (
     dump_batch,
     eval_metrics,
     update_metrics,
+    write_certificate,
     write_held_out,
     write_results,
     write_rollouts,
@@ -69,7 +70,8 @@ def train(
     setup = set_up(recipe, run, functions or {}, loaded)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
-    setup.gradient_transforms, setup.update_transforms = gradient_transforms, update_transforms
+    setup.gradient_transforms = (setup.insulation.watch, *gradient_transforms)
+    setup.update_transforms = update_transforms
     started = time.monotonic()
     done = resume(setup)
     if done == 0:
@@ -80,10 +82,7 @@ def train(
             metrics |= evaluate(setup, step)
         report_step(setup, tracker, step, batch, metrics, on_step)
         if step % recipe.checkpoint.every == 0 or step == recipe.steps:
-            card = draft_card(recipe, step, setup.policy)
-            save_checkpoint(
-                run.folder, step, setup.policy, setup.optimizer, card, recipe.checkpoint.keep
-            )
+            write_checkpoint(setup, step)
     if parallel.rank() == 0:
         write_results(run, recipe, time.monotonic() - started)
     tracker.finish()
@@ -284,6 +283,22 @@ def make_targets(
         old_value_BT=on_device(trace.value_BT),
         return_BT=on_device(credited.return_BT),
     )
+
+
+def write_checkpoint(setup: Setup, step: int) -> None:
+    """Write weights, model card, insulation certificate and resume state of a step."""
+    run, policy = setup.run, setup.policy
+    weights = policy.save_weights()
+    certificate = setup.insulation.issue(step, setup.optimizer, weights)
+    documents = {
+        "README.md": draft_card(setup.recipe, step, policy),
+        "certificate.json": certificate.as_text(),
+    }
+    save_checkpoint(
+        run.folder, step, policy, setup.optimizer, weights, documents, setup.recipe.checkpoint.keep
+    )
+    if parallel.rank() == 0:
+        write_certificate(run, certificate)
 
 
 def check_finite(setup: Setup, step: int, batch: Batch, rewards: Rewards, credited: Credit) -> None:

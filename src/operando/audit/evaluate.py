@@ -14,7 +14,7 @@ from operando.run import SeedTree, read_recipe, write_parquet
 from operando.setup import make_prompt_sets
 from operando.study.stats import PairedDifference, paired_difference
 from operando.tasks.load import load_task
-from operando.update.checkpoint import load_weights, weight_steps
+from operando.update.checkpoint import load_weights, pick_step
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a saved step (None: the last) on `num` held-out problems (None: all of them)."""
     recipe = read_recipe(folder)
-    step = _pick_step(folder, step)
+    step = pick_step(folder, step)
     task = load_task(recipe.task)
     count = len(task.held_out) if num is None else num
     if count > len(task.held_out):
@@ -74,15 +74,6 @@ def evaluate_run(
         [j.verdict.correct for j in before], [j.verdict.correct for j in after]
     )
     return Evaluation(_arm("base", before), _arm(f"step {step}", after), paired, file)
-
-
-def _pick_step(folder: Path, step: int | None) -> int:
-    steps = weight_steps(folder)
-    if not steps:
-        raise UserError(f"{folder} has no checkpoint to evaluate")
-    if step is not None and step not in steps:
-        raise UserError(f"--step {step}: {folder} has checkpoints at {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
 
 
 def _arm(name: str, judged: list[Judged]) -> Arm:

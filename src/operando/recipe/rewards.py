@@ -45,8 +45,89 @@ class FunctionReward(Config):
         return self
 
 
+# LF-GRPO, src/phase4/all_in_one_grpo.py: the six words of the seed.
+SEED_WORDS = ("wait", "hmm", "but", "thinking", "actually", "let me check")
+# ReasonScore: ten words.
+REASONSCORE_WORDS = (
+    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "but",
+    "another",
+)  # fmt: skip
+# NoWait (Wang 2025): seventeen words. Its exclusions (ohio, butane, button, butterfly, checkout,
+# checksum) are no match between word boundaries anyhow.
+NOWAIT_WORDS = (
+    "wait", "alternatively", "hmm", "but", "however", "alternative", "another", "check",
+    "double-check", "oh", "maybe", "verify", "other", "again", "now", "ah", "any",
+)  # fmt: skip
+STEP_WORDS = tuple(dict.fromkeys((*SEED_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS)))
+
+
+class StepPenaltyReward(Config):
+    kind: Literal["step_penalty"]
+    """gamma^N where the task's verifier says right, else 0; N counts transition words."""
+    gamma: float = Field(default=0.99, gt=0, le=1)
+    count: Literal["all", "last_block"] = "all"
+    """all: the answer's whole text, inside and outside of every think block, with what the prompt
+    already holds of it. last_block: LF-GRPO's counter, which a second block escapes; a baseline."""
+    match: Literal["word", "substring"] = "word"
+    """word: between non-letters, in any case. substring: LF-GRPO's, which counts "waiter"."""
+    words: tuple[str, ...] = Field(default=STEP_WORDS, min_length=1)
+    """Default: the lists of LF-GRPO, ReasonScore and NoWait together."""
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> StepPenaltyReward:
+        if any(not word.strip() for word in self.words):
+            raise ValueError("words: a word is empty")
+        return self
+
+
+class StepGrpoReward(Config):
+    kind: Literal["step_grpo"]
+    """Step-GRPO (2604.16890): a acc (1 - b tanh((k - mu) / mu)) + (1 - a) fmt, with k = 1 + triggers
+    and mu the mean k of the group's correct completions."""
+    a: float = Field(default=0.9, ge=0, le=1)
+    b: float = Field(default=0.5, ge=0, le=1)
+    triggers: tuple[str, ...] = Field(default=("Wait",), min_length=1)
+    """With their case, between non-letters."""
+    pattern: str = ""
+    """fmt is 1 where it matches the whole completion. Empty: for one well-formed think block."""
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> StepGrpoReward:
+        if any(not word.strip() for word in self.triggers):
+            raise ValueError("triggers: a word is empty")
+        return self
+
+
+class ThinkFormatReward(Config):
+    kind: Literal["think_format"]
+    """Pays for one think block and an answer after it, counted over the answer's whole text."""
+    scheme: Literal["strict", "seed"] = "strict"
+    """strict: 1 for exactly one well-formed block in a finished completion, else 0. seed: LF-GRPO's
+    1, .5, .3, .2, 0."""
+    weight: float = 1.0
+
+
+class TagFenceReward(Config):
+    kind: Literal["tag_fence"]
+    """A penalty for tags outside the whitelist, n of them."""
+    scheme: Literal["default", "seed"] = "default"
+    """default: -n / (n + 2), so that every further tag costs. seed: LF-GRPO's max(-1.5, -0.3 n),
+    free after five."""
+    whitelist: tuple[str, ...] = ("think",)
+    weight: float = 1.0
+
+
 RewardConfig = Annotated[
-    CorrectReward | ContainsAnswerReward | FormatReward | FunctionReward,
+    CorrectReward
+    | ContainsAnswerReward
+    | FormatReward
+    | FunctionReward
+    | StepPenaltyReward
+    | StepGrpoReward
+    | ThinkFormatReward
+    | TagFenceReward,
     Field(discriminator="kind"),
 ]
 

@@ -16,8 +16,12 @@ from operando.recipe import (
     FormatReward,
     FunctionReward,
     Recipe,
+    StepGrpoReward,
+    StepPenaltyReward,
+    TagFenceReward,
+    ThinkFormatReward,
 )
-from operando.rewards import outcome
+from operando.rewards import formats, outcome, steps
 from operando.rewards.base import (
     RewardFunction,
     RewardLog,
@@ -74,6 +78,14 @@ def make_parts(
                 parts.append(RewardPart(name, outcome=outcome.contains_answer))
             case FormatReward(pattern=pattern):
                 parts.append(RewardPart(name, outcome=outcome.matches(pattern)))
+            case StepPenaltyReward():
+                parts.append(RewardPart(name, outcome=steps.step_penalty(config, task)))
+            case StepGrpoReward():
+                parts.append(RewardPart(name, outcome=steps.step_grpo(config, task)))
+            case ThinkFormatReward():
+                parts.append(RewardPart(name, outcome=formats.think_format(config)))
+            case TagFenceReward():
+                parts.append(RewardPart(name, outcome=formats.tag_fence(config)))
             case FunctionReward(path=""):
                 if name not in functions:
                     raise UserError(

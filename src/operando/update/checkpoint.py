@@ -1,6 +1,7 @@
 """Checkpoints: a plain PEFT (or transformers) folder, a model card, and the resume state apart.
 
-    checkpoints/step_00100/adapter_config.json adapter_model.safetensors README.md resume/state.pt
+    checkpoints/step_00100/adapter_config.json adapter_model.safetensors README.md certificate.json
+                           resume/state.pt
 
 Random streams hang from (seed, step, ...) alone, so weights, optimizer state and the step number
 are all that a bit-equal resume needs.
@@ -39,10 +40,14 @@ def save_checkpoint(
     step: int,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    card: str,
+    weights: Mapping[str, Tensor],
+    documents: Mapping[str, str],
     keep: int | None,
 ) -> Path:
-    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest `keep`."""
+    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest `keep`.
+
+    `weights` are Policy.save_weights(); `documents` are text files beside them, by name.
+    """
     folder = checkpoint_folder(run_folder, step)
     trained = {name: parallel.whole(p.detach()).cpu() for name, p in policy.trainable().items()}
     state = {
@@ -51,12 +56,12 @@ def save_checkpoint(
         "value_head": [p.detach().cpu() for p in policy.value_parameters()],
         "optimizer": _optimizer_state(optimizer),
     }
-    weights = policy.save_weights()
     if parallel.rank() == 0:
         with atomic_path(folder) as part:
             part.mkdir(parents=True)
             policy.save_pretrained(part, weights)
-            (part / "README.md").write_text(card, encoding="utf-8")
+            for name, text in documents.items():
+                (part / name).write_text(text, encoding="utf-8")
             (part / "resume").mkdir()
             torch.save(state, part / "resume" / "state.pt")
         for old in saved_steps(run_folder)[: -keep if keep is not None else 0]:
@@ -84,16 +89,33 @@ def weight_steps(run_folder: Path) -> list[int]:
     return sorted({int(file.parent.name.removeprefix("step_")) for file in files})
 
 
+def pick_step(run_folder: Path, step: int | None) -> int:
+    """Return a saved step (None: the last); a step that was not saved is an error."""
+    steps = weight_steps(run_folder)
+    if not steps:
+        raise UserError(f"{run_folder} has no checkpoint")
+    if step is not None and step not in steps:
+        saved = ", ".join(map(str, steps))
+        raise UserError(f"--step {step}: {run_folder} has checkpoints at {saved}")
+    return steps[-1] if step is None else step
+
+
 def load_weights(run_folder: Path, step: int, policy: Policy) -> None:
-    """Put the trained weights of a saved step into the policy, from the published files alone."""
+    """Put the weights of a saved step into the policy, from the published files alone.
+
+    A file that holds other tensors than this policy, a leak into other layers say, is an error.
+    """
     folder = checkpoint_folder(run_folder, step)
     saved: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         saved |= load_file(file)
     if policy.config.lora is not None:
+        wanted = policy.trainable()
         saved = {_with_adapter_name(name): tensor for name, tensor in saved.items()}
-    wanted = policy.trainable()
-    _put(wanted, {name: t for name, t in saved.items() if name in wanted}, str(folder))
+    else:  # the files hold the frozen weights too, and those must not be taken on trust
+        wanted = dict(policy.base.named_parameters())
+        saved = {name: tensor for name, tensor in saved.items() if name in wanted}
+    _put(wanted, saved, str(folder))
 
 
 def _with_adapter_name(name: str) -> str:
