@@ -83,8 +83,8 @@ class StepPenaltyReward(Config):
 
 class StepGrpoReward(Config):
     kind: Literal["step_grpo"]
-    """Step-GRPO (2604.16890): a acc (1 - b tanh((k - mu) / mu)) + (1 - a) fmt, with k = 1 + triggers
-    and mu the mean k of the group's correct completions."""
+    """Step-GRPO (2604.16890): a acc (1 - b tanh((k - mu) / mu)) + (1 - a) fmt, with k = 1 + the
+    number of triggers and mu the mean k of the group's correct completions."""
     a: float = Field(default=0.9, ge=0, le=1)
     b: float = Field(default=0.5, ge=0, le=1)
     triggers: tuple[str, ...] = Field(default=("Wait",), min_length=1)

@@ -71,10 +71,11 @@ def count_words(text: str, words: Sequence[str]) -> int:
 def step_grpo(config: StepGrpoReward, task: Task) -> outcome.OutcomeReward:
     """Return Step-GRPO's group-relative reward (arXiv 2604.16890).
 
-    R_i = a acc_i (1 - b tanh((k_i - mu) / mu)) + (1 - a) fmt_i, with k_i = 1 + number of triggers in
-    completion i, mu the mean k over the correct completions of its group (none: the factor is 1).
-    A trigger matches with its case and between non-letters a-z, as in the paper's code. fmt_i is 1
-    for one well-formed think block, or where `pattern` matches the whole completion. Not here: the paper's dynamically truncated rollouts.
+    R_i = a acc_i (1 - b tanh((k_i - mu) / mu)) + (1 - a) fmt_i, where k_i is 1 + the number of
+    triggers in completion i, and mu the mean k over the correct completions of its group (none: the
+    factor is 1). A trigger matches with its case and between non-letters a-z, as in the paper's
+    code. fmt_i is 1 for one well-formed think block, or where `pattern` matches the whole
+    completion. Not here: the paper's dynamically truncated rollouts.
     """
     either = "|".join(map(re.escape, config.triggers))
     trigger = re.compile(f"(?<![A-Za-z])(?:{either})(?![A-Za-z])")
