@@ -92,8 +92,10 @@ def dry_run(console: Console, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = recipe.model_copy(update={"runs_dir": folder})
         run = Run.create(trial)
-        setup = set_up(trial, run, {})
-        run.close()
+        try:
+            setup = set_up(trial, run, {})
+        finally:
+            run.close()
     trainable = setup.policy.trainable()
     count = sum(p.numel() for p in trainable.values())
     console.print(to_toml(recipe), highlight=False, markup=False, soft_wrap=True)

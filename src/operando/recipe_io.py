@@ -136,7 +136,8 @@ def _explain(
     if error == "missing":
         return f"{path}: missing, and it has no default"
     if error == "union_tag_not_found":
-        return f"{path}: needs kind = one of {_kinds(message)}"
+        tags = [_tag(model) for model in _models_of(_walk(kind, loc)[-1].annotation)]
+        return f"{path}: needs kind = one of {', '.join(map(repr, tags))}"
     if error == "union_tag_invalid":
         tag = given.get("kind") if isinstance(given, dict) else given
         return f"{path}.kind: {message}.{nearest(str(tag), _kinds(message))}"
@@ -186,7 +187,7 @@ def _child(models: list[type[Config]], here: object, part: int | str) -> object:
     for model in models:
         if part in model.model_fields:
             return model.model_fields[str(part)].annotation
-    args = getattr(here, "__args__", ())
+    args = [arg for arg in getattr(here, "__args__", ()) if arg is not ...]
     return args[-1] if args else None
 
 

@@ -8,6 +8,7 @@ The layout is a public, versioned API (docs/run-folder.md); any change of it rai
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -66,10 +67,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         if target.is_dir() and temporary.is_dir():
             shutil.rmtree(target)
         os.replace(temporary, target)
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        if _is_full_disk(error):
             raise UserError(
-                f"no space left while writing {target}; nothing half-written"
+                f"no space left while writing {target} ({error}); nothing half-written"
             ) from error
         raise
     finally:
@@ -77,6 +78,14 @@ def atomic_path(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Return whether a write failed for want of space; safetensors and torch hide the OSError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    said = ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos")
+    return any(part in str(error) for part in said)
 
 
 def write_json(target: Path, value: object) -> None:

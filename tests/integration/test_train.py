@@ -405,7 +405,8 @@ def shuffled(completions: Sequence[str]) -> list[float]:
 @pytest.mark.parametrize("honest", [True, False])
 def test_planted_reward_is_learned_and_its_shuffle_is_not(tmp_path: Path, honest: bool) -> None:
     recipe = tiny(tmp_path, "steps=25", "optim.lr=1e-2", "model.layers=all",
-                  "rollout.num_prompts=8", "rollout.num_generations=8", "eval.every=25", "eval.num=1",
+                  "rollout.num_prompts=8", "rollout.num_generations=8", "eval.every=25",
+                  "eval.num=1",
                   "rollout.max_completion_length=16", "checkpoint.every=25", "model.lora.rank=8",
                   "rewards.format.weight=0.0", "rewards.correct.weight=0.0",
                   "rewards.seven={kind = 'function'}")  # fmt: skip

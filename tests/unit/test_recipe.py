@@ -165,9 +165,6 @@ def test_the_last_stage_may_end_where_the_run_does() -> None:
             "stages=[{weigths={},weights={correct=1,format=1}}]",
             "stages.0.weigths",
             "weights",
-            marks=pytest.mark.xfail(
-                strict=True, reason="_child takes the `...` of tuple[Stage, ...] for its members"
-            ),
         ),
     ],
 )
@@ -180,7 +177,6 @@ def test_an_unknown_key_names_the_nearest_one(override: str, path: str, meant: s
         assert f"Did you mean {meant!r}?" in message
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic's message holds no tags; it says `one of []`")
 @pytest.mark.parametrize(
     ("override", "path", "kinds"),
     [

@@ -241,11 +241,8 @@ def odd_values() -> dict[str, str]:
     ],
 )
 def test_what_is_no_number_is_one_clear_message(
-    odd_values: dict[str, str], name: str, said: str, request: pytest.FixtureRequest
+    odd_values: dict[str, str], name: str, said: str
 ) -> None:
-    if name in ("text per token", "dict", "None per token"):
-        reason = "as_tokens leaves it to float(): a bare ValueError or TypeError"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     assert odd_values[name] == f"UserError: reward 'mine', {said}"
 
 

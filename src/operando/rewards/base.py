@@ -128,17 +128,15 @@ def as_tokens(
         if value is None:
             reward_BT[b, :length] = torch.nan
             continue
-        if isinstance(value, str):
-            raise UserError(f"reward {name!r}, completion {b}: expected a number, got {value!r}")
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != length:
                 raise UserError(
                     f"reward {name!r}, completion {b}: {len(value)} per-token values for {length} "
                     "completion tokens"
                 )
-            row = [float(v) for v in value]
+            row = [_number(name, b, v) for v in value]
         else:
-            row = [0.0] * (length - 1) + [float(value)]
+            row = [0.0] * (length - 1) + [_number(name, b, value)]
         if not all(math.isfinite(v) for v in row):
             raise UserError(
                 f"reward {name!r}, completion {b}: not finite ({value!r}). Return None where the "
@@ -147,6 +145,14 @@ def as_tokens(
             )
         reward_BT[b, :length] = torch.tensor(row)
     return reward_BT
+
+
+def _number(name: str, completion: int, value: object) -> float:
+    if not hasattr(value, "__float__"):
+        raise UserError(
+            f"reward {name!r}, completion {completion}: expected a number, got {value!r}"
+        )
+    return float(value)  # pyright: ignore[reportArgumentType]
 
 
 def load_function(path: str) -> RewardFunction:
