@@ -114,6 +114,36 @@ def report(
 
 
 @app.command()
+def fuzz(
+    target: Annotated[str, typer.Argument(help="A run folder, a recipe, or a task (words).")],
+    reward: Annotated[
+        str | None, typer.Option(help="file.py:function, in place of the target's rewards.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
+) -> None:
+    """Look for edits of answers that a reward pays for; exit code 3 if there is one."""
+    from operando.audit.fuzz import fuzz_table, fuzz_target
+    from operando.display import make_console
+
+    result = fuzz_target(target, reward=reward, num=num)
+    make_console().print(fuzz_table(result))
+    print(result.file)
+    if result.findings:
+        raise typer.Exit(3)
+
+
+@app.command()
+def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Show the tags a run's model writes, base beside trained on the same prompts."""
+    from operando.audit.tags import audit_tags, tags_table
+    from operando.display import make_console
+
+    result = audit_tags(run)
+    make_console().print(tags_table(result))
+    print(result.file)
+
+
+@app.command()
 def config(
     recipe: Annotated[str | None, typer.Argument(help="A recipe; absent with --schema.")] = None,
     overrides: Overrides = None,
