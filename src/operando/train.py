@@ -217,7 +217,7 @@ def update(
                 )
                 if not counts:
                     targets = targets._replace(weight_BT=torch.zeros_like(targets.weight_BT))
-                new, kept = kept or policy.scored(batch, packs), None
+                new, kept = kept or policy.scored(batch, packs, scoring.prefix), None
                 objective = micro_objective(recipe, new, targets)
                 objective.loss.backward()
                 if counts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from operando.models.layers import decoder_blocks, parse_layer_set
 from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
+from operando.models.prefix import Prefix, starting_at
 from operando.recipe import ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Trace
@@ -42,10 +43,15 @@ class Scored(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """A scoring pass: the trace, and the autograd graph of the whole batch where it was kept."""
+    """A scoring pass: the trace, and what of it the update can use again.
+
+    `graph` is the autograd graph of the whole batch where it was kept, `prefix` the hidden states
+    below the first trained block where there is something frozen below.
+    """
 
     trace: Trace
     graph: Scored | None
+    prefix: Prefix | None
 
 
 class Policy:
@@ -73,6 +79,8 @@ class Policy:
         base = loaded.model
         self.blocks_name, self.blocks = decoder_blocks(base)
         self.layers = parse_layer_set(config.layers, len(self.blocks))
+        # First trained block; what lies below it is computed once a batch. 0: nothing does.
+        self.first_trained = self.layers[0] if is_llama_like(base) else 0
         self.head_config = HeadConfig(temperature, _softcap(base))
         _check_head(base, self.head_config._replace(temperature=1.0))
         self._frozen_copy: PreTrainedModel | None = None
@@ -151,13 +159,16 @@ class Policy:
                 f'parallel.kind = "fsdp" with LoRA needs model.dtype = "float32", got '
                 f"{self.config.dtype!r}; or use ddp"
             )
+        self.first_trained = 0  # a sharded block is gathered whether it computes or not
         parallel.shard_model(self.base.get_decoder(), self.blocks)
         self.base.tie_weights()  # the head of a tied model is the sharded embedding again
 
-    def scored(self, batch: Batch, packs: Sequence[Pack]) -> Scored:
+    def scored(self, batch: Batch, packs: Sequence[Pack], prefix: Prefix | None = None) -> Scored:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
         packed = pack_rows(batch, packs).to(self.device)
-        return self._head(self._hidden(packed), packed, batch, packs)
+        with self._starting_at(self.blocks, prefix, batch, packs):
+            hidden_ND = self._hidden(packed)
+        return self._head(hidden_ND, packed, batch, packs)
 
     @torch.no_grad()
     def score(
@@ -184,15 +195,22 @@ class Policy:
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
         acts: dict[str, Tensor] = {}
-        reader = ActivationReader(self.base, sites)
+        prefix = Prefix(self.first_trained) if self.first_trained else None
+        below = f"blocks.{self.first_trained}.hook_resid_pre"
+        reader = ActivationReader(self.base, [*sites, below] if prefix else sites)
         for packs, counts in micro:
             packed = pack_rows(batch, packs).to(self.device)
             with torch.set_grad_enabled(keep_graph), reader.reading() as seen:
                 scored = self._head(self._hidden(packed), packed, batch, packs)
             graph = scored if keep_graph else None
+            if prefix is not None:
+                prefix.store(batch, packs, seen[below])
             ref_logp_bT = None
             if reference:
-                with self.as_reference() as model:
+                with (
+                    self.as_reference() as model,
+                    self._starting_at(decoder_blocks(model)[1], prefix, batch, packs),
+                ):
                     ref_ND = completion_hidden(model, packed)
                     ref_logp_bT = self._head(ref_ND, packed, batch, packs).logp_BT.cpu()
             if not counts:
@@ -204,10 +222,21 @@ class Policy:
                 ref_logp_BT[index] = ref_logp_bT
             if value_BT is not None and scored.value_BT is not None:
                 value_BT[index] = scored.value_BT.detach().cpu()
-            for site, acts_bSD in seen.items():
-                _store_acts(acts, site, acts_bSD.detach(), packed, batch, index)
+            for site in sites:
+                _store_acts(acts, site, seen[site].detach(), packed, batch, index)
         trace = Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
-        return Scoring(trace, graph)
+        return Scoring(trace, graph, prefix)
+
+    def _starting_at(
+        self,
+        blocks: nn.ModuleList,
+        prefix: Prefix | None,
+        batch: Batch,
+        packs: Sequence[Pack],
+    ) -> AbstractContextManager[None]:
+        if prefix is None:
+            return nullcontext()
+        return starting_at([*blocks], prefix.first, prefix.packed(batch, packs))
 
     def _hidden(self, packed: Packed) -> Float[Tensor, "N D"]:
         """Return the final hidden states of the policy.
