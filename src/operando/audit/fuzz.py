@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +43,7 @@ CHUNK = 128  # texts judged at once, each with its siblings
 MAX_SIBLINGS = 2
 MADE_BESIDE_REAL = 4  # problems answered by hand beside a run's own answers
 MAX_SHRINKS = 150
+TOTAL = "weighted total"
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ class Pay:
         paid = {}
         for part in self.parts:
             values = part.values(rollouts, None, state, log)
-            paid[part.name] = as_tokens(part.name, values, rollouts, width).sum(1)[at]
+            paid[part.name] = as_tokens(part.name, values, rollouts, width).sum(1, keepdim=True)[at]
         for name, weights in self.totals.items():
             paid[name] = weighted_sum({p.name: paid[p.name] for p in self.parts}, weights)
-        columns = {name: channel.tolist() for name, channel in paid.items()}
+        columns = {name: channel[:, 0].tolist() for name, channel in paid.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(len(at))]
 
 
@@ -163,7 +165,9 @@ def fuzz_target(
     cases = _made_cases(recipe, task, num if folder is None else MADE_BESIDE_REAL)
     if folder is not None:
         cases = _real_cases(folder, task, recipe, num) + cases
-    rows = fuzz(Pay(parts, totals if len(parts) > 1 else {}, recipe.steps), task, cases)
+    if len(parts) == 1 and all(weights == {parts[0].name: 1.0} for weights in totals.values()):
+        totals = {}  # the part is the total
+    rows = fuzz(Pay(parts, totals, recipe.steps), task, cases)
     name = Path(target).stem if reward is None else reward.rpartition(":")[2]
     file = folder / "fuzz.json" if folder is not None else Path(f"fuzz_{name}.json")
     result = FuzzResult(
@@ -192,8 +196,8 @@ def _recipe_of(target: str, folder: Path | None) -> Recipe:
 
 def _totals(recipe: Recipe) -> dict[str, dict[str, float]]:
     if not recipe.stages:
-        return {"total": recipe.weights_at(1)}
-    return {f"total, stage {i}": dict(s.weights) for i, s in enumerate(recipe.stages, start=1)}
+        return {TOTAL: recipe.weights_at(1)}
+    return {f"{TOTAL}, stage {i}": dict(s.weights) for i, s in enumerate(recipe.stages, start=1)}
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -331,7 +335,7 @@ def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
                     tried[name], max(gains, default=0.0), smallest,
                 )
             )  # fmt: skip
-    return sorted(rows, key=lambda row: row.reward.startswith("total"))
+    return sorted(rows, key=lambda row: row.reward.startswith(TOTAL))
 
 
 def _try(
@@ -423,39 +427,41 @@ def _shrink(pay: Pay, task: Task, edit: Edit, name: str, case: Case, first: Brea
 # --- what the terminal shows ---------------------------------------------------------------------
 
 
-def fuzz_table(result: FuzzResult) -> Table:
-    """Return every breach as a table, findings before evasions; quiet rewards have one line."""
+def show_fuzz(result: FuzzResult) -> Group:
+    """Return every breach as a table, then the smallest example of each finding."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.title = (
         f"{result.target}: {result.num_right} right and {result.num_wrong} wrong answers; "
         f"{len(result.findings)} findings"
     )
-    for column in ("reward", "edit", "must", "breached/tried", "most", "smallest example"):
+    for column in ("reward", "edit", "must", "breached/tried", "most"):
         table.add_column(
             column, justify="right" if column in ("breached/tried", "most") else "left"
         )
     for name in dict.fromkeys(row.reward for row in result.rows):
         rows = [row for row in result.rows if row.reward == name]
-        tried = sum(row.tried for row in rows if not row.is_evasion)
-        shown = [row for row in rows if row.breaches]
-        if not any(not row.is_evasion for row in shown):
-            table.add_row(name, "nothing found", "", f"0/{tried}", "", "")
-        for row in sorted(shown, key=lambda row: row.is_evasion):
-            assert row.smallest is not None, row
-            must = "(evasion)" if row.is_evasion else row.must
-            table.add_row(
-                name, f"{row.edit} ({row.prop})", must, f"{row.breaches}/{row.tried}",
-                f"{row.largest_gain:+.3f}" if row.largest_gain else "free", _example(row.smallest),
-            )  # fmt: skip
+        if not any(row.breaches and not row.is_evasion for row in rows):
+            tried = sum(row.tried for row in rows if not row.is_evasion)
+            table.add_row(name, "nothing found", "", f"0/{tried}", "")
+        for row in sorted(rows, key=lambda row: row.is_evasion):
+            if row.breaches:
+                table.add_row(
+                    name, f"{row.prop} {row.edit}", "(evasion)" if row.is_evasion else row.must,
+                    f"{row.breaches}/{row.tried}",
+                    f"{row.largest_gain:.3f}" if row.largest_gain > EPSILON else "free",
+                )  # fmt: skip
     for name in result.left_out:
-        table.add_row(name, "left out: wants trace", "", "", "", "")
-    return table
+        table.add_row(name, "left out: it wants trace", "", "", "")
+    return Group(table, *(_example(row) for row in result.findings))
 
 
-def _example(breach: Breach) -> Text:
+def _example(row: Row) -> Text:
+    assert row.smallest is not None, row
+    one = row.smallest
     return Text(
-        f"{breach.paid_before:.3f} {_short(breach.before)!r}\n"
-        f"{breach.paid_after:.3f} {_short(breach.after)!r}"
+        f"\n{row.reward}, {row.edit}:\n"
+        f"  {one.paid_before:.3f}  {_short(one.before)!r}\n"
+        f"  {one.paid_after:.3f}  {_short(one.after)!r}"
     )
 
 

@@ -154,13 +154,14 @@ def _answers(file: Path) -> dict[str, str]:
 def tags_table(result: TagsResult) -> Table:
     """Return the tags as a table."""
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
+    title = (
         f"{result.run}: tags in {result.num_texts} texts; step {result.base_step} beside step "
         f"{result.trained_step} on {result.num_prompts} held-out prompts"
     )
+    table.title = title if result.rows else f"{title}: no tag in any of them"
     for column in ("tag", "count", "paired", "inside", "first", "prompt", "base", "trained"):
         table.add_column(column, justify="left" if column in ("tag", "inside") else "right")
-    table.add_column("difference, 95 % interval", justify="right")
+    table.add_column("difference, 95 %", justify="right")
     table.add_column("verdict")
     for row in result.rows:
         value, low, high = row.change.difference
@@ -170,6 +171,4 @@ def tags_table(result: TagsResult) -> Table:
             "yes" if row.in_prompt else "no", f"{row.base_rate:.1%}", f"{row.trained_rate:.1%}",
             f"{value:+.1%} ({low:+.1%} to {high:+.1%})", row.verdict,
         )  # fmt: skip
-    if not result.rows:
-        table.add_row("no tag in any text", *[""] * 9)
     return table

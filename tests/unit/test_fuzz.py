@@ -1,0 +1,310 @@
+"""The fuzzer finds the planted bugs, with a small example, and nothing on the defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from operando.audit.edits import EDITS, INNOCENT, NEUTRAL, is_opened, split_at_answer
+from operando.audit.fuzz import FuzzResult, Row, breach_at, fuzz_target
+from operando.cli import app
+from operando.errors import UserError
+from operando.recipe import STEP_WORDS, WordsTaskConfig
+from operando.recipe_io import load_recipe
+from operando.rewards.steps import count_words
+from operando.run import Run
+from operando.tasks.words import ANSWER, load_words
+
+HEAD = """
+name = "r"
+steps = 1
+[task]
+kind = "words"
+num_train = 40
+num_held_out = 1
+"""
+SEED = 'words = ["wait", "hmm", "but", "thinking", "actually", "let me check"]'
+OURS = (
+    HEAD
+    + """
+[rewards.correct]
+kind = "correct"
+[rewards.steps]
+kind = "step_penalty"
+[rewards.form]
+kind = "think_format"
+[rewards.fence]
+kind = "tag_fence"
+"""
+)
+PREFILLED = OURS + '\n[prompt]\ntemplate = "Q: {question}\\nA: <think>"\n'
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "r.toml").write_text(text)
+    return str(folder / "r.toml")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fuzzed(tmp_path: Path, rewards: str) -> FuzzResult:
+    return fuzz_target(write(tmp_path, HEAD + rewards), num=3)
+
+
+def found(result: FuzzResult) -> dict[str, Row]:
+    return {row.edit: row for row in result.findings}
+
+
+# --- nothing on the defaults ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [OURS, PREFILLED], ids=["plain", "prefilled"])
+def test_nothing_is_found_on_the_defaults(tmp_path: Path, recipe: str) -> None:
+    result = fuzz_target(write(tmp_path, recipe), num=4)
+    assert result.findings == []
+    tried = {row.reward: 0 for row in result.rows}
+    for row in result.rows:
+        tried[row.reward] += row.tried
+    assert set(tried) == {"correct", "steps", "form", "fence", "weighted total"}
+    assert min(tried.values()) > 500
+    assert {row.edit for row in result.rows} == {edit.name for edit in EDITS}
+
+
+def test_nothing_is_found_on_the_verifier_of_words() -> None:
+    result = fuzz_target("words", num=8)
+    assert result.findings == [] and {row.reward for row in result.rows} == {"verifier"}
+    assert (result.num_right, result.num_wrong) == (16, 24)
+
+
+def test_an_opener_that_is_in_no_list_is_an_evasion_and_no_finding(tmp_path: Path) -> None:
+    result = fuzzed(tmp_path, '[rewards.steps]\nkind = "step_penalty"\n')
+    rows = {row.edit: row for row in result.rows if row.is_evasion}
+    assert rows["unlisted opener"].breaches > 0 and result.findings == []
+    example = rows["unlisted opener"].smallest
+    assert example is not None and "hold on" in example.after.lower()
+
+
+# --- the planted bugs ----------------------------------------------------------------------------
+
+
+def test_the_multi_block_loophole_is_found_with_a_small_example(tmp_path: Path) -> None:
+    result = fuzzed(tmp_path, '[rewards.s]\nkind = "step_penalty"\ncount = "last_block"\n')
+    rows = found(result)
+    assert {"split blocks", "move outside tags", "leave unclosed"} == set(rows)
+    row = rows["split blocks"]
+    assert row.smallest is not None and row.smallest.times == 1
+    assert row.smallest.paid_before == pytest.approx(0.99)
+    assert row.smallest.paid_after == pytest.approx(1.0)
+    assert len(row.smallest.before.split()) <= 5, row.smallest.before
+    # six words: "Wait, let me check. Hmm, but maybe not. Actually, yes."
+    assert row.largest_gain == pytest.approx(1 - 0.99**6, abs=1e-5)
+
+
+def test_the_substring_bug_is_found(tmp_path: Path) -> None:
+    rows = found(
+        fuzzed(tmp_path, f'[rewards.s]\nkind = "step_penalty"\nmatch = "substring"\n{SEED}')
+    )
+    example = rows["innocent words"].smallest
+    assert example is not None and "waiter" in example.after and example.paid_before == 1.0
+    assert example.paid_after == pytest.approx(0.99**6)
+    assert "listed synonym" in rows and "invisible characters" in rows
+
+
+def test_the_free_region_of_the_seeds_fence_is_found(tmp_path: Path) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.f]\nkind = "tag_fence"\nscheme = "seed"\n'))
+    assert set(rows) == {"flood of tags"}
+    example = rows["flood of tags"].smallest
+    assert example is not None and example.times == 6
+    assert example.paid_before == example.paid_after == -1.5
+
+
+def test_a_list_of_numbers_catches_contains_answer(tmp_path: Path) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.c]\nkind = "contains_answer"\n'))
+    assert set(rows) == {"list of numbers"}
+    assert rows["list of numbers"].largest_gain == 1.0
+
+
+def test_the_published_step_grpo_has_the_gaps_of_its_one_word(tmp_path: Path) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.g]\nkind = "step_grpo"\n'))
+    assert set(rows) == {"re-case openers", "listed synonym", "invisible characters"}
+
+
+def test_what_the_policy_is_really_paid_is_fuzzed_at_every_stage(tmp_path: Path) -> None:
+    stages = "\n".join(
+        f"[[stages]]\n{until}weights = {{ correct = 1.0, s = {weight} }}\n"
+        for until, weight in (("until = 1\n", 0.0), ("", 1.0))
+    )
+    text = HEAD.replace("steps = 1", "steps = 2") + (
+        '[rewards.correct]\nkind = "correct"\n'
+        '[rewards.s]\nkind = "step_penalty"\ncount = "last_block"\n' + stages
+    )
+    result = fuzz_target(write(tmp_path, text), num=2)
+    at = {row.reward for row in result.findings}
+    assert at == {"s", "weighted total, stage 2"}, "of stage 1 the weight is 0"
+
+
+# --- functions -----------------------------------------------------------------------------------
+
+FUNCTIONS = """
+def fine(completions, answer, **kwargs):
+    return [float(c.rstrip().endswith("#### " + a)) for c, a in zip(completions, answer)]
+
+def longer(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+def raises(completions, **kwargs):
+    return [1 / 0 for c in completions]
+
+def nan(completions, **kwargs):
+    return [float("nan") for c in completions]
+
+def short(completions, **kwargs):
+    return [0.0]
+
+def none(completions, **kwargs):
+    return [None for c in completions]
+
+def traced(completions, trace):
+    return [0.0 for c in completions]
+"""
+
+
+def fuzz_function(tmp_path: Path, name: str) -> FuzzResult:
+    (tmp_path / "my.py").write_text(FUNCTIONS)
+    return fuzz_target("words", reward=f"{tmp_path / 'my.py'}:{name}", num=2)
+
+
+def test_a_trl_function_is_fuzzed(tmp_path: Path) -> None:
+    assert fuzz_function(tmp_path, "fine").findings == []
+    assert {"repeat", "pad after the answer"} <= set(found(fuzz_function(tmp_path, "longer")))
+    assert fuzz_function(tmp_path, "none").rows == (), "where it never applies nothing is tried"
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("raises", "raised ZeroDivisionError"),
+        ("nan", "not finite"),
+        ("short", "returned 1 values for"),
+        ("traced", "wants `trace`"),
+    ],
+)
+def test_a_broken_function_is_one_clear_message(tmp_path: Path, name: str, cause: str) -> None:
+    with pytest.raises(UserError, match=cause):
+        fuzz_function(tmp_path, name)
+
+
+# --- real answers --------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, completions: list[str]) -> Path:
+    """A run folder of one step with these completions of the first problem."""
+    rewards = '[rewards.c]\nkind = "contains_answer"\n'
+    recipe = load_recipe(write(folder, f'runs_dir = "{folder}"\n{HEAD}{rewards}'))
+    run = Run.create(recipe)
+    run.close()
+    task = load_words(WordsTaskConfig(kind="words", num_train=40, num_held_out=1))
+    example = task.train[0]
+    num = len(completions)
+    table = {
+        "group": [0] * num,
+        "sample": list(range(num)),
+        "prompt": [f"Q: {example.question}\nA:"] * num,
+        "completion": [c.replace("GOLD", example.answer) for c in completions],
+        "answer": [example.answer] * num,
+        "is_truncated": [False] * num,
+    }
+    (run.folder / "rollouts").mkdir()
+    pq.write_table(pa.table(table), run.folder / "rollouts" / "step_00001.parquet")
+    return run.folder
+
+
+def test_a_run_gives_its_own_answers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [" so #### GOLD", " no idea #### -3", " no idea #### -3"])
+    result = fuzz_target(str(folder), num=5)
+    assert (result.num_right, result.num_wrong) == (2 + 8, 2 + 12), "each twice, and four made"
+    assert result.file == folder / "fuzz.json"
+    content = json.loads(result.file.read_text())
+    assert content["num_findings"] == 1
+    (row,) = [row for row in content["rows"] if row["breaches"]]
+    assert row["edit"] == "list of numbers" and row["smallest"]["paid_after"] == 1.0
+
+
+def test_a_run_without_rollouts_and_an_unknown_target_are_clear(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [" #### GOLD"])
+    (folder / "rollouts" / "step_00001.parquet").unlink()
+    with pytest.raises(UserError, match="no rollouts to fuzz"):
+        fuzz_target(str(folder))
+    with pytest.raises(UserError, match="no recipe 'nonsense'"):
+        fuzz_target("nonsense")
+
+
+# --- the edits themselves ------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    ["Wait,", "2+3=5", "<think>", "</think>", "so", "<b>", "\n", "####", "#### 7", "let me check"]
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(PIECES, max_size=8), st.sampled_from(["\nA:", "\nA: <think>"]))
+def test_every_edit_takes_any_text_and_keeps_the_final_answer(
+    words: list[str], prefill: str
+) -> None:
+    text = " ".join(words)
+    _, tail = split_at_answer(text)
+    for edit in EDITS:
+        for chain in edit.apply(prefill, text):
+            assert len(chain.texts) == len(chain.times) >= 2
+            if ANSWER.search(tail):
+                last = [ANSWER.findall(one)[-1] for one in chain.texts]
+                assert len(set(last)) == 1, (edit.name, chain)
+
+
+def test_innocent_and_neutral_words_differ_in_nothing_else() -> None:
+    assert len(INNOCENT) == len(NEUTRAL)
+    assert len(INNOCENT.split()) == len(NEUTRAL.split())
+    assert count_words(INNOCENT + NEUTRAL, STEP_WORDS) == 0
+    assert is_opened("A: <think>") and not is_opened("<think></think>")
+
+
+@pytest.mark.parametrize(
+    ("must", "paid", "at"),
+    [
+        ("never raise", [1.0, 1.0], None),
+        ("never raise", [1.0, 0.5], None),
+        ("never raise", [1.0, 1.1], 1),
+        ("not change", [1.0, 0.9], 1),
+        ("not change", [1.0, 1.0], None),
+        ("cost ever more", [0.0, -0.3, -1.5, -1.5, -1.5], 3),
+        ("cost ever more", [0.0, -0.3, -0.7, -0.75, -0.9], None),
+        ("cost ever more", [0.0, 0.0, 0.0, 0.0, 0.0], None),
+        ("cost ever more", [1.0, 0.0, 0.0, 0.0, 0.0], None),
+        ("cost ever more", [0.0, 0.1, 0.0, 0.0, 0.0], 1),
+    ],
+)
+def test_what_a_breach_is(must: str, paid: list[float], at: int | None) -> None:
+    assert breach_at(must, paid) == at
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_3_on_a_finding_and_0_on_none(tmp_path: Path) -> None:
+    good = CliRunner().invoke(app, ["fuzz", write(tmp_path, OURS), "--num", "2"])
+    assert good.exit_code == 0 and good.stdout.splitlines()[-1] == "fuzz_r.json"
+    assert "nothing found" in good.output
+    bad = write(tmp_path, HEAD + '[rewards.f]\nkind = "tag_fence"\nscheme = "seed"\n')
+    result = CliRunner().invoke(app, ["fuzz", bad, "--num", "2"])
+    assert result.exit_code == 3 and result.stdout.splitlines()[-1] == "fuzz_r.json"
+    assert "flood of tags" in result.output and "free" in result.output
