@@ -154,7 +154,9 @@ def check_recipe(name: str, params: dict[str, object]) -> None:
 
 def test_commands_are_found_in_the_pages():
     found = {command[0] for page in PAGES for command in commands(page)}
-    assert found == {"demo", "train", "eval", "report", "config", "import", "pretrain"}
+    assert found == {
+        "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
+    }  # fmt: skip
 
 
 def test_a_command_that_does_not_exist_would_be_noticed():

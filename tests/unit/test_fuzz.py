@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -256,7 +257,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(PIECES, max_size=8), st.sampled_from(["\nA:", "\nA: <think>"]))
 def test_every_edit_takes_any_text_and_keeps_the_final_answer(
     words: list[str], prefill: str
@@ -308,3 +309,16 @@ def test_the_command_ends_with_3_on_a_finding_and_0_on_none(tmp_path: Path) -> N
     result = CliRunner().invoke(app, ["fuzz", bad, "--num", "2"])
     assert result.exit_code == 3 and result.stdout.splitlines()[-1] == "fuzz_r.json"
     assert "flood of tags" in result.output and "free" in result.output
+
+
+def test_the_page_shows_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (Path(__file__).parents[2] / "docs" / "fuzzing.md").read_text()
+    recipes = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    for name, recipe, text in zip(("seed", "ours"), recipes, shown, strict=True):
+        (tmp_path / f"{name}.toml").write_text(recipe)
+        result = CliRunner().invoke(app, ["fuzz", f"{name}.toml", "--num", "4"])
+        assert [line.rstrip() for line in result.stderr.splitlines()] == text.splitlines()

@@ -127,7 +127,10 @@ def _block(prefill: str, completion: str) -> Block | None:
     if start < 0 or end < 0:
         return None
     opening = "" if is_opened(prefill) else OPEN
-    return Block(text[:start], opening, text[start + len(opening) : end], text[end + len(CLOSE) :])
+    inner, after = text[start + len(opening) : end], text[end + len(CLOSE) :]
+    if "####" in inner or not any(c.isalnum() for c in after):
+        return None  # the answer stands inside of the block, where edits would reach it
+    return Block(text[:start], opening, inner, after)
 
 
 def _pairs(before: str, afters: Sequence[tuple[int, str]]) -> list[Chain]:

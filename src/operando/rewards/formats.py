@@ -97,11 +97,12 @@ def _is_comparison(text: str, found: re.Match[str]) -> bool:
     name = found["name"]
     if found["slash"] or "=" in inner or "/" in inner or name.casefold() == "think":
         return False
+    if len(name) > 1 and len(inner.split()) == 1 and not name.isdigit():
+        return False
     before, after = text[: found.start()], text[found.end() :]
     if inner[0].isspace():
         before, after = before.rstrip(), after.lstrip()
-    operands = re.search(r"[\w)\]]$", before) and re.match(r"[\w(\[-]", after)
-    return bool(operands) and (len(name) == 1 or len(inner.split()) > 1 or name.isdigit())
+    return bool(re.match(r"[\w)\]]", before[-1:]) and re.match(r"[\w(\[-]", after))
 
 
 def pair_tags(tags: Sequence[Tag]) -> list[Paired]:
