@@ -16,6 +16,7 @@ from operando import parallel
 from operando.integrations.tracking import Tracker, open_tracker
 from operando.models.load import Loaded
 from operando.models.policy import Policy, Scoring, flat_rows
+from operando.models.prefix import Prefix
 from operando.recipe import Recipe, TrackingConfig
 from operando.records import (
     Clock,
@@ -91,7 +92,7 @@ def train(
 def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     """Sample, score, pay, credit, update: one step of the loop. Returns its metrics and batch."""
     recipe, clock = setup.recipe, Clock()
-    batch, mine = sample_batch(setup, step)
+    batch, mine, prefix = sample_batch(setup, step)
     clock.lap("sample")
     scoring = setup.policy.score(
         batch,
@@ -99,6 +100,7 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
         reference=recipe.kl is not None,
         micro_tokens=recipe.update.micro_tokens,
         keep_graph=recipe.update.num_minibatches == 1,
+        prefix=prefix,
     )
     trace = scoring.trace.mapped(parallel.sum_tensor)
     clock.lap("score")
@@ -137,8 +139,9 @@ def evaluate(setup: Setup, step: int) -> dict[str, float]:
     return eval_metrics(judged, proxies)
 
 
-def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int]]:
-    """Return this step's rollouts (all ranks') and which rows this rank scores and trains on."""
+def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int], Prefix | None]:
+    """Return this step's rollouts (all ranks'), which rows this rank scores and trains on, and what
+    the sampler saw below the first trained block."""
     config = setup.recipe.rollout
     each = config.num_prompts // parallel.world_size()
     first = parallel.rank() * each
@@ -150,11 +153,12 @@ def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int]]:
     )
     sampling = Sampling(config.max_completion_length, config.temperature, config.stop)
     ids = [p.ids for p in prompts]
-    sampled = setup.sampler.sample(ids, config.num_generations, sampling, uniforms_BT)
+    prefix = setup.policy.new_prefix(first)
+    sampled = setup.sampler.sample(ids, config.num_generations, sampling, uniforms_BT, prefix)
     mine = as_rollouts(prompts, groups, config.num_generations, sampled)
     batch = make_batch(parallel.gather_list(mine), config.num_generations, setup.pad_id)
     start = first * config.num_generations
-    return batch, list(range(start, start + len(mine)))
+    return batch, list(range(start, start + len(mine))), prefix
 
 
 def prompt_order(seeds: SeedTree, step: int, num_prompts: int, size: int) -> list[int]:

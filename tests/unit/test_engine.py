@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +9,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from operando.errors import UserError
-from operando.rollout.engine import Engine, pick
+from operando.rollout.engine import Decoded, Engine, Step, pick
 from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, make_sampler, uniform_streams
 from operando.run import SeedTree
@@ -57,13 +55,15 @@ def test_greedy_equals_hf_generate(family: str, lora: bool) -> None:
 def test_fixed_buffers_of_a_captured_step_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph demands, without one: fixed inputs and outputs."""
 
-    def capture(step: Callable[[Tensor], Tensor], token_B: Tensor) -> Callable[[Tensor], Tensor]:
+    def capture(step: Step, token_B: Tensor) -> Step:
         token_in_B = token_B.clone()
-        out_BD = step(token_in_B)
+        out = step(token_in_B)
 
-        def replay(token_B: Tensor) -> Tensor:
+        def replay(token_B: Tensor) -> Decoded:
             token_in_B.copy_(token_B)
-            return out_BD.copy_(step(token_in_B))
+            for kept, new in zip(out, step(token_in_B), strict=True):
+                kept.copy_(new)
+            return out
 
         captures.append(len(token_B))
         return replay

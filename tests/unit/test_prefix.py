@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from operando.models.policy import Policy, Scored, flat_rows
+from operando.models.prefix import Prefix
+from operando.rollout.engine import Engine
+from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.run import SeedTree
+from operando.types import Example, Prompt, make_batch
 from tests.unit.test_packing import LORA, make_policy
 from tests.unit.tiny import random_batch
 
@@ -72,3 +77,39 @@ def test_a_broken_forward_leaves_the_blocks_whole() -> None:
     with pytest.raises(RuntimeError, match="planted"):
         policy.scored(batch, [[0]], prefix)
     assert all("forward" not in vars(block) for block in policy.blocks)
+
+
+@pytest.mark.parametrize("max_batch", [512, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_the_sampler_sees_what_the_scoring_pass_sees(family: str, max_batch: int) -> None:
+    """Rows end at different lengths and are compacted; their hidden states must stay theirs."""
+    policy = make_policy(family, lora=LORA, layers="2")
+    engine = Engine(policy.base, policy.tokenizer, tuple(range(40)), max_batch)
+    prompts = [Prompt(Example(str(i), "", ""), "", (9, 80 + i) * (i + 1)) for i in range(3)]
+    seen = Prefix(2)
+    uniforms_BT = uniform_streams(SeedTree(0), 1, range(3), 4, 20)
+    sampled = engine.sample([p.ids for p in prompts], 4, Sampling(20), uniforms_BT, seen)
+    batch = make_batch(as_rollouts(prompts, range(3), 4, sampled), 4, pad_id=0)
+    assert len({len(one.ids) for one in sampled}) > 3
+    computed = policy.score(batch).prefix
+    assert computed is not None
+    for group in range(3):
+        torch.testing.assert_close(
+            seen.prompts[group], computed.prompts[group], atol=1e-4, rtol=1e-4
+        )
+    for row, one in enumerate(sampled):
+        # Nothing reads the last token: no prediction hangs on it, and the sampler never ran it.
+        last = len(one.ids) - 1
+        torch.testing.assert_close(
+            seen.rows[row][:last], computed.rows[row][:last], atol=1e-5, rtol=1e-4
+        )
+    scored, plain = policy.score(batch, prefix=seen), policy.score(batch)
+    torch.testing.assert_close(scored.trace.logp_BT, plain.trace.logp_BT, atol=1e-5, rtol=1e-4)
+    assert scored.prefix is seen
+
+
+def test_sites_are_read_in_a_whole_forward() -> None:
+    policy, batch = make_policy(lora=LORA, layers="2"), random_batch(3, 4)
+    prefix, site = policy.score(batch).prefix, "blocks.1.hook_resid_post"
+    again = policy.score(batch, prefix=prefix, sites=[site])
+    assert again.prefix is not prefix and again.trace.acts[site].abs().sum() > 0

@@ -163,6 +163,10 @@ class Policy:
         parallel.shard_model(self.base.get_decoder(), self.blocks)
         self.base.tie_weights()  # the head of a tied model is the sharded embedding again
 
+    def new_prefix(self, first_group: int = 0) -> Prefix | None:
+        """Return an empty prefix for a batch; None where nothing lies below the trained blocks."""
+        return Prefix(self.first_trained, first_group) if self.first_trained else None
+
     def scored(self, batch: Batch, packs: Sequence[Pack], prefix: Prefix | None = None) -> Scored:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
         packed = pack_rows(batch, packs).to(self.device)
@@ -180,13 +184,15 @@ class Policy:
         sites: Sequence[str] = (),
         micro_tokens: int = 4096,
         keep_graph: bool = False,
+        prefix: Prefix | None = None,
     ) -> Scoring:
         """Return old log-probs, entropy, values, activations and reference log-probs of a batch.
 
         `rows` are those that this rank scores (None: all); the others stay zero. The old log-probs
         come from the same forward, cut the same way, as the update's: the first ratio is exactly 1.
         With `keep_graph`, a batch of one micro-batch is scored with its autograd graph, so that
-        the first update need not run that forward again.
+        the first update need not run that forward again. A `prefix` that the sampler has filled
+        spares the blocks below the first trained one; sites are read in a whole forward.
         """
         micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
         keep_graph = keep_graph and len(micro) == 1
@@ -195,15 +201,20 @@ class Policy:
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
         acts: dict[str, Tensor] = {}
-        prefix = Prefix(self.first_trained) if self.first_trained else None
+        given = prefix if prefix is not None and prefix.rows and not sites else None
+        prefix = given or self.new_prefix()
         below = f"blocks.{self.first_trained}.hook_resid_pre"
-        reader = ActivationReader(self.base, [*sites, below] if prefix else sites)
+        reader = ActivationReader(self.base, [*sites, below] if prefix and not given else sites)
         for packs, counts in micro:
             packed = pack_rows(batch, packs).to(self.device)
-            with torch.set_grad_enabled(keep_graph), reader.reading() as seen:
+            with (
+                torch.set_grad_enabled(keep_graph),
+                self._starting_at(self.blocks, given, batch, packs),
+                reader.reading() as seen,
+            ):
                 scored = self._head(self._hidden(packed), packed, batch, packs)
             graph = scored if keep_graph else None
-            if prefix is not None:
+            if prefix is not None and given is None:
                 prefix.store(batch, packs, seen[below])
             ref_logp_bT = None
             if reference:

@@ -17,7 +17,10 @@ from operando.types import Batch
 
 
 class Prefix:
-    """Hidden states at the input of block `first`, by prompt and by row, however rows are packed.
+    """Hidden states at the input of block `first`, by group and by row, however rows are packed.
+
+    They are kept from the sampler, which computes them anyway, or from the first scoring pass.
+    `first_group` is the batch's group that the sampler's first prompt becomes.
 
     Example:
         prefix = Prefix(first=24)
@@ -26,8 +29,9 @@ class Prefix:
             model(...)
     """
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, first_group: int = 0) -> None:
         self.first = first
+        self.first_group = first_group
         self.prompts: dict[int, Float[Tensor, "p D"]] = {}
         self.rows: dict[int, Float[Tensor, "n D"]] = {}
 

@@ -22,10 +22,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 
 from operando.errors import UserError
-from operando.models.load import LLAMA_LIKE, head_weight, is_llama_like, lora_in_model_dtype
+from operando.models.hooks import ActivationReader
+from operando.models.load import LLAMA_LIKE, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, head_logits
-from operando.parallel import whole
+from operando.models.prefix import Prefix
 from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
+from operando.rollout.weights import Weights, gather_weights
 
 COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
 COMPACT_GRAPH_BELOW = 0.5  # the same under CUDA graphs, where a new batch size is a new capture
@@ -44,39 +46,6 @@ def serves(model: PreTrainedModel) -> bool:
     return type(base) is nn.Linear  # not a quantised one
 
 
-@dataclass(frozen=True)
-class Linear:
-    """x W^T + b + scale (x A^T) B^T on plain tensors."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.lora_a is None or self.lora_b is None:
-            return y
-        return torch.addmm(y, x @ self.lora_a, self.lora_b)
-
-
-@dataclass(frozen=True)
-class Block:
-    """The weights of one decoder block, as references wherever that is possible."""
-
-    norm1: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    norm2: Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
-
-
 class Rope(NamedTuple):
     """Cosines and sines of every position that this rollout can reach."""
 
@@ -84,13 +53,14 @@ class Rope(NamedTuple):
     sin_SD: Float[Tensor, "S d"]
 
 
-class Weights(NamedTuple):
-    """All that decoding reads of the model, gathered once a rollout."""
+class Decoded(NamedTuple):
+    """Hidden states of one decoded token a row: the head's, and those below the trained blocks."""
 
-    embed_VD: Tensor
-    blocks: list[Block]
-    norm_D: Tensor
-    head_VD: Tensor
+    hidden_BD: Float[Tensor, "B D"]
+    below_BD: Float[Tensor, "B D"]
+
+
+Step = Callable[[Tensor], Decoded]
 
 
 @dataclass
@@ -159,21 +129,18 @@ class Engine:
         group_size: int,
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
+        prefix: Prefix | None = None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
-        weights = Weights(
-            embed_VD=whole(self.model.get_input_embeddings().get_parameter("weight")),
-            blocks=[self._block(b) for b in self.decoder.get_submodule("layers").children()],
-            norm_D=self._norm_weight(self.decoder.get_submodule("norm")),
-            head_VD=whole(head_weight(self.model)),
-        )
+        weights = gather_weights(self.model, self.norm_offset)
         step = max(1, self.max_batch // group_size)
         done: list[Sampled] = []
         for at in range(0, len(prompts), step):
             part = prompts[at : at + step]
             rows = slice(at * group_size, (at + len(part)) * group_size)
             uniforms = None if uniforms_BT is None else uniforms_BT[rows]
-            done += self._sample_chunk(weights, part, group_size, sampling, uniforms)
+            first = at if prefix is None else prefix.first_group + at
+            done += self._sample_chunk(weights, part, group_size, sampling, uniforms, prefix, first)
         return done
 
     def _sample_chunk(
@@ -183,9 +150,17 @@ class Engine:
         group_size: int,
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
+        prefix: Prefix | None,
+        first_group: int,
     ) -> list[Sampled]:
         head, max_new = HeadConfig(sampling.temperature, None), sampling.max_completion_length
-        hidden_PD, rows = self._prefill(prompts, group_size, min(FIRST_TOKENS, max_new))
+        first = 0 if prefix is None else prefix.first
+        hidden_PD, rows, below_PSD = self._prefill(
+            prompts, group_size, min(FIRST_TOKENS, max_new), first
+        )
+        below_BTD = None
+        if prefix is not None:
+            below_BTD = below_PSD.new_zeros(len(rows.source), max_new, below_PSD.shape[2])
         device = hidden_PD.device
         stop_ids = torch.tensor(self.stop_ids, device=device)
         if uniforms_BT is not None:
@@ -197,7 +172,7 @@ class Engine:
         rope = self._rope_table(longest + max_new, hidden_PD)
         graphs = self.use_graphs and max_new >= GRAPH_FROM
         compact_below = COMPACT_GRAPH_BELOW if graphs else COMPACT_BELOW
-        step: Callable[[Tensor], Tensor] | None = None  # the captured step of these very buffers
+        step: Step | None = None  # the captured step of these very buffers
         alive_B = torch.ones(len(rows.source), dtype=torch.bool, device=device)
         logits_BV = head_logits(hidden_PD, weights.head_VD, head).repeat_interleave(group_size, 0)
         for t in range(max_new):
@@ -225,25 +200,38 @@ class Engine:
                 rows.make_room(min(longest + 2 * (room - longest), longest + max_new))
                 step = None
             if graphs:
-                step = step or capture(self._step(weights, rows, rope), token_B)
-                hidden_BD = step(token_B)
+                step = step or capture(self._step(weights, rows, rope, first), token_B)
+                hidden_BD, below_BD = step(token_B)
             else:
-                hidden_BD = self._decode(weights, rows, token_B, rope, length)
+                hidden_BD, below_BD = self._decode(weights, rows, token_B, rope, length, first)
+            if below_BTD is not None:
+                below_BTD[torch.tensor(rows.source, device=device), t] = below_BD
             rows.position_B += 1
             logits_BV = head_logits(hidden_BD, weights.head_VD, head)
-        return [
+        done = [
             finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling)
             for i in range(len(ids))
         ]
+        if prefix is not None and below_BTD is not None:
+            for p, prompt in enumerate(prompts):
+                prefix.prompts[first_group + p] = below_PSD[p, : len(prompt)]
+            for i, one in enumerate(done):
+                prefix.rows[first_group * group_size + i] = below_BTD[i, : len(one.ids)]
+        return done
 
-    def _step(self, weights: Weights, rows: Rows, rope: Rope) -> Callable[[Tensor], Tensor]:
+    def _step(self, weights: Weights, rows: Rows, rope: Rope, first: int) -> Step:
         """Return the decoding step over the caches' whole length: its shapes never change."""
-        return lambda token_B: self._decode(weights, rows, token_B, rope, rows.keys[0].shape[2])
+        room = rows.keys[0].shape[2]
+        return lambda token_B: self._decode(weights, rows, token_B, rope, room, first)
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int
-    ) -> tuple[Float[Tensor, "P D"], Rows]:
-        """Run each prompt once; return its last hidden state and caches expanded to the group."""
+        self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int, first: int
+    ) -> tuple[Float[Tensor, "P D"], Rows, Float[Tensor, "P S D"]]:
+        """Run each prompt once.
+
+        Returns its last hidden state, the caches expanded to the group, and the residual at the
+        input of block `first`.
+        """
         device = self.model.device
         lengths_P = torch.tensor([len(p) for p in prompts], device=device)
         width = int(lengths_P.max())
@@ -252,7 +240,9 @@ class Engine:
             ids_PS[row, : len(prompt)] = torch.tensor(prompt, device=device)
         cache = DynamicCache(config=self.model.config)
         position_PS = torch.arange(width, device=device).expand_as(ids_PS)
-        with lora_in_model_dtype(self.model):
+        site = f"blocks.{first}.hook_resid_pre"
+        reader = ActivationReader(self.model, [site])
+        with lora_in_model_dtype(self.model), reader.reading() as acts:
             out = self.decoder(
                 input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
             )
@@ -269,13 +259,20 @@ class Engine:
             keys=keys,
             values=values,
         )
-        return hidden_PD, rows
+        return hidden_PD, rows, acts[site]
 
     def _decode(
-        self, weights: Weights, rows: Rows, token_B: Int[Tensor, " B"], rope: Rope, length: int
-    ) -> Float[Tensor, "B D"]:
-        """Return final hidden states after reading one more token in each row.
+        self,
+        weights: Weights,
+        rows: Rows,
+        token_B: Int[Tensor, " B"],
+        rope: Rope,
+        length: int,
+        first: int,
+    ) -> Decoded:
+        """Return hidden states after reading one more token in each row.
 
+        They are those that the head reads, and those at the input of block `first`.
         `length` bounds every row's position, so attention looks at no more of the cache than that.
         The rows' positions stay: to run the same step twice changes nothing.
         """
@@ -289,7 +286,9 @@ class Engine:
         mask_B11S = mask_B11S[:, None, None]
         if self.embed_scale is not None:
             x_BD = x_BD * torch.tensor(self.embed_scale, dtype=x_BD.dtype)
+        below_BD = x_BD
         for layer, block in enumerate(weights.blocks):
+            below_BD = x_BD if layer == first else below_BD
             h_BD = self._norm(x_BD, block.norm1)
             q_BHd = block.q(h_BD).view(num_rows, -1, d)
             k_BKd = block.k(h_BD).view(num_rows, -1, d)
@@ -311,44 +310,15 @@ class Engine:
             x_BD = x_BD + block.o(attended.reshape(num_rows, -1))
             h_BD = self._norm(x_BD, block.norm2)
             x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
-        return self._norm(x_BD, weights.norm_D)
+        return Decoded(self._norm(x_BD, weights.norm_D), below_BD)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-
-    def _norm_weight(self, norm: nn.Module) -> Tensor:
-        weight = whole(norm.get_parameter("weight"))
-        return weight + self.norm_offset if self.norm_offset else weight
 
     def _rope_table(self, length: int, like: Tensor) -> Rope:
         positions = torch.arange(length, device=like.device)[None]
         cos, sin = self.decoder.get_submodule("rotary_emb")(like, positions)
         return Rope(cos[0], sin[0])
-
-    def _block(self, layer: nn.Module) -> Block:
-        qk_norm = any(
-            name == "q_norm" for name, _ in layer.get_submodule("self_attn").named_children()
-        )
-
-        def linear(name: str) -> Linear:
-            return _linear(layer.get_submodule(name))
-
-        def norm(name: str) -> Tensor:
-            return self._norm_weight(layer.get_submodule(name))
-
-        return Block(
-            norm1=norm("input_layernorm"),
-            q=linear("self_attn.q_proj"),
-            k=linear("self_attn.k_proj"),
-            v=linear("self_attn.v_proj"),
-            o=linear("self_attn.o_proj"),
-            q_norm=norm("self_attn.q_norm") if qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if qk_norm else None,
-            norm2=norm("post_attention_layernorm"),
-            gate=linear("mlp.gate_proj"),
-            up=linear("mlp.up_proj"),
-            down=linear("mlp.down_proj"),
-        )
 
     def _no_stop_text(
         self, sources: list[int], ids: list[list[int]], sampling: Sampling, device: torch.device
@@ -362,7 +332,7 @@ class Engine:
         return torch.tensor(clear, device=device)
 
 
-def capture(step: Callable[[Tensor], Tensor], token_B: Tensor) -> Callable[[Tensor], Tensor]:
+def capture(step: Step, token_B: Tensor) -> Step:
     """Return the step as a CUDA graph: one launch for its several hundred kernels.
 
     The graph reads and writes fixed memory; what it returns is overwritten by its next call.
@@ -375,12 +345,12 @@ def capture(step: Callable[[Tensor], Tensor], token_B: Tensor) -> Callable[[Tens
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out_BD = step(token_in_B)
+        out = step(token_in_B)
 
-    def replay(token_B: Tensor) -> Tensor:
+    def replay(token_B: Tensor) -> Decoded:
         token_in_B.copy_(token_B)
         graph.replay()
-        return out_BD
+        return out
 
     return replay
 
@@ -431,24 +401,3 @@ def _expand(x_PKSd: Tensor, group_size: int, length: int) -> Tensor:
     cache = x_PKSd.new_zeros(num * group_size, heads, length, d)
     cache[:, :, :width] = x_PKSd.repeat_interleave(group_size, 0)
     return cache
-
-
-def _linear(module: nn.Module) -> Linear:
-    """Return a linear module's tensors; LoRA factors are cast and scaled once for this rollout."""
-    if not isinstance(module, LoraLayer):
-        assert isinstance(module, nn.Linear), f"{type(module).__name__} is not served"
-        bias = None if module.bias is None else whole(module.bias)
-        return Linear(whole(module.weight), bias, None, None)
-    base = module.get_base_layer()
-    assert isinstance(base, nn.Linear), f"{type(base).__name__} is not served"
-    plain = _linear(base)
-    active = module.active_adapters
-    if module.disable_adapters or not active:
-        return plain
-    assert len(active) == 1, f"one adapter is served, got {active}"
-    name = active[0]
-    dtype = plain.weight.dtype
-    a_RD = whole(module.lora_A.get_submodule(name).get_parameter("weight"))
-    b_DR = whole(module.lora_B.get_submodule(name).get_parameter("weight"))
-    lora_a, lora_b = a_RD.T.to(dtype), (b_DR.T * module.scaling[name]).to(dtype)
-    return Linear(plain.weight, plain.bias, lora_a, lora_b)

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from operando.models.prefix import Prefix
 from operando.rollout.engine import pick
 from operando.rollout.sampler import Sampled, Sampling, finish
 
@@ -59,8 +60,10 @@ class HfSampler:
         group_size: int,
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
+        prefix: Prefix | None = None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
+        del prefix  # generate does not show its hidden states; the scoring pass computes them
         rows = [prompt for prompt in prompts for _ in range(group_size)]
         done: list[Sampled] = []
         for at in range(0, len(rows), self.max_batch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from operando.errors import UserError
+from operando.models.prefix import Prefix
 from operando.run import SeedTree
 from operando.types import Prompt, Rollout
 
@@ -37,7 +38,8 @@ class Sampler(Protocol):
     """Samples `group_size` completions of each prompt; siblings are adjacent in the answer.
 
     uniforms_BT holds one number in [0, 1) for each token of each completion and decides everything,
-    so that a completion does not depend on its neighbours. None means greedy.
+    so that a completion does not depend on its neighbours. None means greedy. A sampler that can
+    fills `prefix` with the hidden states below the first trained block.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Sampler(Protocol):
         group_size: int,
         sampling: Sampling,
         uniforms_BT: Float[Tensor, "B T"] | None,
+        prefix: Prefix | None = None,
     ) -> list[Sampled]: ...
 
 
