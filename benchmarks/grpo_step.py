@@ -3,8 +3,8 @@
     .venv-interop/bin/python benchmarks/grpo_step.py --model smollm2 --dtype bfloat16
 
 Same model, prompts, reward, LoRA (rank 32, all seven projections), KL term, group size and
-token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
-checkpointing off, which is faster. Reported: median seconds a step after the first, their parts,
+token limit, layers and epochs; natural stopping. TRL runs as its documentation starts it, but with gradient
+checkpointing off, which is faster. Reported: median seconds a rollout batch after the first, their parts,
 mean completion length (the work must be alike), peak resident memory.
 """
 
@@ -39,12 +39,14 @@ def run_operando(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, object] = {
             "name": "bench", "steps": args.steps, "runs_dir": folder,
-            "model": {"id": args.model, "dtype": args.dtype, "lora": {"rank": 32, "alpha": 32}},
+            "model": {"id": args.model, "dtype": args.dtype, "layers": args.layers,
+                      "lora": {"rank": 32, "alpha": 32}},
             "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
             "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
                         "max_completion_length": args.new},
             "rewards": {"length": {"kind": "function"}},
             "kl": {"coef": 0.04, "unbiased": False},
+            "update": {"epochs": args.epochs},
             "optim": {"lr": 1e-5},
             "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
             "checkpoint": {"every": 10_000},
@@ -68,6 +70,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from operando.models.layers import parse_layer_set
     from operando.models.load import resolve
     from operando.recipe import WordsTaskConfig
     from operando.tasks.words import load_words
@@ -84,22 +87,26 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
         def on_step_end(self, *_: object, **__: object) -> None:
             seconds.append(time.perf_counter() - self.started)
 
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype))
+    layers = parse_layer_set(args.layers, model.config.num_hidden_layers)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype)),
+            model=model,
             reward_funcs=[reward],
             args=GRPOConfig(
-                output_dir=folder, max_steps=args.steps, num_generations=args.group,
+                output_dir=folder, max_steps=args.steps * args.epochs, num_generations=args.group,
                 per_device_train_batch_size=args.prompts * args.group,
                 max_completion_length=args.new, beta=0.04, learning_rate=1e-5,
                 use_bias_correction_kl=False, use_cpu=True, bf16=False, report_to=[],
                 save_strategy="no", logging_steps=1, gradient_checkpointing=False,
-                temperature=1.0, disable_tqdm=True,
+                temperature=1.0, disable_tqdm=True, num_iterations=args.epochs,
             ),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(where),
-            peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=targets),
+            peft_config=LoraConfig(
+                r=32, lora_alpha=32, target_modules=targets, layers_to_transform=list(layers)
+            ),
             callbacks=[Timer()],
         )  # fmt: skip
         parts: dict[str, float] = {"sample": 0.0, "sample+score": 0.0}
@@ -108,9 +115,11 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
         ):  # fmt: skip
             _timed(trainer, name, key, parts)
         trainer.train()
+    # With several epochs TRL counts each optimizer step; a rollout batch is `epochs` of them.
+    whole = [sum(seconds[i : i + args.epochs]) for i in range(0, len(seconds), args.epochs)]
     lengths = [h["completions/mean_length"] for h in trainer.state.log_history if "kl" in h]
     return {
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": statistics.median(whole[1:]),
         "parts": {k: round(v / args.steps, 2) for k, v in parts.items()},
         "mean_length": statistics.mean(lengths[1:]),
     }
@@ -136,6 +145,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--only", choices=("operando", "trl"))
     args = parser.parse_args()
     if args.only:
