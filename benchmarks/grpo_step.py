@@ -2,10 +2,10 @@
 
     .venv-interop/bin/python benchmarks/grpo_step.py --model smollm2 --dtype bfloat16
 
-Same model, prompts, reward, LoRA (rank 32, all seven projections), KL term, group size and
-token limit, layers and epochs; natural stopping. TRL runs as its documentation starts it, but with gradient
-checkpointing off, which is faster. Reported: median seconds a rollout batch after the first, their parts,
-mean completion length (the work must be alike), peak resident memory.
+Same model, prompts, reward, LoRA (rank 32, all seven projections), layers, epochs, KL term, group
+size and token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
+checkpointing off, which is faster. Reported: median seconds a rollout batch after the first, their
+parts, mean completion length (the work must be alike), peak resident memory.
 """
 
 from __future__ import annotations

@@ -99,6 +99,29 @@ def certify(
 
 
 @app.command()
+def contribution(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    width: Annotated[int, typer.Option(min=1, help="Neighbouring layers trained together.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm: 0, 1, ...")] = 3,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A layer set; instead of --width.")
+    ] = None,
+) -> None:
+    """Train each block of layers alone: which share of all layers' gain does it bring?"""
+    from operando.display import make_console
+    from operando.launch import run_contribution
+    from operando.recipe_io import load_recipe
+    from operando.report.contribution import contribution_table
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+    console = make_console()
+    result = run_contribution(console, checked, width, seeds, sets or [])
+    console.print(contribution_table(result))
+    print(result.file)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or more run folders.")],
     out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,

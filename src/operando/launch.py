@@ -7,18 +7,27 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from operando import parallel
 from operando.display import RunDisplay
+from operando.models.load import count_layers
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
+from operando.report.contribution import draw_contribution
 from operando.rewards.base import RewardFunction
 from operando.run import Run, read_metrics
 from operando.setup import StepReport
+from operando.study.contribution import (
+    ContributionResult,
+    check_sets,
+    layer_sets,
+    plan,
+    summarise,
+)
 from operando.train import train
 
 
@@ -63,6 +72,41 @@ def launch(
         return folder if parallel.rank() == 0 else None
     finally:
         parallel.stop()
+
+
+def launch_arms(console: Console, recipes: Sequence[Recipe]) -> list[Path]:
+    """Train one recipe after the other and return their folders.
+
+    What is finished is not trained again, and what was interrupted goes on, so that the same call
+    takes up a study where it stopped.
+    """
+    folders = []
+    for number, recipe in enumerate(recipes, start=1):
+        folder = Path(recipe.runs_dir) / recipe.name
+        if (folder / "results.json").is_file():
+            Run.resume(recipe).close()  # the very same recipe, or an error that says what differs
+        else:
+            console.print(f"run {number} of {len(recipes)}: {recipe.name}", highlight=False)
+            started = (folder / "metrics.jsonl").is_file()
+            trained = launch(console, recipe, resume=started)
+            assert trained is not None, "a study runs in one process"
+        folders.append(folder)
+    return folders
+
+
+def run_contribution(
+    console: Console, recipe: Recipe, width: int, num_seeds: int, sets: Sequence[str]
+) -> ContributionResult:
+    """Train all layers and each layer set alone, over seeds; write shares, table and picture."""
+    num_layers = count_layers(recipe.model)
+    sets = list(sets) or layer_sets(num_layers, width)
+    check_sets(sets, num_layers)
+    arms = plan(recipe, sets, range(num_seeds))
+    folders = dict(zip(arms, launch_arms(console, list(arms.values())), strict=True))
+    file = Path(recipe.runs_dir) / f"{recipe.name}_contribution" / "contribution.json"
+    result = summarise(recipe.name, folders, file)
+    draw_contribution(result, file.with_suffix(".svg"))
+    return result
 
 
 def _train_shown(

@@ -21,7 +21,7 @@ def recipe_file(name: str) -> Path:
     if here.is_file():
         return here
     shipped = shipped_recipes()
-    wanted = here.with_suffix(".toml").name
+    wanted = here.name if here.suffix == ".toml" else f"{here.name}.toml"
     for file in shipped:
         if file.name == wanted:
             return file

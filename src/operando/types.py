@@ -53,6 +53,7 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     messages: tuple[Mapping[str, str], ...] = ()  # empty for a raw prompt
+    prefill: str = ""  # what the text's end already holds of the answer, e.g. "<think>"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ kind = "think_format"
 kind = "tag_fence"
 """
 )
-PREFILLED = OURS + '\n[prompt]\ntemplate = "Q: {question}\\nA: <think>"\n'
+PREFILLED = OURS + '\n[prompt]\nprefill = " <think>"\n'
 
 
 def write(folder: Path, text: str) -> str:

@@ -393,3 +393,7 @@ def test_a_resolved_recipe_writes_every_default() -> None:
     written = tomllib.loads(to_toml(tiny()))
     assert written["loss"] == ClipLoss().model_dump(exclude_none=True)
     assert written["update"]["aggregation"] == "token_mean"
+
+
+def test_a_shipped_recipe_with_a_point_in_its_name_is_found() -> None:
+    assert load_recipe("layer_frozen_qwen1.5b").model.layers == "24-27"

@@ -23,7 +23,6 @@ from operando.recipe import (
 )
 from operando.rewards.compose import as_tokens, make_parts
 from operando.rewards.formats import (
-    answer_prefill,
     find_tags,
     is_one_block,
     pair_tags,
@@ -49,7 +48,7 @@ INNOCENT = "The waiter buttered the attributes; factually he awaits butterflies.
 
 def rollout(text: str, prefill: str = "\nA:", group: int = 0, truncated: bool = False) -> Rollout:
     example = Example("e", "How many?", "5")
-    prompt = Prompt(example, f"Q: How many?{prefill}", (4, 5))
+    prompt = Prompt(example, f"Q: How many?{prefill}", (4, 5), prefill=prefill)
     return Rollout(prompt, group, 0, text, (7, 8), (-0.5, -0.5), truncated)
 
 
@@ -211,15 +210,6 @@ def test_strict_format_pays_for_one_block_over_prefill_and_completion() -> None:
     assert value(STRICT, "a</think> b", prefill="\nA: <think>") == 1.0
     assert value(STRICT, "<think>a</think> b", prefill="\nA: <think>") == 0.0
     assert value(STRICT, "<think>a</think> b", truncated=True) == 0.0
-
-
-def test_prefill_is_what_follows_the_last_user_text() -> None:
-    assert answer_prefill(rollout("", "\nA: <think>")) == "\nA: <think>"
-    example = Example("e", "How many?", "5")
-    messages = ({"role": "user", "content": "How many? Use <think>."},)
-    text = "<|user|>How many? Use <think>.<|assistant|><think>"
-    chat = Rollout(Prompt(example, text, (1,), messages), 0, 0, "", (1,), (0.0,), False)
-    assert answer_prefill(chat) == "<|assistant|><think>"
 
 
 # --- tags ----------------------------------------------------------------------------------------

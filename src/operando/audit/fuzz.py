@@ -32,7 +32,7 @@ from operando.recipe import (
 from operando.recipe_io import load_recipe
 from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
 from operando.rewards.compose import RewardPart, make_parts, weighted_sum
-from operando.rewards.formats import answer_prefill, is_one_block
+from operando.rewards.formats import is_one_block
 from operando.run import read_recipe, write_json
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
@@ -230,9 +230,13 @@ def uses_block(recipe: Recipe) -> bool:
 
 def _prompt(config: PromptConfig, example: Example, text: str | None = None) -> Prompt:
     """Return the prompt as the model reads it, or, without a tokenizer, its text alone."""
-    asked = config.ask(example.question)
-    messages = ({"role": "user", "content": asked},) if config.format == "chat" else ()
-    return Prompt(example, asked if text is None else text, (0,), messages)
+    asked = config.ask(example.question) + config.prefill
+    messages = (
+        ({"role": "user", "content": config.ask(example.question)},)
+        if config.format == "chat"
+        else ()
+    )
+    return Prompt(example, asked if text is None else text, (0,), messages, config.prefill)
 
 
 def _made_cases(recipe: Recipe, task: Task, num: int) -> list[Case]:
@@ -241,7 +245,7 @@ def _made_cases(recipe: Recipe, task: Task, num: int) -> list[Case]:
     for example in task.train[recipe.prompt.few_shot :][:num]:
         prompt = _prompt(recipe.prompt, example)
         bare = Rollout(prompt, 0, 0, "", (), (), is_truncated=False)
-        prefill = answer_prefill(bare)
+        prefill = prompt.prefill
 
         def form(text: str, prefill: str = prefill) -> str:
             return with_block(prefill, text) if uses_block(recipe) else text
@@ -346,7 +350,7 @@ def _try(
     for case in cases:
         if edit.on == "wrong" and case.is_right:
             continue
-        prefill = answer_prefill(case.rollout)
+        prefill = case.rollout.prompt.prefill
         for chain in edit.apply(prefill, case.rollout.completion):
             if not _is_repair(prefill, chain):
                 chains.append((case, chain))

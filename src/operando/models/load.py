@@ -115,6 +115,12 @@ def load_model(config: ModelConfig) -> Loaded:
     return Loaded(model.eval(), tokenizer, _identity(config, where))
 
 
+def count_layers(config: ModelConfig) -> int:
+    """Return the number of decoder blocks, from the model's config alone."""
+    loaded = AutoConfig.from_pretrained(resolve(config.id), revision=config.revision)
+    return loaded.get_text_config().num_hidden_layers
+
+
 def _quantization(config: ModelConfig) -> object | None:
     if config.quantization == "none":
         return None

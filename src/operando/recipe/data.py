@@ -77,6 +77,9 @@ class PromptConfig(Config):
     """Worked training examples before the question (raw: as text; chat: as earlier turns)."""
     answer_template: str = " {solution} #### {answer}"
     """Text of a worked example's answer, for `few_shot`."""
+    prefill: str = ""
+    """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
+    steps count it as part of the answer."""
     separator: str = "\n\n"
     """Between worked examples; raw only."""
     system: str | None = None

@@ -42,23 +42,9 @@ class Paired(NamedTuple):
 # --- text ----------------------------------------------------------------------------------------
 
 
-def answer_prefill(rollout: Rollout) -> str:
-    """Return the part of the prompt that already belongs to the answer, e.g. "\\nA: <think>".
-
-    It is what stands after the end of the last user text: after the last occurrence of the last
-    user message in a chat prompt, after the last occurrence of the question in a raw one. So in a
-    raw template an instruction belongs before "{question}"; after it, it counts as answer.
-    """
-    prompt = rollout.prompt
-    said = [m["content"] for m in prompt.messages if m["role"] == "user"]
-    user_text = (said[-1] if said else prompt.example.question).strip()
-    assert user_text in prompt.text, f"{user_text!r} does not stand in the prompt {prompt.text!r}"
-    return prompt.text.rpartition(user_text)[2]
-
-
 def whole_answer(rollout: Rollout) -> str:
     """Return the prefill and the completion as one text."""
-    return answer_prefill(rollout) + rollout.completion
+    return rollout.prompt.prefill + rollout.completion
 
 
 def normalise(text: str) -> str:

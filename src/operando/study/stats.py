@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 RESAMPLES = 10_000
 
@@ -93,6 +93,18 @@ def _phi(both: int, gained: int, lost: int, neither: int) -> float:
 
 def _join(a: float, b: float, phi: float) -> float:
     return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean with Student's interval; of a single value, the value three times."""
+    assert len(values) > 0, "no values"
+    data = np.asarray(values, dtype=np.float64)
+    mean = float(data.mean())
+    if len(data) == 1:
+        return Interval(mean, mean, mean)
+    half = float(t.ppf((1 + level) / 2, len(data) - 1)) * float(data.std(ddof=1))
+    half /= math.sqrt(len(data))
+    return Interval(mean, mean - half, mean + half)
 
 
 def bootstrap_mean(values: Sequence[float], seed: int, level: float = 0.95) -> Interval:

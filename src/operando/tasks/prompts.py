@@ -47,8 +47,8 @@ def _raw_prompt(
         config.ask(shot.question) + config.worked_answer(shot.solution, shot.answer)
         for shot in shots
     ]
-    text = config.separator.join([*worked, config.ask(example.question)])
-    return Prompt(example, text, tuple(tokenizer(text)["input_ids"]))
+    text = config.separator.join([*worked, config.ask(example.question)]) + config.prefill
+    return Prompt(example, text, tuple(tokenizer(text)["input_ids"]), prefill=config.prefill)
 
 
 def _chat_prompt(
@@ -65,6 +65,7 @@ def _chat_prompt(
     messages.append({"role": "user", "content": config.ask(example.question)})
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)
+    text += config.prefill
     # The template already holds every special token.
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(example, text, tuple(ids), tuple(messages))
+    return Prompt(example, text, tuple(ids), tuple(messages), config.prefill)

@@ -1,0 +1,58 @@
+"""The picture and the table of a layer-contribution sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from operando.run import atomic_path
+from operando.study.contribution import ContributionResult
+from operando.study.stats import Interval
+
+
+def contribution_table(result: ContributionResult) -> Table:
+    """Return one row a layer set, with intervals over seeds."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    seeds = result.rows[0].num_seeds
+    table.title = (
+        f"{result.name}: gain over {result.base:.1%} held out, {seeds} seeds, 95 % t-intervals"
+    )
+    for column in ("layers trained", "gain", "share of all layers' gain"):
+        table.add_column(column, justify="left" if column == "layers trained" else "right")
+    for row in result.rows:
+        table.add_row(row.layers, _interval(row.gain), _interval(row.share))
+    return table
+
+
+def _interval(x: Interval) -> str:
+    return f"{x.value:+.1%} ({x.low:+.1%} to {x.high:+.1%})"
+
+
+def draw_contribution(result: ContributionResult, target: Path) -> Path:
+    """Write the shares as an SVG file: one bar a layer set, with its interval."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    alone = result.rows[1:]
+    figure = Figure(figsize=(1.5 + 0.45 * len(alone), 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    shares = [row.share for row in alone]
+    axes.bar(range(len(alone)), [s.value for s in shares], color="#4477aa", width=0.7)
+    below = [s.value - s.low for s in shares]
+    above = [s.high - s.value for s in shares]
+    axes.errorbar(
+        range(len(alone)), [s.value for s in shares], yerr=[below, above], fmt="none",
+        ecolor="#333333", elinewidth=1, capsize=3,
+    )  # fmt: skip
+    axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(alone)), [row.layers for row in alone])
+    axes.set_xlabel("layers trained alone")
+    axes.set_ylabel("share of all layers' gain")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return target
