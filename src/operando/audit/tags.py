@@ -65,8 +65,9 @@ def audit_tags(folder: Path) -> TagsResult:
     """Return every tag of a run's texts with a verdict, and write tags.json.
 
     The verdict "invented by training" goes by the difference alone: the tag is in no prompt, and
-    more of the trained model's answers have it than of the base model's to the same prompts, with a
-    95 % interval above 0. How often a tag stands in the rollouts decides nothing.
+    more of the trained model's answers have it than of the base model's to the same prompts:
+    McNemar p < 0.05, divided by the number of tags (Bonferroni). How often a tag stands in the
+    rollouts decides nothing.
     """
     read_manifest(folder)
     evals = _by_step(folder / "evals", HELD_OUT)
@@ -119,17 +120,18 @@ def tag_rows(
             TagRow(
                 name, num, balanced[name] / num, dict(inside[name]), first[name],
                 name in in_prompt, sum(before) / len(before), sum(after) / len(after), change,
-                _verdict(name in in_prompt, change),
+                _verdict(name in in_prompt, change, num_tags=len(count)),
             )
         )  # fmt: skip
     return rows
 
 
-def _verdict(in_prompt: bool, change: PairedDifference) -> str:
-    _, low, high = change.difference
-    if low > 0:
-        return "more after training, but in the prompt" if in_prompt else "invented by training"
-    return "less after training" if high < 0 else "no difference shown"
+def _verdict(in_prompt: bool, change: PairedDifference, num_tags: int) -> str:
+    if change.p_value >= 0.05 / num_tags:
+        return "no difference shown"
+    if change.difference.value < 0:
+        return "less after training"
+    return "more after training, but in the prompt" if in_prompt else "invented by training"
 
 
 # --- files ---------------------------------------------------------------------------------------
