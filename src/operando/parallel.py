@@ -8,7 +8,7 @@ equal those of one process up to the order of float sums.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -64,6 +64,12 @@ def sum_tensor(mine: Tensor) -> Tensor:
     total = mine.to(device, copy=True)
     dist.all_reduce(total)
     return total.to(mine.device)
+
+
+def mean_over_ranks(mine: Mapping[str, float]) -> dict[str, float]:
+    """Return each number averaged over the ranks, which all give the same names."""
+    logged = gather_list([mine])
+    return {name: sum(one[name] for one in logged) / len(logged) for name in mine}
 
 
 def gather_rows(mine_BT: Tensor) -> Tensor:

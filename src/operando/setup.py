@@ -16,7 +16,7 @@ from operando.recipe import GaeAdvantage, Recipe
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
 from operando.rollout.sampler import Sampler, make_sampler
-from operando.run import Run
+from operando.run import Run, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
@@ -51,6 +51,7 @@ class Setup:
     optimizer: torch.optim.AdamW
     insulation: Insulation
     pad_id: int
+    kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
 
@@ -92,6 +93,7 @@ def set_up(
     setup = Setup(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
         Insulation(policy), pad_id=pad_id(loaded.tokenizer),
+        kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
         run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)
@@ -125,6 +127,8 @@ def resume(setup: Setup) -> int:
     done = steps[-1] if steps else 0
     if done:
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
+        row = next(row for row in read_metrics(setup.run.folder) if row["step"] == done)
+        setup.kl_coef = row.get("kl_coef", setup.kl_coef)
     if parallel.rank() == 0:
         setup.run.rewind_to(done if done else -1)
     parallel.barrier()

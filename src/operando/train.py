@@ -47,6 +47,7 @@ from operando.update.objective import (
     credit,
     discarded_rows,
     micro_objective,
+    next_kl_coef,
 )
 from operando.update.optim import (
     GradientTransform,
@@ -106,7 +107,8 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     clock.lap("score")
     rewards = pay_batch(setup, step, batch, mine, trace)  # seam 1
     gone_B = discarded_rows(recipe, batch, rewards)
-    credited = credit(recipe, batch, rewards, trace)  # seam 2
+    credited = credit(recipe, batch, rewards, trace, setup.kl_coef)  # seam 2
+    setup.kl_coef = next_kl_coef(recipe, batch, trace, setup.kl_coef)
     check_finite(setup, step, batch, rewards, credited)
     judged = judge(setup.task, batch.rollouts)
     clock.lap("reward")
@@ -116,6 +118,8 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
     clock.lap("update")
     metrics = batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
+    if recipe.kl is not None and recipe.kl.target is not None:
+        metrics["kl_coef"] = setup.kl_coef  # of the next step
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
     if parallel.rank() == 0:
         write_rollouts(setup.run, step, setup.policy.tokenizer, batch, rewards, trace,
@@ -182,15 +186,9 @@ def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace:
         parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
         weights=paid.weights,
         total_BT=parallel.gather_rows(paid.total_BT),
-        metrics=mean_over_ranks(paid.metrics),
+        metrics=parallel.mean_over_ranks(paid.metrics),
         columns={name: parallel.gather_list(column) for name, column in paid.columns.items()},
     )
-
-
-def mean_over_ranks(mine: Mapping[str, float]) -> dict[str, float]:
-    """Return each logged metric averaged over the ranks, which hold equally many rollouts."""
-    logged = parallel.gather_list([mine])
-    return {name: sum(one[name] for one in logged) / len(logged) for name in mine}
 
 
 def update(

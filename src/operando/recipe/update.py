@@ -92,6 +92,11 @@ class KlConfig(Config):
     the gradient of a KL."""
     place: Literal["loss", "reward"] = "loss"
     """Where it acts: a term of the loss, or subtracted from every token's reward."""
+    target: float | None = Field(default=None, gt=0)
+    """In the reward: the coefficient follows this KL (mean over rollouts of their mean token).
+    Absent: it is fixed."""
+    horizon: int = Field(default=10_000, ge=1)
+    """Rollouts over which a KL far from `target` changes the coefficient by 20 %."""
     unbiased: bool = True
     """In the loss: multiply by the differentiable ratio (its gradient is then that of the reverse
     KL). TRL's use_bias_correction_kl."""
@@ -100,6 +105,8 @@ class KlConfig(Config):
     def _check(self) -> KlConfig:
         if self.coef == 0:
             raise ValueError("coef = 0 would be inert; leave the [kl] table out instead")
+        if self.target is not None and self.place != "reward":
+            raise ValueError('target adapts a KL in the reward; set place = "reward"')
         if self.place == "reward" and not self.unbiased:
             raise ValueError("unbiased is about a KL in the loss; in the reward it is inert")
         if self.estimator == "k1" and self.place == "loss" and not self.unbiased:

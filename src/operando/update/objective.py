@@ -57,7 +57,9 @@ class Objective(NamedTuple):
     ratio_gap: float  # max |ratio - 1|
 
 
-def credit(recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace) -> Credit:
+def credit(
+    recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace, kl_coef: float = 0.0
+) -> Credit:
     """Return who gets the credit (seam 2). A KL in the reward is subtracted first."""
     reward_BT, mask_BT, group = rewards.total_BT, batch.mask_BT, batch.group_size
     if recipe.kl is not None and recipe.kl.place == "reward":
@@ -67,7 +69,7 @@ def credit(recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace) -> Cred
             trace.logp_BT,
             trace.ref_logp_BT,
             mask_BT,
-            recipe.kl.coef,
+            kl_coef,
             recipe.kl.estimator,
         )
     match recipe.advantage:
@@ -84,6 +86,22 @@ def credit(recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace) -> Cred
             found = adv.gae(reward_BT, trace.value_BT, mask_BT, gamma, lam)
             adv_BT = adv.whiten(found.adv_BT, mask_BT) if whiten else found.adv_BT
             return Credit(adv_BT, found.return_BT)
+
+
+def next_kl_coef(recipe: Recipe, batch: Batch, trace: Trace, coef: float) -> float:
+    """Return the coefficient of a KL in the reward for the next step.
+
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) B / horizon), with KL the mean over the B
+    rollouts of their mean token (1909.08593, as verl's AdaptiveKLController).
+    """
+    if recipe.kl is None or recipe.kl.target is None:
+        return coef
+    assert trace.ref_logp_BT is not None, "a KL in the reward needs the reference"
+    kl_BT = losses.kl_estimate(trace.logp_BT, trace.ref_logp_BT, recipe.kl.estimator)
+    length_B = batch.mask_BT.sum(1)
+    kl = float((zero_outside(kl_BT, batch.mask_BT).sum(1) / length_B).mean())
+    error = min(max(kl / recipe.kl.target - 1, -0.2), 0.2)
+    return coef * (1 + error * len(batch) / recipe.kl.horizon)
 
 
 def discarded_rows(recipe: Recipe, batch: Batch, rewards: Rewards) -> Bool[Tensor, " B"]:
