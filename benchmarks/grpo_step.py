@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 
 
+KEY = "completions/mean_length"
+
+
 def reward(completions: list[object], **_: object) -> list[float]:
     """Pays for a length near 100 characters: every group has signal."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -59,7 +62,7 @@ def run_operando(args: argparse.Namespace) -> dict[str, object]:
     return {
         "seconds": statistics.median(r["time/step"] for r in rows),
         "parts": {p: round(statistics.median(r[p] for r in rows), 2) for p in parts},
-        "mean_length": statistics.mean(r["completions/mean_length"] for r in rows),
+        "mean_length": statistics.mean(r[KEY] for r in rows),
     }
 
 
@@ -117,7 +120,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
         trainer.train()
     # With several epochs TRL counts each optimizer step; a rollout batch is `epochs` of them.
     whole = [sum(seconds[i : i + args.epochs]) for i in range(0, len(seconds), args.epochs)]
-    lengths = [h["completions/mean_length"] for h in trainer.state.log_history if "kl" in h]
+    lengths = [h[KEY] for h in trainer.state.log_history if KEY in h]
     return {
         "seconds": statistics.median(whole[1:]),
         "parts": {k: round(v / args.steps, 2) for k, v in parts.items()},
