@@ -100,7 +100,7 @@ def set_up(
         for warning in hygiene.check_machine():
             run.warn(warning)
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
-            run.warn(f"{policy.base.config.model_type} is sampled with HF generate, not the engine")
+            run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
 
 
