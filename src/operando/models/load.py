@@ -110,7 +110,7 @@ def load_model(config: ModelConfig) -> Loaded:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU bitsandbytes would pack the weights for inference, and then has no gradient.
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.id!r} has no end-of-sequence token: set eos_token in its "
