@@ -83,7 +83,7 @@ def train(
         if step % recipe.eval.every == 0 or step == recipe.steps:
             metrics |= evaluate(setup, step)
         report_step(setup, tracker, step, batch, metrics, on_step)
-        if step % recipe.checkpoint.every == 0 or step == recipe.steps:
+        if recipe.saves(step):
             write_checkpoint(setup, step)
     if parallel.rank() == 0:
         write_results(run, recipe, time.monotonic() - started)

@@ -23,6 +23,7 @@ from operando.recipe.rewards import CorrectReward as CorrectReward
 from operando.recipe.rewards import FormatReward as FormatReward
 from operando.recipe.rewards import FunctionReward as FunctionReward
 from operando.recipe.rewards import RewardConfig as RewardConfig
+from operando.recipe.rewards import ScorerReward as ScorerReward
 from operando.recipe.rewards import Stage as Stage
 from operando.recipe.rewards import StepGrpoReward as StepGrpoReward
 from operando.recipe.rewards import StepPenaltyReward as StepPenaltyReward

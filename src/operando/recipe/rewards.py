@@ -15,6 +15,14 @@ class CorrectReward(Config):
     weight: float = 1.0
 
 
+class ScorerReward(Config):
+    kind: Literal["scorer"]
+    """1 where one of the GSM8K scorers says right, else 0, whatever the task's verifier says."""
+    scorer: Literal["strict", "flexible", "last_number"] = "last_number"
+    """verl strict ("#### n"), verl flexible, or the last number."""
+    weight: float = 1.0
+
+
 class ContainsAnswerReward(Config):
     kind: Literal["contains_answer"]
     """1 where the gold number stands anywhere in the completion. A lenient verifier: it can be
@@ -121,6 +129,7 @@ class TagFenceReward(Config):
 
 RewardConfig = Annotated[
     CorrectReward
+    | ScorerReward
     | ContainsAnswerReward
     | FormatReward
     | FunctionReward

@@ -41,6 +41,8 @@ class EvalConfig(Config):
 class CheckpointConfig(Config):
     every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
+    at: tuple[int, ...] = ()
+    """Further steps to save."""
     keep: int | None = Field(default=None, ge=1)
     """How many to keep resume state for; absent means all. Adapters are never deleted."""
 
@@ -138,6 +140,11 @@ class Recipe(Config):
             if missing:
                 problems.append(f"stages.{i}.weights does not name {sorted(missing)}")
         return problems
+
+    def saves(self, step: int) -> bool:
+        """Return whether a checkpoint is written after `step`."""
+        saved = self.checkpoint
+        return step % saved.every == 0 or step in saved.at or step == self.steps
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Return the weight of each reward part at `step` (counted from 1)."""

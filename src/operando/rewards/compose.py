@@ -16,6 +16,7 @@ from operando.recipe import (
     FormatReward,
     FunctionReward,
     Recipe,
+    ScorerReward,
     StepGrpoReward,
     StepPenaltyReward,
     TagFenceReward,
@@ -74,6 +75,8 @@ def make_parts(
         match config:
             case CorrectReward():
                 parts.append(RewardPart(name, outcome=outcome.correct(task)))
+            case ScorerReward(scorer=scorer):
+                parts.append(RewardPart(name, outcome=outcome.scored(scorer)))
             case ContainsAnswerReward():
                 parts.append(RewardPart(name, outcome=outcome.contains_answer))
             case FormatReward(pattern=pattern):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from operando.errors import UserError
 from operando.tasks.base import Task
+from operando.tasks.gsm8k import SCORERS
 from operando.types import Rollout
 
 OutcomeReward = Callable[[Sequence[Rollout]], list[float]]
@@ -20,6 +21,16 @@ def correct(task: Task) -> OutcomeReward:
             float(task.verify(r.prompt.example, r.completion, r.is_truncated).correct)
             for r in rollouts
         ]
+
+    return reward
+
+
+def scored(scorer: str) -> OutcomeReward:
+    """Return the reward that pays 1 where a GSM8K scorer says right."""
+    score = SCORERS[scorer]
+
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
+        return [float(score(r.completion, r.prompt.example.answer).correct) for r in rollouts]
 
     return reward
 

@@ -16,7 +16,7 @@ import functools
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +103,13 @@ def last_number(completion: str, gold: str) -> Verdict:
     return Verdict(True, "right")
 
 
+SCORERS: Mapping[str, Callable[[str, str], Verdict]] = {
+    "strict": verl_strict,
+    "flexible": verl_flexible,
+    "last_number": last_number,
+}
+
+
 def _compare(answered: str, gold: str) -> Verdict:
     if answered != gold:
         return Verdict(False, f"answered {answered}, gold is {gold}")
@@ -141,18 +148,11 @@ def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
                 f"{len(held_out)} problems"
             )
         held_out = held_out[: config.num_held_out]
-    match config.scorer:
-        case "strict":
-            scorer = verl_strict
-        case "flexible":
-            scorer = verl_flexible
-        case "last_number":
-            scorer = last_number
     return Task(
         name="gsm8k",
         train=train,
         held_out=held_out,
-        verify=functools.partial(_verify, scorer),
+        verify=functools.partial(_verify, SCORERS[config.scorer]),
         source={
             "kind": "gsm8k",
             "scorer": config.scorer,
