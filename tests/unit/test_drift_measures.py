@@ -150,16 +150,20 @@ def test_counting_noise_makes_births_for_the_seed_and_none_here() -> None:
 
 def test_hysteresis_waits_for_a_plain_change() -> None:
     N = 100_000  # low = 5 firings, high = 20
-    count_SM = torch.tensor([[0, 8, 40], [9, 12, 12], [15, 8, 40], [40, 12, 1], [9, 8, 40]])
-    life = lifecycle(count_SM, N, torch.zeros(5, 3, dtype=torch.bool))
+    count_MS = torch.tensor(
+        [[0, 9, 15, 40, 9], [8, 12, 8, 12, 8], [40, 12, 40, 1, 40], [0, 12, 15, 21, 18]]
+    )
+    count_SM = count_MS.T
+    life = lifecycle(count_SM, N, torch.zeros(5, 4, dtype=torch.bool))
     assert life.alive.T.tolist() == [
         [False, False, False, True, True],  # a slow birth is counted once, and 9 is no death
         [False] * 5,  # around the seed's threshold of 10: nothing
         [True, True, True, False, True],
+        [False, False, False, True, True],  # 21 is not much beside 15, but it is beside 0
     ]
-    assert life.born.sum(0).tolist() == [1, 0, 1] and life.died.sum(0).tolist() == [0, 0, 1]
-    lone = lifecycle(count_SM[:1], N, torch.zeros(1, 3, dtype=torch.bool))
-    assert lone.born.shape == (0, 3) and lone.alive.shape == (1, 3)
+    assert life.born.sum(0).tolist() == [1, 0, 1, 1] and life.died.sum(0).tolist() == [0, 0, 1, 0]
+    lone = lifecycle(count_SM[:1], N, torch.zeros(1, 4, dtype=torch.bool))
+    assert lone.born.shape == (0, 4) and lone.alive.shape == (1, 4)
 
 
 def test_best_match_restores_a_permuted_index() -> None:

@@ -75,6 +75,14 @@ def test_permutation_p_by_a_slow_loop() -> None:
     assert_close(far.p_permutation, torch.full((5,), 1 / 35, dtype=torch.float64))
 
 
+def test_ties_count_in_spite_of_rounding() -> None:
+    whole = torch.randint(0, 4, (7, 200), generator=torch.Generator().manual_seed(4))
+    real, null = whole[:3].double() / 10, whole[3:].double() / 10
+    ours = drift_against_null(real, null, paired=False).p_permutation
+    sums = torch.stack([whole[list(chosen)].sum(0) for chosen in combinations(range(7), 3)])
+    assert_close(ours, (sums >= whole[:3].sum(0)).double().mean(0))
+
+
 def test_share_by_hand_and_its_interval_covers() -> None:
     real, null = 10 + normal(3, 4000, seed=4), 9 + normal(3, 4000, seed=5)
     ours = drift_against_null(real, null, paired=False)
@@ -187,6 +195,19 @@ def test_three_chains_are_classified() -> None:
         "reward- and KL-driven",
         "undecided",
     ]
+
+
+def test_a_verdict_needs_all_its_evidence() -> None:
+    high, low = torch.tensor([0.3]), torch.tensor([-0.3])
+    noise = 0.5 * normal(3, 1, seed=61)
+    unsure = (arms(high, 26)[0] + noise, arms(high, 26)[1])
+    # chain C could be anything: neither in all chains, nor different
+    assert classify(arms(high, 20), arms(high, 22), unsure).verdict == ["undecided"]
+    assert classify(arms(high, 20), unsure, arms(high, 24)).verdict == ["undecided"]
+    # A and B differ, but neither drifts more than its nulls
+    zero = torch.zeros(1)
+    assert classify(arms(zero, 20), arms(low, 22), arms(zero, 24)).verdict == ["undecided"]
+    assert classify(arms(zero, 20), arms(zero, 22), arms(low, 24)).verdict == ["undecided"]
 
 
 def test_null_chains_are_undecided_and_so_are_noisy_ones() -> None:

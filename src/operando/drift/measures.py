@@ -252,8 +252,8 @@ def lifecycle(
     for density_M, count_M, resampled_M in zip(
         density_SM[1:], count_SM[1:], resampled_SM[1:], strict=True
     ):
-        up_M = ~state_M & (density_M >= high) & ~resampled_M
-        down_M = state_M & (density_M <= low) & ~resampled_M
+        up_M = ~state_M & (density_M >= high)
+        down_M = state_M & (density_M <= low)
         # the smallest p of n firings is 2^(1-n); n itself says nothing about which stage has more
         tested_M = ~resampled_M & (torch.exp2(1.0 - (reference_M + count_M)) <= fdr)
         q_M = torch.full_like(density_M, torch.nan)
