@@ -1,0 +1,1 @@
+"""What changed inside between checkpoints: SAE training and quality, chains, null arms."""
