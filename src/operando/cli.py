@@ -190,6 +190,52 @@ def config(
             print(resolved, end="")
 
 
+sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders over a run's stages.")
+app.add_typer(sae_app, name="sae")
+
+
+@sae_app.command("train")
+def sae_train(
+    run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
+    layers: Annotated[str, typer.Option(help='Layers to read after, e.g. "2,4".')],
+    expansion: Annotated[int, typer.Option(min=1, help="Features a dimension.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Active features a token.")] = 16,
+    seeds: Annotated[int, typer.Option(min=1, help="Chains an arm.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    lr: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    mode: Annotated[str, typer.Option(help='"default", or "seed" as OhhMoo/SAE-RL.')] = "default",
+    texts: Annotated[str, typer.Option(help="Whose completions: base, last, or both.")] = "both",
+    tokens: Annotated[int, typer.Option(min=1000, help="Most tokens to read.")] = 20_000,
+) -> None:
+    """Train a warm-start SAE chain over the stages, with its null arm. Goes on where it stopped."""
+    from operando.display import make_console
+    from operando.drift.chain import ChainConfig
+    from operando.drift.commands import train_run_saes
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    config = ChainConfig(expansion, k, mode, epochs, lr=lr)  # pyright: ignore[reportArgumentType]
+    train_run_saes(make_console(), run, layers, texts, tokens, config, seeds)
+    print(run / "saes")
+
+
+@app.command()
+def drift(
+    runs: Annotated[list[str], typer.Argument(help="A run folder; or: compare RUN_A RUN_B RUN_C.")],
+) -> None:
+    """Show what changed inside between a run's stages, the null arm beside every number."""
+    from operando.display import make_console
+    from operando.drift.commands import compare_drift, show_drift
+
+    console = make_console()
+    if runs[0] == "compare":
+        print(compare_drift(console, [Path(r) for r in runs[1:]]))
+    elif len(runs) == 1:
+        print(show_drift(console, Path(runs[0])))
+    else:
+        raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
+
+
 @app.command("import")
 def import_model(
     source: Annotated[str, typer.Argument(help="smollm2, or the path of a GGUF file.")],

@@ -125,6 +125,12 @@ def count_layers(config: ModelConfig) -> int:
     return loaded.get_text_config().num_hidden_layers
 
 
+def width_of(config: ModelConfig) -> int:
+    """Return the width of the residual stream, from the model's config alone."""
+    loaded = AutoConfig.from_pretrained(resolve(config.id), revision=config.revision)
+    return loaded.get_text_config().hidden_size
+
+
 def _quantization(config: ModelConfig) -> object | None:
     if config.quantization == "none":
         return None

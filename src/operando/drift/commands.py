@@ -1,0 +1,143 @@
+"""What `operando sae` and `operando drift` do, from arguments to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from operando.drift.chain import (
+    ARMS,
+    Arm,
+    ChainConfig,
+    load_chain,
+    train_chains,
+    trained_seeds,
+    trained_sites,
+)
+from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of
+from operando.drift.nulls import classify
+from operando.drift.report import drift_report, transition_drift
+from operando.drift.show import draw_drift, drift_table, stage_table, verdict_lines
+from operando.errors import UserError, nearest
+from operando.models.layers import parse_layer_set
+from operando.models.load import count_layers, width_of
+from operando.run import read_recipe, write_json
+
+WRITERS = ("base", "last", "both")
+MODES = ("default", "seed")
+
+
+def train_run_saes(
+    console: Console,
+    run: Path,
+    layers: str,
+    writer: str,
+    tokens: int,
+    config: ChainConfig,
+    num_seeds: int,
+) -> None:
+    """Collect the activations of every stage and train all chains with their null arms.
+
+    `config.d_sae` is the expansion factor here; it is multiplied by the model's width.
+    """
+    recipe = read_recipe(run)
+    writer = _one_of("--texts", writer, WRITERS)
+    _one_of("--mode", config.mode, MODES)
+    sites = sites_of(parse_layer_set(layers, count_layers(recipe.model)))
+    config = ChainConfig(
+        config.d_sae * width_of(recipe.model), config.k, config.mode, config.epochs,
+        config.batch_size, config.lr,
+    )  # fmt: skip
+    texts = choose_texts(run, writer, tokens)  # pyright: ignore[reportArgumentType]
+    with _progress(console) as progress:
+        reading = progress.add_task("activations", total=None)
+        stages = collect(
+            run, sites, texts, lambda n, of: progress.update(reading, completed=n, total=of)
+        )
+        training = progress.add_task("SAEs, real and null", total=None)
+        train_chains(
+            run, texts, sites, stages, range(num_seeds), config,
+            lambda n, of: progress.update(training, completed=n, total=of),
+        )  # fmt: skip
+
+
+def show_drift(console: Console, run: Path) -> Path:
+    """Print and write the drift of a run's chains; return the JSON file."""
+    report = drift_report(run, chosen_texts(run))
+    console.print(drift_table(report))
+    console.print(stage_table(report))
+    for line in verdict_lines(report):
+        console.print(line, highlight=False)
+    draw_drift(report, report.file.with_suffix(".svg"))
+    return report.file
+
+
+def compare_drift(console: Console, runs: Sequence[Path]) -> Path:
+    """Say of each transition whether it is structural, reward-driven or KL-driven, if one can.
+
+    The runs are in this order: flexible reward, strict reward, flexible reward with more KL. Only
+    transitions that all three have, between the same steps, are compared.
+    """
+    if len(runs) != 3:
+        raise UserError(f"drift compare: expected three runs (A, B, KL), given {len(runs)}")
+    sites = set.intersection(*(set(trained_sites(run)) for run in runs))
+    if not sites:
+        raise UserError(f"{', '.join(map(str, runs))} have no site in common with SAE chains")
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = "what changed with what: excess over null arms, at a false discovery rate of 5 %"
+    for column in ("site", "steps", "verdict", "q structural", "q reward", "q KL"):
+        table.add_column(column, justify="right" if column.startswith("q") else "left")
+    cells: list[tuple[str, int, int]] = []
+    drifts: list[dict[Arm, list[torch.Tensor]]] = [{arm: [] for arm in ARMS} for _ in runs]
+    for site in sorted(sites):
+        spans = [_spans(run, site) for run in runs]
+        common = [span for span in spans[0] if all(span in other for other in spans)]
+        cells += [(site, *span) for span in common]
+        for run, own, kept in zip(runs, spans, drifts, strict=True):
+            index = [own.index(span) for span in common]
+            for arm in ARMS:
+                chains = [load_chain(run, site, arm, seed) for seed in trained_seeds(run)]
+                kept[arm].append(transition_drift(chains)[:, index])
+    if not cells:
+        raise UserError("the three runs have no transition between the same two steps in common")
+    joined = [(torch.cat(kept["real"], 1), torch.cat(kept["null"], 1)) for kept in drifts]
+    found = classify(joined[0], joined[1], joined[2])
+    rows = []
+    for i, (site, before, after) in enumerate(cells):
+        qs = [float(q[i]) for q in (found.q_structural, found.q_reward, found.q_kl)]
+        name = site.removesuffix(".hook_resid_post")
+        table.add_row(name, f"{before} to {after}", found.verdict[i], *(f"{q:.3f}" for q in qs))
+        rows.append({
+            "site": site, "from_step": before, "to_step": after, "verdict": found.verdict[i],
+            "q_structural": qs[0], "q_reward": qs[1], "q_kl": qs[2],
+        })  # fmt: skip
+    console.print(table)
+    file = runs[0] / "drift" / "compare.json"
+    write_json(file, {"runs": [str(run) for run in runs], "transitions": rows})
+    return file
+
+
+def _spans(run: Path, site: str) -> list[tuple[int, int]]:
+    steps = list(load_chain(run, site, "real", trained_seeds(run)[0]))
+    return list(zip(steps, steps[1:], strict=False))
+
+
+def _one_of(option: str, given: str, known: Sequence[str]) -> str:
+    if given not in known:
+        raise UserError(
+            f"{option} {given!r}: expected one of {', '.join(known)}.{nearest(given, known)}"
+        )
+    return given
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""SAE chains of a tiny run: null arms, resume, planted truths, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from operando.drift.chain import ChainConfig, load_chain, sae_folder
+from operando.drift.collect import acts_file, chosen_texts, load_acts, read_texts
+from operando.drift.commands import compare_drift, show_drift, train_run_saes
+from operando.drift.report import drift_report
+from operando.errors import UserError
+from tests.integration.runs import tiny, trained
+
+QUIET = Console(quiet=True)
+CONFIG = ChainConfig(d_sae=1, k=4, epochs=1, batch_size=64)
+SITE = "blocks.4.hook_resid_post"
+
+
+def train(run: Path, **settings: object) -> None:
+    options = {"layers": "1,4", "writer": "both", "tokens": 1000, "num_seeds": 2} | settings
+    train_run_saes(QUIET, run, config=CONFIG, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = trained(tiny(tmp_path_factory.mktemp("runs"), "optim.lr=1e-2", "checkpoint.every=2"))
+    train(folder)
+    return folder
+
+
+def test_every_number_has_its_null_beside_it(run: Path) -> None:
+    report = drift_report(run, chosen_texts(run))
+    assert [(r.site[7], r.from_step, r.to_step) for r in report.transitions] == [
+        ("1", 0, 2), ("1", 2, 4), ("4", 0, 2), ("4", 2, 4),
+    ]  # fmt: skip
+    assert all(r.real > 0 and r.null > 0 for r in report.transitions)
+    # Layers 3 to 5 are trained: after layer 1 nothing changed, so both arms are equal to the bit.
+    frozen = [r for r in report.transitions if r.site.startswith("blocks.1.")]
+    assert all(r.real == r.null and r.excess[0] == 0 and r.q_t == 1 for r in frozen)
+    moved = [r for r in report.transitions if r.site == SITE]
+    assert all(r.real != r.null for r in moved)
+    written = json.loads(report.file.read_text())
+    assert len(written["transitions"]) == 4 and report.file.with_suffix(".parquet").is_file()
+
+
+def test_the_null_arm_is_the_base_at_every_stage(run: Path) -> None:
+    texts = chosen_texts(run)
+    first, last = (load_acts(run, texts, step, SITE) for step in (0, 4))
+    assert len(first) == texts.num_tokens and not torch.equal(first, last)
+    chains = {arm: load_chain(run, SITE, arm, seed=1) for arm in ("real", "null")}
+    assert list(chains["real"]) == [0, 2, 4]
+    assert torch.equal(chains["real"][0].W_dec_MD, chains["null"][0].W_dec_MD)
+    assert chains["null"][4].origin.checkpoint == "step_00000"
+    assert chains["real"][4].origin.checkpoint == "step_00004"
+    other = load_chain(run, SITE, "real", seed=0)
+    assert not torch.equal(other[0].W_dec_MD, chains["real"][0].W_dec_MD)
+
+
+def test_activations_are_those_of_a_plain_forward(run: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from operando.models.load import STARTER
+
+    texts = chosen_texts(run)
+    base = AutoModelForCausalLM.from_pretrained(STARTER).eval()
+    model = PeftModel.from_pretrained(base, str(run / "checkpoints/step_00004"))
+    prompt, completion = list(texts.prompts[5]), list(texts.completions[5])
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[5][0, len(prompt) :]
+    got = load_acts(run, texts, 4, SITE)[texts.text_of_token() == 5]
+    torch.testing.assert_close(got, hidden, atol=2e-2, rtol=2e-3)
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for arm in ("real", "null"):
+        shutil.rmtree(sae_folder(copy, arm, 1, 4, SITE))
+    acts_file(copy, chosen_texts(copy), 4, SITE).unlink()
+    train(copy)
+    for arm in ("real", "null"):
+        again, whole = (load_chain(r, SITE, arm, 1)[4] for r in (copy, run))
+        assert again.sha256() == whole.sha256()
+
+
+def test_three_runs_are_compared_only_as_far_as_the_nulls_allow(run: Path) -> None:
+    file = compare_drift(QUIET, [run, run, run])
+    rows = json.loads(file.read_text())["transitions"]
+    assert {row["verdict"] for row in rows if row["site"].startswith("blocks.1.")} == {"undecided"}
+    with pytest.raises(UserError, match="expected three runs"):
+        compare_drift(QUIET, [run, run])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "9"}, "layer 9 is out of range"),
+        ({"writer": "bose"}, "Did you mean 'base'"),
+        ({"tokens": 2000}, "SAEs of other texts"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(
+    run: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(run, **settings)
+
+
+def test_a_missing_stage_and_a_run_without_saes(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "saes" / "null_seed0" / "step_00002")
+    with pytest.raises(UserError, match="seed 0: missing steps 2"):
+        show_drift(QUIET, copy)
+    shutil.rmtree(copy / "saes")
+    shutil.rmtree(copy / "drift")
+    with pytest.raises(UserError, match="has no SAE chains"):
+        show_drift(QUIET, copy)
+
+
+def test_one_seed_gives_no_drift_number(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for arm in ("first", "real", "null"):
+        shutil.rmtree(copy / "saes" / f"{arm}_seed1")
+    with pytest.raises(UserError, match="chains of one seed"):
+        show_drift(QUIET, copy)
+
+
+def test_not_finite_activations_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "drift")
+    shutil.rmtree(copy / "saes")
+    file = copy / "checkpoints/step_00002/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, file)
+    with pytest.raises(UserError, match="not finite"):
+        train(copy)
+
+
+def test_texts_are_the_writers(run: Path) -> None:
+    base, last = read_texts(run, "base", 100), read_texts(run, "last", 100)
+    assert base.digest != last.digest and 100 <= base.num_tokens < 140
+    assert base.num_tokens == len(base.text_of_token())
