@@ -139,6 +139,7 @@ def report(
 @app.command()
 def fuzz(
     target: Annotated[str, typer.Argument(help="A run folder, a recipe, or a task (words).")],
+    overrides: Overrides = None,
     reward: Annotated[
         str | None, typer.Option(help="file.py:function, in place of the target's rewards.")
     ] = None,
@@ -148,7 +149,7 @@ def fuzz(
     from operando.audit.fuzz import fuzz_target, show_fuzz
     from operando.display import make_console
 
-    result = fuzz_target(target, reward=reward, num=num)
+    result = fuzz_target(target, reward=reward, num=num, overrides=tuple(overrides or ()))
     make_console().print(show_fuzz(result))
     print(result.file)
     if result.findings:

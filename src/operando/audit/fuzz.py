@@ -141,16 +141,17 @@ def fuzz_target(
     reward: str | None = None,
     num: int = 16,
     functions: Mapping[str, RewardFunction] | None = None,
+    overrides: tuple[str, ...] = (),
 ) -> FuzzResult:
     """Fuzz the rewards of a run folder, a recipe or a task ("words"), and write fuzz.json.
 
     A run folder gives its own answers, `num` right and `num` wrong ones; a recipe or a task gives
     answers made from worked solutions. `reward` ("file.py:name") takes the place of the target's
     own rewards. No model is loaded: a completion's ids are its bytes, and parts that want `trace`
-    are left out.
+    are left out. `overrides` ("a.b=value") change a recipe.
     """
     folder = Path(target) if Path(target).is_dir() else None
-    recipe = _recipe_of(target, folder)
+    recipe = _recipe_of(target, folder, overrides)
     task = load_task(recipe.task)
     own = functions or {}
     if reward is not None:
@@ -179,7 +180,9 @@ def fuzz_target(
     return result
 
 
-def _recipe_of(target: str, folder: Path | None) -> Recipe:
+def _recipe_of(target: str, folder: Path | None, overrides: tuple[str, ...]) -> Recipe:
+    if overrides and (folder is not None or target in ("words", "gsm8k")):
+        raise UserError(f"overrides are for a recipe; {target} is none: {', '.join(overrides)}")
     if folder is not None:
         return read_recipe(folder)
     verifier = {"verifier": {"kind": "correct"}}
@@ -189,7 +192,7 @@ def _recipe_of(target: str, folder: Path | None) -> Recipe:
         case "gsm8k":
             task = Gsm8kTaskConfig(kind="gsm8k")
         case _:
-            return load_recipe(target)
+            return load_recipe(target, overrides)
     tables = {"name": target, "steps": 1, "task": task.model_dump(), "rewards": verifier}
     return Recipe.model_validate(tables, strict=False)
 
