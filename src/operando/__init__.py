@@ -10,5 +10,9 @@ def __getattr__(name: str) -> object:
             from operando.internals.sae_formats import load_sae
 
             return load_sae
+        case "load_chain":
+            from operando.drift.chain import load_chain
+
+            return load_chain
         case _:
             raise AttributeError(f"module 'operando' has no attribute {name!r}")
