@@ -30,7 +30,7 @@ install: $(VENV)/installed-dev
 # Parity with TRL and verl, in an environment of its own; writes docs/parity.md.
 interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/interop -o addopts=""
-	.venv-interop/bin/python -m tests.interop.parity_table
+	.venv-interop/bin/python tests/interop/parity_table.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/it"; exit 2; }

@@ -1,6 +1,6 @@
 """Writes docs/parity.md: every comparison with TRL and verl, and the largest difference found.
 
-Run with the interop environment: PYTHONPATH=src python tests/interop/parity_table.py
+Run with the interop environment: python tests/interop/parity_table.py
 """
 
 import logging

@@ -23,6 +23,7 @@ from operando.update.advantages import (
 from operando.update.losses import (
     Aggregation,
     KlEstimator,
+    adapted_kl_coef,
     cispo_loss,
     clip_loss,
     count_totals,
@@ -249,6 +250,18 @@ def kl_reward_pairs(b: Batch) -> list[tuple[Tensor, Tensor]]:
     return [(ours, zero_outside(theirs, b.mask))]
 
 
+def controller_pairs(b: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Follow twelve rollouts' KL for as many steps, from far below the target to far above."""
+    theirs = core_algos.AdaptiveKLController(init_kl_coef=0.1, target_kl=0.2, horizon=100)
+    ours, found = 0.1, []
+    for kl in b.value.flatten().abs().tolist():
+        theirs.update(kl, n_steps=12)
+        ours = adapted_kl_coef(ours, kl, target=0.2, num=12, horizon=100)
+        found.append((ours, float(theirs.value)))
+    mine, peers = torch.tensor(found).T
+    return [(mine, peers)]
+
+
 def kl_reward_formula_case(estimator: KlEstimator) -> Case:
     def pairs(b: Batch) -> list[tuple[Tensor, Tensor]]:
         penalty = core_algos.kl_penalty(b.old, b.ref, estimator) * b.mask_f
@@ -317,6 +330,12 @@ CASES = [
         "group_advantages scale=none, whiten",
         "core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage",
         reinforce_baseline_pairs,
+    ),
+    case(
+        "adaptive coefficient of a KL in the reward",
+        "adapted_kl_coef",
+        "core_algos.AdaptiveKLController",
+        controller_pairs,
     ),
     case("whitening", "whiten", "torch_functional.masked_whiten", whiten_pairs),
     case(

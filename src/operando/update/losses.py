@@ -186,6 +186,15 @@ def kl_estimate(
             return torch.expm1(-diff_BT) + diff_BT
 
 
+def adapted_kl_coef(coef: float, kl: float, target: float, num: int, horizon: int) -> float:
+    """Return the coefficient after a step over `num` rollouts (1909.08593, section 2.2).
+
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) num / horizon)
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * num / horizon)
+
+
 def kl_loss(
     logp_BT: Float[Tensor, "B T"],
     old_logp_BT: Float[Tensor, "B T"],

@@ -91,8 +91,7 @@ def credit(
 def next_kl_coef(recipe: Recipe, batch: Batch, trace: Trace, coef: float) -> float:
     """Return the coefficient of a KL in the reward for the next step.
 
-    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) B / horizon), with KL the mean over the B
-    rollouts of their mean token (1909.08593, as verl's AdaptiveKLController).
+    The KL that it follows is the mean over the rollouts of their mean token, as verl's.
     """
     if recipe.kl is None or recipe.kl.target is None:
         return coef
@@ -100,8 +99,7 @@ def next_kl_coef(recipe: Recipe, batch: Batch, trace: Trace, coef: float) -> flo
     kl_BT = losses.kl_estimate(trace.logp_BT, trace.ref_logp_BT, recipe.kl.estimator)
     length_B = batch.mask_BT.sum(1)
     kl = float((zero_outside(kl_BT, batch.mask_BT).sum(1) / length_B).mean())
-    error = min(max(kl / recipe.kl.target - 1, -0.2), 0.2)
-    return coef * (1 + error * len(batch) / recipe.kl.horizon)
+    return losses.adapted_kl_coef(coef, kl, recipe.kl.target, len(batch), recipe.kl.horizon)
 
 
 def discarded_rows(recipe: Recipe, batch: Batch, rewards: Rewards) -> Bool[Tensor, " B"]:
