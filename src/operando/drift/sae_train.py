@@ -28,6 +28,7 @@ from operando.internals.sae import (
     SAE,
     Codes,
     Origin,
+    blocked_product,
     check_activations,
     chunks,
     row_products,
@@ -149,7 +150,7 @@ def train_sae(
     """Return the SAE of the epoch with the lowest validation error.
 
     The activations may be float16 or bfloat16; a batch is cast to float32. The same arguments give
-    the same bits on one machine. A parent is gone on from, b_pre included; the optimizer is fresh.
+    the same bits on one CPU. A parent is gone on from, b_pre included; the optimizer is fresh.
     """
     _check(train_TD, val_TD, config, parent)
     streams = SeedTree(config.seed)
@@ -393,7 +394,7 @@ def sparse_step(
         db_enc_M.index_add_(0, dead_d, part.db_enc_d)
         along_M.index_add_(0, dead_d, (part.dW_dec_dD * weights.W_dec_MD[dead_d]).sum(dim=1))
         db_dec_D = db_dec_D + part.db_dec_D
-    db_pre_D = -(db_enc_M @ weights.W_enc_MD)
+    db_pre_D = -blocked_product(db_enc_M, weights.W_enc_MD)
     gradients = Weights(dW_enc_MD, db_enc_M, dW_dec_MD, db_pre_D, db_dec_D)
     fired_M = torch.bincount(idx_Nk[value_Nk > 0], minlength=M) if relu else picked_M
     return Step(gradients, loss, aux_loss, fired_M, along_M)

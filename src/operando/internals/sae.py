@@ -192,6 +192,12 @@ def row_products(
     return torch.autograd.grad(sum_ND, leaf_NK, x_ND)[0]
 
 
+def blocked_product(b_M: Float[Tensor, "M"], W_MD: Float[Tensor, "M D"]) -> Float[Tensor, "D"]:
+    """Return b @ W summed in blocks, for a sum whose terms are many times larger than itself."""
+    blocks = zip(b_M.split(128), W_MD.split(128), strict=True)
+    return torch.stack([b_m @ W_mD for b_m, W_mD in blocks]).sum(dim=0)
+
+
 def top_codes(z_NM: Float[Tensor, "N M"], k: int) -> Codes:
     """Return the k largest of each row, unsorted; exact.
 
