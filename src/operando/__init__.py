@@ -16,3 +16,7 @@ def __getattr__(name: str) -> object:
             return load_chain
         case _:
             raise AttributeError(f"module 'operando' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "load_chain", "load_sae"]
