@@ -6,6 +6,10 @@ The seed's step: nn.Linear encoder and decoder, top-k by scatter, loss.backward(
 torch.optim.Adam as it comes, decoder columns renormalised. Ours: the same step in seed mode, with
 float32 selection and with the bfloat16 preselection. First loss and gradients of all are compared
 on the same batch, and the weights after three steps; a relative gap above 1e-6 stops the benchmark.
+With --peers (in .venv-interop) the training steps of sae-lens and eai-sparsify are timed too, in
+float32, with Adam(fused=True) and, for sparsify, its normalisation of the decoder; no dead features
+on any side, and no comparison of results: their losses and inits are their own.
+
 Steps are interleaved, so that a busy machine slows all alike; medians are given.
 """
 
@@ -101,6 +105,40 @@ def trainer(
     return _Trainer(Weights(*(t.clone() for t in weights)), config, x_TD)
 
 
+def peers(args: argparse.Namespace) -> dict[str, Callable[[Tensor], object]]:
+    """Return one training step of sae-lens and of sparsify, as their trainers write it."""
+    import sae_lens
+    import sparsify
+    from sae_lens.saes.sae import TrainStepInput
+
+    lens = sae_lens.TopKTrainingSAE(
+        sae_lens.TopKTrainingSAEConfig(d_in=args.d_in, d_sae=args.d_sae, k=args.k)
+    )
+    coder = sparsify.SparseCoder(
+        args.d_in, sparsify.SparseCoderConfig(num_latents=args.d_sae, k=args.k)
+    )
+    adams = [torch.optim.Adam(m.parameters(), lr=LR, fused=True) for m in (lens, coder)]
+
+    def lens_step(x_ND: Tensor) -> None:
+        none_M = torch.zeros(args.d_sae, dtype=torch.bool)
+        out = lens.training_forward_pass(TrainStepInput(x_ND, {}, none_M, 0, False))
+        with torch.no_grad():
+            out.feature_acts.bool().float().sum(dim=0)
+        out.loss.backward()
+        nn.utils.clip_grad_norm_(lens.parameters(), 1.0)
+        adams[0].step()
+        adams[0].zero_grad()
+
+    def sparsify_step(x_ND: Tensor) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        coder(x_ND).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adams[1].step()
+        adams[1].zero_grad()
+
+    return {"sae-lens": lens_step, "sparsify": sparsify_step}
+
+
 def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, object]:
     config = SaeTrainConfig(d_sae=args.d_sae, k=args.k, mode="seed")
     weights = fresh_weights(x_TD, config, SeedTree(0))
@@ -133,6 +171,8 @@ def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, obj
         "operando float32": lambda x: ours["float32"].step(x),
         "operando bfloat16": lambda x: ours["bfloat16"].step(x),
     }
+    if args.peers:
+        paths |= peers(args)
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     parts = x_TD.split(batch)
     for repeat in range(args.repeats + 1):
@@ -146,8 +186,11 @@ def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, obj
         "gaps": {k: float(f"{v:.2g}") for k, v in gaps.items()},
         "median_ms": {name: round(1000 * s, 1) for name, s in medians.items()},
         "least_ms": {name: round(1000 * min(s[1:]), 1) for name, s in seconds.items()},
-        "seed_over_ours": {
-            name: round(medians["seed"] / s, 2) for name, s in medians.items() if name != "seed"
+        "theirs_over_ours": {
+            f"{name} / {own}": round(s / medians[own], 2)
+            for name, s in medians.items()
+            for own in ("operando float32", "operando bfloat16")
+            if not name.startswith("operando")
         },
     }
 
@@ -159,6 +202,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     x_TD = data(3 * max(args.batches), args.d_in, torch.Generator().manual_seed(0))
     results = [compare(args, batch, x_TD) for batch in args.batches]
