@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from operando.drift.chain import ChainConfig, load_chain, sae_folder
 from operando.drift.collect import acts_file, chosen_texts, load_acts, read_texts
 from operando.drift.commands import compare_drift, show_drift, train_run_saes
+from operando.drift.evaluate import evaluate_saes
 from operando.drift.report import drift_report
 from operando.errors import UserError
 from tests.integration.runs import tiny, trained
@@ -152,3 +154,18 @@ def test_texts_are_the_writers(run: Path) -> None:
     base, last = read_texts(run, "base", 100), read_texts(run, "last", 100)
     assert base.digest != last.digest and 100 <= base.num_tokens < 140
     assert base.num_tokens == len(base.text_of_token())
+
+
+def test_quality_of_every_sae_on_texts_that_were_held_out(run: Path) -> None:
+    rows, file = evaluate_saes(run)
+    assert len(rows) == 2 * 2 * 3  # sites, arms, stages
+    table = pq.read_table(file).to_pylist()
+    assert {(r["site"], r["arm"], r["step"]) for r in table} == {
+        (row.site, row.arm, row.step) for row in rows
+    }
+    for row in rows:
+        assert 0 < row.quality.fvu < 1.5 and 0 < row.quality.l0 <= 4
+        assert row.loss.zero_ablated > row.loss.base
+    # The first SAE is one and the same in both arms, and so is what it is asked about.
+    firsts = {row.arm: row for row in rows if row.site == SITE and row.step == 0}
+    assert firsts["real"].quality == firsts["null"].quality

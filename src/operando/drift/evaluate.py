@@ -1,0 +1,115 @@
+"""How good the SAEs of a run's chains are, on texts that they were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from rich.table import Table
+from torch import Tensor
+
+from operando.drift.chain import ARMS, Arm, load_chain, split_texts, trained_sites
+from operando.drift.collect import Texts, chosen_texts, load_acts, padded_batches, stages_of
+from operando.drift.quality import LossRecovered, Quality, loss_recovered, measure_quality
+from operando.errors import UserError
+from operando.models.load import load_model
+from operando.models.policy import Policy
+from operando.run import SeedTree, read_recipe, write_parquet
+from operando.update.checkpoint import load_weights
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One SAE of a chain. See drift/quality.py for what the numbers are."""
+
+    site: str
+    step: int
+    arm: Arm
+    quality: Quality
+    loss: LossRecovered
+
+
+def evaluate_saes(run: Path, seed: int = 0) -> tuple[list[QualityRow], Path]:
+    """Return and write the quality of every SAE of one seed's chains, both arms.
+
+    An SAE of the real arm is asked about its own stage's model, one of the null arm about the base.
+    Tokens are those of the held-out texts; the cross-entropy runs over their completions.
+    """
+    texts, sites, stages = chosen_texts(run), trained_sites(run), stages_of(run)
+    if not sites:
+        raise UserError(f"{run} has no SAE chains; run: operando sae train {run}")
+    held_out_N = ~split_texts(texts)
+    batches = list(held_out_batches(texts, held_out_N))
+    first_N = first_tokens(texts)
+    recipe = read_recipe(run)
+    policy = Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed))
+    chains = {(s, arm): load_chain(run, s, arm, seed) for s in sites for arm in ARMS}
+    rows = []
+    for step in stages:
+        if step:
+            load_weights(run, step, policy)
+        for (site, arm), chain in chains.items():
+            asked = stages if arm == "null" and step == 0 else [step] if arm == "real" else []
+            acts_ND = load_acts(run, texts, step, site)[held_out_N]
+            for position in asked:
+                sae = chain[position]
+                quality = measure_quality(sae, acts_ND, first_N[held_out_N])
+                loss = loss_recovered(policy.base, sae, batches, site)
+                rows.append(QualityRow(site, position, arm, quality, loss))
+    rows.sort(key=lambda row: (row.site, row.arm, row.step))
+    file = run / "drift" / "quality.parquet"
+    columns: dict[str, list[object]] = {"site": [], "step": [], "arm": []}
+    for row in rows:
+        values = {"site": row.site, "step": row.step, "arm": row.arm}
+        for key, value in (values | row.quality._asdict() | row.loss._asdict()).items():
+            columns.setdefault(key, []).append(value)
+    write_parquet(file, columns)
+    return rows, file
+
+
+def first_tokens(texts: Texts) -> Bool[Tensor, " N"]:
+    """Return which tokens begin a completion whose prompt is empty, and may be attention sinks.
+
+    The first position of a sequence is the prompt's, which is not read; so this is mostly False.
+    """
+    at_start = torch.tensor([not len(prompt) for prompt in texts.prompts])
+    text_N = texts.text_of_token()
+    begins_N = torch.ones(len(text_N), dtype=torch.bool)
+    begins_N[1:] = text_N[1:] != text_N[:-1]
+    return begins_N & at_start[text_N]
+
+
+def held_out_batches(
+    texts: Texts, held_out_N: Bool[Tensor, " N"]
+) -> Iterator[tuple[Int[Tensor, "b S"], Bool[Tensor, "b S"]]]:
+    """Give the held-out texts as padded ids with the mask of their completions' tokens."""
+    kept = set(texts.text_of_token()[held_out_N].tolist())
+    chosen = Texts(
+        texts.writer,
+        [p for i, p in enumerate(texts.prompts) if i in kept],
+        [c for i, c in enumerate(texts.completions) if i in kept],
+        texts.digest,
+    )
+    yield from padded_batches(chosen)
+
+
+def quality_table(run: Path, rows: list[QualityRow]) -> Table:
+    """Return one row an SAE."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"{run.name}: SAEs on held-out texts (seed 0)"
+    for column in (
+        "site", "step", "arm", "NMSE", "FVU", "no sinks", "L0", "dead", "CE +nats",
+        "recovered, mean", "recovered, zero",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
+    for row in rows:
+        q, loss = row.quality, row.loss
+        table.add_row(
+            row.site.removesuffix(".hook_resid_post"), str(row.step), row.arm, f"{q.nmse:.4f}",
+            f"{q.fvu:.4f}", f"{q.fvu_no_sinks:.4f}", f"{q.l0:.1f}", f"{q.dead:.0%}",
+            f"{loss.delta:+.4f}", f"{loss.recovered_mean:.1%}", f"{loss.recovered_zero:.1%}",
+        )  # fmt: skip
+    return table
