@@ -15,6 +15,7 @@ from operando.drift.chain import ARMS, Arm, load_chain, split_texts, trained_sit
 from operando.drift.collect import Texts, chosen_texts, load_acts, padded_batches, stages_of
 from operando.drift.quality import LossRecovered, Quality, loss_recovered, measure_quality
 from operando.errors import UserError
+from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.run import SeedTree, read_recipe, write_parquet
@@ -46,7 +47,9 @@ def evaluate_saes(run: Path, seed: int = 0) -> tuple[list[QualityRow], Path]:
     first_N = first_tokens(texts)
     recipe = read_recipe(run)
     policy = Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed))
-    chains = {(s, arm): load_chain(run, s, arm, seed) for s in sites for arm in ARMS}
+    chains: dict[tuple[str, Arm], dict[int, SAE]] = {
+        (site, arm): load_chain(run, site, arm, seed) for site in sites for arm in ARMS
+    }
     rows = []
     for step in stages:
         if step:
