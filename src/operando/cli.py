@@ -223,18 +223,42 @@ def sae_train(
 @app.command()
 def drift(
     runs: Annotated[list[str], typer.Argument(help="A run folder; or: compare RUN_A RUN_B RUN_C.")],
+    frozen: Annotated[
+        Path | None, typer.Option(help="One SAE of any format for all stages, not refitted.")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option(help="Base and last model on both texts: which of the two changed?")
+    ] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Of --grid without an SAE; default: all.")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Where the SAE reads, if it does not say so itself.")
+    ] = None,
 ) -> None:
     """Show what changed inside between a run's stages, the null arm beside every number."""
     from operando.display import make_console
-    from operando.drift.commands import compare_drift, show_drift
+    from operando.drift.commands import compare_drift, show_drift, show_frozen, show_grid
+    from operando.launch import quieten_libraries
 
+    quieten_libraries()
     console = make_console()
-    if runs[0] == "compare":
-        print(compare_drift(console, [Path(r) for r in runs[1:]]))
-    elif len(runs) == 1:
-        print(show_drift(console, Path(runs[0])))
-    else:
+    if runs[0] != "compare" and len(runs) != 1:
         raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
+    if layers is not None and not grid:
+        raise UserError("drift: --layers belongs to --grid")
+    if site is not None and not (grid or frozen):
+        raise UserError("drift: --site belongs to --frozen or --grid")
+    if runs[0] == "compare":
+        if grid or frozen:
+            raise UserError("drift compare: takes neither --frozen nor --grid")
+        print(compare_drift(console, [Path(r) for r in runs[1:]]))
+    elif grid:
+        print(show_grid(console, Path(runs[0]), layers, frozen, site))
+    elif frozen is not None:
+        print(show_frozen(console, Path(runs[0]), frozen, site))
+    else:
+        print(show_drift(console, Path(runs[0])))
 
 
 @app.command("import")

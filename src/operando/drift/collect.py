@@ -13,17 +13,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from operando.drift.quality import splicing
 from operando.errors import UserError
 from operando.models.hooks import ActivationReader
-from operando.models.load import load_model, lora_in_model_dtype
+from operando.models.load import head_weight, load_model, lora_in_model_dtype
+from operando.models.logprobs import token_logps
 from operando.models.policy import Policy
 from operando.run import SeedTree, atomic_path, read_recipe, write_json
 from operando.update.checkpoint import load_weights, weight_steps
@@ -55,6 +57,15 @@ class Texts:
         """Return for each token the number of its text [N]."""
         lengths = torch.tensor([len(c) for c in self.completions])
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def prompt_of_token(self) -> Tensor:
+        """Return for each token the number of its run of texts with the same prompt [N].
+
+        Siblings say much the same: for intervals and tests they are one.
+        """
+        new = [a != b for a, b in zip(self.prompts[1:], self.prompts, strict=False)]
+        run_of_text = torch.tensor([0, *new]).cumsum(0)
+        return run_of_text[self.text_of_token()]
 
 
 def read_texts(run: Path, writer: Writer, max_tokens: int) -> Texts:
@@ -177,22 +188,9 @@ def read_acts(
     """Return the float16 activations at every completion token, in the order of the texts."""
     reader = ActivationReader(policy.base, sites)
     parts: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for batch in _batches(texts):
-        width = max(len(p) + len(c) for p, c in batch)
-        ids_BS = torch.zeros(len(batch), width, dtype=torch.long)
-        read_BS = torch.zeros(len(batch), width, dtype=torch.bool)
-        for b, (prompt, completion) in enumerate(batch):
-            row = torch.tensor([*prompt, *completion])
-            ids_BS[b, : len(row)] = row
-            read_BS[b, len(prompt) : len(row)] = True
-        # Padding stands on the right: under causal attention no token that is read sees it.
-        position_BS = torch.arange(width).expand_as(ids_BS)
-        with lora_in_model_dtype(policy.base), reader.reading() as seen:
-            policy.base.get_decoder()(
-                input_ids=ids_BS.to(policy.device),
-                position_ids=position_BS.to(policy.device),
-                use_cache=False,
-            )
+    for ids_BS, read_BS in padded_batches(texts):
+        with reader.reading() as seen:
+            run_decoder(policy, ids_BS)
         for site in sites:
             parts[site].append(seen[site][read_BS.to(policy.device)].half().cpu())
     acts = {site: torch.cat(found) for site, found in parts.items()}
@@ -202,8 +200,74 @@ def read_acts(
     return acts
 
 
-def _batches(texts: Texts) -> Iterator[list[tuple[Sequence[int], Sequence[int]]]]:
+class Splice(NamedTuple):
+    """What is put in place of the kept tokens at a site. `kept_N` runs over all that are read.
+
+    Example: Splice("blocks.3.hook_resid_post", ~sink_tokens(acts_ND), sae.reconstruct)
+    """
+
+    site: str
+    kept_N: Bool[Tensor, "N"]
+    change: Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def text_logps(policy: Policy, texts: Texts, splice: Splice | None = None) -> Float[Tensor, "N"]:
+    """Return the log-prob of every completion token, at temperature 1."""
+    parts: list[Tensor] = []
+    start = 0
+    for ids_BS, read_BS in padded_batches(texts):
+        assert not bool(read_BS[:, 0].any()), "a text without a prompt"
+        if splice is None:
+            hidden_BSD = run_decoder(policy, ids_BS)
+        else:
+            change_BS = read_BS.clone()
+            change_BS[read_BS] = splice.kept_N[start : start + int(read_BS.sum())]
+            with splicing(policy.base, splice.site, change_BS.to(policy.device), splice.change):
+                hidden_BSD = run_decoder(policy, ids_BS)
+        hidden_ND = hidden_BSD[read_BS.roll(-1, dims=1).to(policy.device)]  # the token before
+        target_N = ids_BS[read_BS].to(policy.device)
+        weight_VD = head_weight(policy.base)
+        parts.append(token_logps(hidden_ND, weight_VD, target_N, policy.head_config).logp_N.cpu())
+        start += len(target_N)
+    return torch.cat(parts)
+
+
+class Padded(NamedTuple):
+    """Some texts right-padded, and which tokens are read: those of the completions."""
+
+    ids_BS: Int[Tensor, "B S"]
+    read_BS: Bool[Tensor, "B S"]
+
+
+def padded_batches(texts: Texts) -> Iterator[Padded]:
     """Give texts in their order, in batches of at most BATCH_TOKENS with padding."""
+    for batch in _batches(texts):
+        width = max(len(p) + len(c) for p, c in batch)
+        ids_BS = torch.zeros(len(batch), width, dtype=torch.long)
+        read_BS = torch.zeros(len(batch), width, dtype=torch.bool)
+        for b, (prompt, completion) in enumerate(batch):
+            row = torch.tensor([*prompt, *completion])
+            ids_BS[b, : len(row)] = row
+            read_BS[b, len(prompt) : len(row)] = True
+        yield Padded(ids_BS, read_BS)
+
+
+def run_decoder(policy: Policy, ids_BS: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """Return the last hidden states of right-padded rows.
+
+    Under causal attention no real token sees the padding, so none is masked.
+    """
+    position_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    with lora_in_model_dtype(policy.base):
+        return policy.base.get_decoder()(
+            input_ids=ids_BS.to(policy.device),
+            position_ids=position_BS.to(policy.device),
+            use_cache=False,
+        ).last_hidden_state
+
+
+def _batches(texts: Texts) -> Iterator[list[tuple[Sequence[int], Sequence[int]]]]:
     batch: list[tuple[Sequence[int], Sequence[int]]] = []
     width = 0
     for pair in zip(texts.prompts, texts.completions, strict=True):

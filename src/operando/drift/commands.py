@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from operando.drift.chain import (
     ARMS,
@@ -22,10 +23,23 @@ from operando.drift.chain import (
 from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of
 from operando.drift.nulls import classify
 from operando.drift.report import drift_report, transition_drift
-from operando.drift.show import draw_drift, drift_table, stage_table, verdict_lines
+from operando.drift.show import (
+    draw_drift,
+    drift_table,
+    feature_table,
+    frozen_table,
+    grid_lines,
+    grid_table,
+    stage_table,
+    verdict_lines,
+)
+from operando.drift.without_refit import frozen_report, grid_report
 from operando.errors import UserError, nearest
+from operando.internals.sae import SAE, check_fits
+from operando.internals.sae_formats import load_sae
 from operando.models.layers import parse_layer_set
-from operando.models.load import count_layers, width_of
+from operando.models.load import count_layers, resolve, width_of
+from operando.recipe import Recipe
 from operando.run import read_recipe, write_json
 
 WRITERS = ("base", "last", "both")
@@ -75,6 +89,50 @@ def show_drift(console: Console, run: Path) -> Path:
         console.print(line, highlight=False)
     draw_drift(report, report.file.with_suffix(".svg"))
     return report.file
+
+
+def show_frozen(console: Console, run: Path, path: Path, site: str | None) -> Path:
+    """Print and write what every stage does with one SAE; return the JSON file."""
+    sae, site = _fitting_sae(read_recipe(run), path, site)
+    with _progress(console) as progress:
+        reading = progress.add_task("activations", total=None)
+        report = frozen_report(
+            run, sae, path, site, lambda n, of: progress.update(reading, completed=n, total=of)
+        )
+    console.print(frozen_table(report))
+    console.print(feature_table(report))
+    return report.file
+
+
+def show_grid(
+    console: Console, run: Path, layers: str | None, path: Path | None, site: str | None
+) -> Path:
+    """Print and write what the text and what the model changed; return the JSON file.
+
+    The sites are the residual after `layers` (default: all), or with an SAE, its own.
+    """
+    recipe = read_recipe(run)
+    if path is None:
+        given = sites_of(parse_layer_set(layers or "all", count_layers(recipe.model)))
+        report = grid_report(run, given if site is None else [site], None)
+    elif layers is not None:
+        raise UserError("drift --grid: give --layers or --frozen, not both: an SAE has one site")
+    else:
+        sae, site = _fitting_sae(recipe, path, site)
+        report = grid_report(run, [site], sae)
+    console.print(grid_table(report))
+    for line in grid_lines(report):
+        console.print(line, highlight=False)
+    return report.file
+
+
+def _fitting_sae(recipe: Recipe, path: Path, site: str | None) -> tuple[SAE, str]:
+    """Return the SAE and the site at which it reads the model; no weight of the model is loaded."""
+    sae = load_sae(path)
+    config = AutoConfig.from_pretrained(resolve(recipe.model.id), revision=recipe.model.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sae, check_fits(sae, model, width_of(recipe.model), site)
 
 
 def compare_drift(console: Console, runs: Sequence[Path]) -> Path:
