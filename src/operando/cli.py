@@ -220,6 +220,19 @@ def sae_train(
     print(run / "saes")
 
 
+@sae_app.command("eval")
+def sae_eval(run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")]) -> None:
+    """Show how good the chains' SAEs are on held-out texts: error, sparsity, loss recovered."""
+    from operando.display import make_console
+    from operando.drift.evaluate import evaluate_saes, quality_table
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    rows, file = evaluate_saes(run)
+    make_console().print(quality_table(run, rows))
+    print(file)
+
+
 @app.command()
 def drift(
     runs: Annotated[list[str], typer.Argument(help="A run folder; or: compare RUN_A RUN_B RUN_C.")],

@@ -187,13 +187,16 @@ def read_acts(
 ) -> Mapping[str, Float[Tensor, "N D"]]:
     """Return the float16 activations at every completion token, in the order of the texts."""
     reader = ActivationReader(policy.base, sites)
-    parts: dict[str, list[Tensor]] = {site: [] for site in sites}
+    width = policy.base.config.get_text_config().hidden_size
+    acts = {s: torch.empty(texts.num_tokens, width, dtype=torch.float16) for s in sites}
+    start = 0
     for ids_BS, read_BS in padded_batches(texts):
         with reader.reading() as seen:
             run_decoder(policy, ids_BS)
+        end = start + int(read_BS.sum())
         for site in sites:
-            parts[site].append(seen[site][read_BS.to(policy.device)].half().cpu())
-    acts = {site: torch.cat(found) for site, found in parts.items()}
+            acts[site][start:end] = seen[site][read_BS.to(policy.device)].cpu()
+        start = end
     for site, acts_ND in acts.items():
         if not acts_ND.isfinite().all():
             raise UserError(f"site {site}: activations are not finite in float16")

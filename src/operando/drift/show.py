@@ -135,8 +135,7 @@ def feature_table(report: FrozenReport, num: int = 10) -> Table:
     moved = [j for j in order.tolist() if diff.delta_act_TM[-1, j] != 0]
     table.title = f"features with the largest |delta|, base to step {last}"
     if not moved:
-        table.title = f"no feature has another mean activation at step {last} than in the base"
-        return table
+        table.title += ": none, every mean activation is the base's"
     for column in ("feature", "rate", "mean activation", "delta", "beta", "q"):
         table.add_column(column, justify="right")
     for j in moved:

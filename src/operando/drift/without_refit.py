@@ -440,13 +440,15 @@ def _effect(
     """Return the change from a to b, its bootstrap interval and its permutation p over texts.
 
     Paired texts are drawn together, and their p swaps the two models of a text; else the texts'
-    writers are shuffled. p = (1 + number at least as large) / (1 + RESAMPLES), two-sided.
+    writers are shuffled. The interval is the percentile one moved to have its mean at the value:
+    with few texts, a distance between two draws is too large. p = (1 + number at least as large) / (1 + RESAMPLES), two-sided.
     """
     generator = SeedTree(0).generator("drift", "grid")
     value = compare(a_GC.sum(0, keepdim=True), b_HC.sum(0, keepdim=True))
     a_RG = _draws(len(a_GC), generator)
     b_RH = a_RG if paired else _draws(len(b_HC), generator)
-    low, high = np.quantile(compare(a_RG @ a_GC, b_RH @ b_HC).numpy(), [0.025, 0.975])
+    drawn_R = compare(a_RG @ a_GC, b_RH @ b_HC)
+    low, high = np.quantile((drawn_R - drawn_R.mean() + value).numpy(), [0.025, 0.975])
     if paired:
         swap_RG = torch.randint(2, (RESAMPLES, len(a_GC)), generator=generator).double()
         moved_RC = swap_RG @ (b_HC - a_GC)
