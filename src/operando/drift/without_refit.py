@@ -440,8 +440,9 @@ def _effect(
     """Return the change from a to b, its bootstrap interval and its permutation p over texts.
 
     Paired texts are drawn together, and their p swaps the two models of a text; else the texts'
-    writers are shuffled. The interval is the percentile one moved to have its mean at the value:
-    with few texts, a distance between two draws is too large. p = (1 + number at least as large) / (1 + RESAMPLES), two-sided.
+    writers are shuffled. p = (1 + number at least as large) / (1 + RESAMPLES), two-sided. The
+    interval is the percentile one moved to have its mean at the value: a distance between draws
+    of few texts is too large.
     """
     generator = SeedTree(0).generator("drift", "grid")
     value = compare(a_GC.sum(0, keepdim=True), b_HC.sum(0, keepdim=True))
