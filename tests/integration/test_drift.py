@@ -166,6 +166,8 @@ def test_quality_of_every_sae_on_texts_that_were_held_out(run: Path) -> None:
     for row in rows:
         assert 0 < row.quality.fvu < 1.5 and 0 < row.quality.l0 <= 4
         assert row.loss.zero_ablated > row.loss.base
+        # Its own completions, given their prompts, surprise the policy little.
+        assert row.loss.base < 1.5
     # The first SAE is one and the same in both arms, and so is what it is asked about.
     firsts = {row.arm: row for row in rows if row.site == SITE and row.step == 0}
     assert firsts["real"].quality == firsts["null"].quality

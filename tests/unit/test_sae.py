@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operando.drift.quality import (
+    TextBatch,
     firing_rates,
     loss_recovered,
     measure_quality,
@@ -194,7 +195,7 @@ def test_loss_recovered_is_one_for_a_perfect_sae_and_zero_for_ablation(site: str
     model = tiny_model("llama")
     ids_BS = torch.randint(2, 258, (3, 12), generator=torch.Generator().manual_seed(4))
     mask_BS = torch.arange(12) < torch.tensor([[12], [7], [3]])
-    batches = [(ids_BS[:2], mask_BS[:2]), (ids_BS[2:], mask_BS[2:])]
+    batches = [TextBatch(ids_BS[i:j], mask_BS[i:j], mask_BS[i:j]) for i, j in ((0, 2), (2, 3))]
     sae = replace(perfect_sae(32), origin=Origin(site=site))
     got = loss_recovered(model, sae, batches)
     assert got.tokens == 11 + 6 + 2
@@ -220,8 +221,22 @@ def test_the_content_of_padding_does_not_matter() -> None:
     mask_BS = torch.arange(9) < torch.tensor([[9], [4]])
     other_BS = torch.where(mask_BS, ids_BS, 7)
     sae = random_sae(D=32, M=48, k=4)
-    one, two = (loss_recovered(model, sae, [(ids, mask_BS)]) for ids in (ids_BS, other_BS))
+    one, two = (
+        loss_recovered(model, sae, [TextBatch(ids, mask_BS, mask_BS)]) for ids in (ids_BS, other_BS)
+    )
     assert one == two and one.delta > 0
+
+
+def test_a_prompt_is_seen_and_neither_spliced_nor_counted() -> None:
+    model = tiny_model("llama")
+    ids_BS = torch.randint(2, 258, (1, 10), generator=torch.Generator().manual_seed(6))
+    real_BS = torch.ones(1, 10, dtype=torch.bool)
+    read_BS = torch.arange(10)[None] >= 6
+    got = loss_recovered(model, perfect_sae(32), [TextBatch(ids_BS, real_BS, read_BS)])
+    with torch.no_grad():
+        logp = model(ids_BS).logits[0].log_softmax(-1)
+    want = -sum(float(logp[t - 1, ids_BS[0, t]]) for t in (7, 8, 9)) / 3
+    assert math.isclose(got.base, want, rel_tol=1e-5) and got.tokens == 3
 
 
 def test_splicing_leaves_the_masked_positions_and_later_calls_alone() -> None:

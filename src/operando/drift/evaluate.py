@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from rich.table import Table
 from torch import Tensor
 
 from operando.drift.chain import ARMS, Arm, load_chain, split_texts, trained_sites
 from operando.drift.collect import Texts, chosen_texts, load_acts, padded_batches, stages_of
-from operando.drift.quality import LossRecovered, Quality, loss_recovered, measure_quality
+from operando.drift.quality import (
+    LossRecovered,
+    Quality,
+    TextBatch,
+    loss_recovered,
+    measure_quality,
+)
 from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.models.load import load_model
@@ -85,10 +91,8 @@ def first_tokens(texts: Texts) -> Bool[Tensor, " N"]:
     return begins_N & at_start[text_N]
 
 
-def held_out_batches(
-    texts: Texts, held_out_N: Bool[Tensor, " N"]
-) -> Iterator[tuple[Int[Tensor, "b S"], Bool[Tensor, "b S"]]]:
-    """Give the held-out texts as padded ids with the mask of their completions' tokens."""
+def held_out_batches(texts: Texts, held_out_N: Bool[Tensor, " N"]) -> Iterator[TextBatch]:
+    """Give the held-out texts, right-padded; their completions' tokens are read."""
     kept = set(texts.text_of_token()[held_out_N].tolist())
     chosen = Texts(
         texts.writer,
@@ -96,7 +100,9 @@ def held_out_batches(
         [c for i, c in enumerate(texts.completions) if i in kept],
         texts.digest,
     )
-    yield from padded_batches(chosen)
+    for ids_BS, read_BS in padded_batches(chosen):
+        last_B1 = read_BS.shape[1] - read_BS.flip(1).int().argmax(1, keepdim=True)
+        yield TextBatch(ids_BS, torch.arange(read_BS.shape[1]) < last_B1, read_BS)
 
 
 def quality_table(run: Path, rows: list[QualityRow]) -> Table:

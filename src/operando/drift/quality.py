@@ -47,6 +47,19 @@ class Quality(NamedTuple):
     sinks: int
 
 
+class TextBatch(NamedTuple):
+    """Padded ids, which of them are real, and which of those the SAE is asked about.
+
+    A prompt is real and not read: it is seen by what follows, and stays as it is.
+
+    Example: TextBatch(ids_BS, real_BS=mask_BS, read_BS=mask_BS)
+    """
+
+    ids_BS: Int[Tensor, "B S"]
+    real_BS: Bool[Tensor, "B S"]
+    read_BS: Bool[Tensor, "B S"]
+
+
 class LossRecovered(NamedTuple):
     """Next-token cross-entropy in nats a token, with the site as it is, spliced, and ablated.
 
@@ -54,7 +67,7 @@ class LossRecovered(NamedTuple):
     recovered_mean  (mean_ablated - spliced) / (mean_ablated - base)   (the seed's denominator)
     recovered_zero  the same with zero ablation   (SAELens); NaN if ablation changes nothing
 
-    Example: loss_recovered(model, sae, [(ids_BS, mask_BS)]).recovered_mean
+    Example: loss_recovered(model, sae, [TextBatch(ids_BS, real_BS, read_BS)]).recovered_mean
     """
 
     base: float
@@ -161,21 +174,20 @@ def _ratio(above: float, below: float) -> float:
 def loss_recovered(
     model: PreTrainedModel,
     sae: SAE,
-    batches: Sequence[tuple[Int[Tensor, "_ _"], Bool[Tensor, "_ _"]]],
+    batches: Sequence[TextBatch],
     site: str | None = None,
     mean_D: Float[Tensor, "D"] | None = None,
 ) -> LossRecovered:
     """Return the cross-entropy with the SAE's reconstruction in place of the site's activations.
 
-    Each batch is ids and a mask of real tokens. Only real tokens are replaced; a token counts if it
-    and the one before it are real; tokens weigh alike (deviation: the seed averages over batches).
-    `mean_D` is the ablation's vector; without it the mean over these real tokens (deviation: the
-    seed takes the first 32 prompts).
+    Only read tokens are replaced; a token counts if it and the one before it are read; tokens weigh
+    alike (deviation: the seed averages over batches). `mean_D` is the ablation's vector; without it
+    the mean over the read tokens (deviation: the seed takes the first 32 prompts).
     """
     width = model.config.get_text_config().hidden_size
     site = check_fits(sae, model, width, site)
-    if not any(bool((mask_BS[:, 1:] & mask_BS[:, :-1]).any()) for _, mask_BS in batches):
-        raise UserError("no two real tokens in a row: there is no loss to recover")
+    if not any(bool((batch.read_BS[:, 1:] & batch.read_BS[:, :-1]).any()) for batch in batches):
+        raise UserError("no two read tokens in a row: there is no loss to recover")
     was_training = model.training
     model.eval()
     try:
@@ -199,13 +211,13 @@ def _recovered(ablated: float, spliced: float, base: float) -> float:
     return (ablated - spliced) / (ablated - base) if ablated != base else float("nan")
 
 
-def _mean_at(model: PreTrainedModel, site: str, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def _mean_at(model: PreTrainedModel, site: str, batches: Iterable[TextBatch]) -> Tensor:
     reader = ActivationReader(model, [site])
     total_D, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for ids_BS, mask_BS in batches:
+    for batch in batches:
         with reader.reading() as acts:
-            _logits(model, ids_BS, mask_BS)
-        x_ND = acts[site][mask_BS.to(model.device)]
+            _logits(model, batch)
+        x_ND = acts[site][batch.read_BS.to(model.device)]
         total_D = total_D + x_ND.double().sum(dim=0)
         count += len(x_ND)
     return total_D / count
@@ -214,19 +226,19 @@ def _mean_at(model: PreTrainedModel, site: str, batches: Iterable[tuple[Tensor, 
 def _loss(
     model: PreTrainedModel,
     site: str,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[TextBatch],
     change: Callable[[Tensor], Tensor] | None,
 ) -> tuple[float, int]:
     """Return the mean cross-entropy over counted tokens, in float32, and their number."""
     total, tokens = 0.0, 0
-    for ids_BS, mask_BS in batches:
-        ids_BS, mask_BS = ids_BS.to(model.device), mask_BS.to(model.device)
+    for batch in batches:
+        ids_BS, read_BS = batch.ids_BS.to(model.device), batch.read_BS.to(model.device)
         if change is None:
-            logits_BSV = _logits(model, ids_BS, mask_BS)
+            logits_BSV = _logits(model, batch)
         else:
-            with splicing(model, site, mask_BS, change):
-                logits_BSV = _logits(model, ids_BS, mask_BS)
-        counts_BS = mask_BS[:, 1:] & mask_BS[:, :-1]
+            with splicing(model, site, read_BS, change):
+                logits_BSV = _logits(model, batch)
+        counts_BS = read_BS[:, 1:] & read_BS[:, :-1]
         logits_NV = logits_BSV[:, :-1][counts_BS].float()
         loss = F.cross_entropy(logits_NV, ids_BS[:, 1:][counts_BS].long(), reduction="sum")
         total += float(loss)
@@ -234,11 +246,11 @@ def _loss(
     return total / tokens, tokens
 
 
-def _logits(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    ids_BS, mask_BS = ids_BS.to(model.device), mask_BS.to(model.device)
-    position_BS = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+def _logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
+    ids_BS, real_BS = batch.ids_BS.to(model.device), batch.real_BS.to(model.device)
+    position_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
     return model(
-        input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=position_BS, use_cache=False
+        input_ids=ids_BS, attention_mask=real_BS.long(), position_ids=position_BS, use_cache=False
     ).logits  # fmt: skip
 
 
