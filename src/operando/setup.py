@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from operando import parallel
 from operando.errors import UserError
-from operando.models.freeze import Insulation
+from operando.models.freeze import Insulation, joint_digest
 from operando.models.load import Loaded, load_model, pad_id, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import GaeAdvantage, Recipe
@@ -22,7 +24,7 @@ from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
 from operando.types import Batch, Prompt
 from operando.update import hygiene
-from operando.update.checkpoint import load_checkpoint, saved_steps
+from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
 
 
@@ -121,11 +123,27 @@ def make_prompt_sets(
     )
 
 
+def check_base(certificate: Path, insulation: Insulation) -> None:
+    """Refuse to go on over another base model than the one that the checkpoint was trained over."""
+    if not certificate.is_file():
+        raise UserError(
+            f"{certificate} is missing: what this checkpoint was trained over is unknown"
+        )
+    former = json.loads(certificate.read_text(encoding="utf-8"))["frozen_sha256"]
+    now = joint_digest(insulation.frozen())
+    if former != now:
+        raise UserError(
+            f"{certificate} was made over another base model: its frozen tensors have sha256 "
+            f"{former[:12]}, those of the model loaded now {now[:12]}"
+        )
+
+
 def resume(setup: Setup) -> int:
     """Return the last step that was saved, with weights and optimizer as they were; else 0."""
     steps = saved_steps(setup.run.folder)
     done = steps[-1] if steps else 0
     if done:
+        check_base(checkpoint_folder(setup.run.folder, done) / "certificate.json", setup.insulation)
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
         row = next(row for row in read_metrics(setup.run.folder) if row["step"] == done)
         setup.kl_coef = row.get("kl_coef", setup.kl_coef)

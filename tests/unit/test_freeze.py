@@ -193,3 +193,12 @@ def test_an_adapter_with_a_leak_in_its_file_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {name.replace("layers.3.", "layers.0."): tensors[name].clone()}, file)
     with pytest.raises(UserError, match="other trained tensors"):
         certify_run(folder)
+
+
+def test_a_run_is_not_resumed_over_another_base(tmp_path: Path) -> None:
+    folder = trained(tiny(tmp_path, "steps=2"))
+    file = checkpoint_folder(folder, 2) / "certificate.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"frozen_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="was made over another base model"):
+        trained(tiny(tmp_path, "steps=2"), resume=True)
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 3, "nothing is lost"

@@ -29,8 +29,7 @@ def certify_run(folder: Path, step: int | None = None) -> tuple[Certificate, Pat
     certificate = insulation.issue(step, None, policy.save_weights())
     check_former(checkpoint_folder(folder, step) / "certificate.json", certificate)
     if recipe.model.lora is not None and recipe.model.quantization == "none":
-        frozen = {n: sha for n, sha in insulation.start.items() if n not in policy.trainable()}
-        merged = check_merged(policy, frozen)
+        merged = check_merged(policy, insulation.frozen())
         certificate = replace(certificate, checks=(*certificate.checks, merged))
     file = folder / "audits" / f"certificate_step_{step:05d}.json"
     write_json(file, certificate.as_json())

@@ -80,6 +80,11 @@ class Insulation:
         self.start_hidden = first_hidden(policy)
         self.with_gradient: set[int] = set()
 
+    def frozen(self) -> dict[str, str]:
+        """Return the sha256 of every frozen tensor as it was before training."""
+        trainable = self.policy.trainable()
+        return {name: sha for name, sha in self.start.items() if name not in trainable}
+
     def watch(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
         """Note which layers got a gradient; changes nothing (a gradient transform)."""
         for name, parameter in parameters.items():
@@ -100,8 +105,7 @@ class Insulation:
         `weights` are those of the checkpoint, as Policy.save_weights gives them.
         """
         policy, now = self.policy, digests(self.policy.model)
-        trainable = policy.trainable()
-        frozen = {name: sha for name, sha in self.start.items() if name not in trainable}
+        trainable, frozen = policy.trainable(), self.frozen()
         checks = [
             check_layers(policy),
             check_count(policy),
