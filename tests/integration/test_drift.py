@@ -127,6 +127,8 @@ def test_a_missing_stage_and_a_run_without_saes(run: Path, tmp_path: Path) -> No
     shutil.rmtree(copy / "drift")
     with pytest.raises(UserError, match="has no SAE chains"):
         show_drift(QUIET, copy)
+    with pytest.raises(UserError, match="not a run folder"):
+        show_drift(QUIET, tmp_path / "nothing")
 
 
 def test_one_seed_gives_no_drift_number(run: Path, tmp_path: Path) -> None:

@@ -202,3 +202,11 @@ def test_a_run_is_not_resumed_over_another_base(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was made over another base model"):
         trained(tiny(tmp_path, "steps=2"), resume=True)
     assert (folder / "metrics.jsonl").read_text().count("\n") == 3, "nothing is lost"
+
+
+def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    folder = trained(tiny(tmp_path, "steps=2"))
+    file = checkpoint_folder(folder, 2) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="adapter_model.safetensors is cut short"):
+        certify_run(folder)

@@ -27,7 +27,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.load import head_weight, load_model, lora_in_model_dtype
 from operando.models.logprobs import token_logps
 from operando.models.policy import Policy
-from operando.run import SeedTree, atomic_path, read_recipe, write_json
+from operando.run import SeedTree, atomic_path, read_manifest, read_recipe, write_json
 from operando.update.checkpoint import load_weights, weight_steps
 
 Writer = Literal["base", "last", "both"]
@@ -105,6 +105,7 @@ def _rows(files: Sequence[Path], max_tokens: int) -> list[tuple[list[int], list[
 
 def chosen_texts(run: Path) -> Texts:
     """Return the texts that this run's SAEs were trained on."""
+    read_manifest(run)  # an error if it is no run folder
     file = run / "drift" / "texts.json"
     if not file.is_file():
         raise UserError(f"{run} has no SAE chains; run: operando sae train {run}")

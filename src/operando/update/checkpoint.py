@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -108,7 +109,10 @@ def load_weights(run_folder: Path, step: int, policy: Policy) -> None:
     folder = checkpoint_folder(run_folder, step)
     saved: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        saved |= load_file(file)
+        try:
+            saved |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is cut short or no safetensors file: {error}") from error
     if policy.config.lora is not None:
         wanted = policy.trainable()
         saved = {_with_adapter_name(name): tensor for name, tensor in saved.items()}
