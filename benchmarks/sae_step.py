@@ -105,8 +105,11 @@ def trainer(
     return _Trainer(Weights(*(t.clone() for t in weights)), config, x_TD)
 
 
-def peers(args: argparse.Namespace) -> dict[str, Callable[[Tensor], object]]:
-    """Return one training step of sae-lens and of sparsify, as their trainers write it."""
+def peer_models(
+    args: argparse.Namespace,
+) -> tuple[nn.Module, nn.Module, dict[str, Callable[[Tensor], object]]]:
+    """Return an SAE of sae-lens and one of sparsify, and one training step of each as their
+    trainers write it."""
     import sae_lens
     import sparsify
     from sae_lens.saes.sae import TrainStepInput
@@ -136,7 +139,7 @@ def peers(args: argparse.Namespace) -> dict[str, Callable[[Tensor], object]]:
         adams[1].step()
         adams[1].zero_grad()
 
-    return {"sae-lens": lens_step, "sparsify": sparsify_step}
+    return lens, coder, {"sae-lens": lens_step, "sparsify": sparsify_step}
 
 
 def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, object]:
@@ -172,7 +175,7 @@ def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, obj
         "operando bfloat16": lambda x: ours["bfloat16"].step(x),
     }
     if args.peers:
-        paths |= peers(args)
+        paths |= peer_models(args)[2]
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     parts = x_TD.split(batch)
     for repeat in range(args.repeats + 1):

@@ -205,6 +205,9 @@ def sae_train(
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     lr: Annotated[float, typer.Option(min=0.0)] = 1e-3,
     mode: Annotated[str, typer.Option(help='"default", or "seed" as OhhMoo/SAE-RL.')] = "default",
+    select: Annotated[
+        str, typer.Option(help="float32, or bfloat16: preselect features, then exact values.")
+    ] = "float32",
     texts: Annotated[str, typer.Option(help="Whose completions: base, last, or both.")] = "both",
     tokens: Annotated[int, typer.Option(min=1000, help="Most tokens to read.")] = 20_000,
 ) -> None:
@@ -215,7 +218,7 @@ def sae_train(
     from operando.launch import quieten_libraries
 
     quieten_libraries()
-    config = ChainConfig(expansion, k, mode, epochs, lr=lr)  # pyright: ignore[reportArgumentType]
+    config = ChainConfig(expansion, k, mode, epochs, lr=lr, select=select)  # pyright: ignore[reportArgumentType]
     train_run_saes(make_console(), run, layers, texts, tokens, config, seeds)
     print(run / "saes")
 

@@ -52,6 +52,7 @@ class ChainConfig:
     epochs: int = 10
     batch_size: int = 512
     lr: float = 1e-3
+    select: Literal["float32", "bfloat16"] = "float32"
 
 
 def sae_folder(run: Path, arm: Arm, seed: int, step: int, site: str) -> Path:
@@ -100,7 +101,7 @@ def _train_link(run: Path, texts: Texts, on_train: Tensor, link: Link, config: C
     seed = SeedTree(link.seed).derive("sae", link.site, link.step)
     settings = SaeTrainConfig(
         d_sae=config.d_sae, k=config.k, mode=config.mode, epochs=config.epochs,
-        batch_size=config.batch_size, lr=config.lr, seed=seed,
+        batch_size=config.batch_size, lr=config.lr, seed=seed, select=config.select,
     )  # fmt: skip
     origin = Origin(
         model=f"{run.name}/step_{source:05d}", site=link.site, checkpoint=f"step_{source:05d}",

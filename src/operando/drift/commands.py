@@ -44,6 +44,7 @@ from operando.run import read_recipe, write_json
 
 WRITERS = ("base", "last", "both")
 MODES = ("default", "seed")
+SELECTIONS = ("float32", "bfloat16")
 
 
 def train_run_saes(
@@ -62,10 +63,11 @@ def train_run_saes(
     recipe = read_recipe(run)
     writer = _one_of("--texts", writer, WRITERS)
     _one_of("--mode", config.mode, MODES)
+    _one_of("--select", config.select, SELECTIONS)
     sites = sites_of(parse_layer_set(layers, count_layers(recipe.model)))
     config = ChainConfig(
         config.d_sae * width_of(recipe.model), config.k, config.mode, config.epochs,
-        config.batch_size, config.lr,
+        config.batch_size, config.lr, config.select,
     )  # fmt: skip
     texts = choose_texts(run, writer, tokens)  # pyright: ignore[reportArgumentType]
     with _progress(console) as progress:
