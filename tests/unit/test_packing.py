@@ -13,6 +13,7 @@ from operando.models.packing import plan_micro_batches, plan_packs
 from operando.models.policy import Policy, flat_rows
 from operando.recipe import LoraConfig, ModelConfig
 from operando.run import SeedTree
+from operando.update.hygiene import check_padding
 from tests.unit.tiny import byte_tokenizer, random_batch, tiny_model
 
 LORA = LoraConfig(rank=4, alpha=8)
@@ -192,3 +193,15 @@ def test_bad_sites_are_named() -> None:
         ActivationReader(policy.base, ["blocks.3.hook_resid_post"])
     with pytest.raises(UserError, match="hook_resid_post"):
         ActivationReader(policy.base, ["blocks.1.hook_resid_pots"])
+
+
+def test_a_model_that_looks_at_its_padding_is_found() -> None:
+    policy, batch = make_policy("qwen2", lora=LORA), random_batch(3, 4)
+    assert check_padding(policy, batch) == []
+
+    def leak(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        return output + output.mean(1, keepdim=True)  # every position sees every other
+
+    handle = policy.blocks[0].register_forward_hook(leak)
+    assert "not causal under right padding" in check_padding(policy, batch)[0]
+    handle.remove()
