@@ -5,10 +5,11 @@
 
 The same batch and the same LoRA layers both times. "plain" runs every block in the old, the
 reference and each new pass; "shared graph" is operando without the reuse (at one epoch the old pass
-is the first new pass); "sampled prefix" has the hidden states beforehand, as the
-loop has them from its sampler (here from a scoring pass that is not timed: its gradients are equal by
-construction, and what keeping them costs the sampler is left out). First the gradients of all paths are compared; a relative difference
-above 1e-5 in float32 stops the benchmark. Each path runs in a process of its own for its memory.
+is the first new pass); "sampled prefix" has the hidden states beforehand, as the loop has them from
+its sampler. Here they come from a scoring pass that is not timed: its gradients are equal by
+construction, and what keeping them costs the sampler is left out. First the gradients of all paths
+are compared; a relative difference above 1e-5 in float32 stops the benchmark. Each path runs in a
+process of its own for its memory.
 """
 
 from __future__ import annotations
