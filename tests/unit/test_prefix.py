@@ -106,6 +106,15 @@ def test_the_sampler_sees_what_the_scoring_pass_sees(family: str, max_batch: int
     scored, plain = policy.score(batch, prefix=seen), policy.score(batch)
     torch.testing.assert_close(scored.trace.logp_BT, plain.trace.logp_BT, atol=1e-5, rtol=1e-4)
     assert scored.prefix is seen
+    grads = []
+    for prefix in (seen, None):
+        packs = policy.micro_batches(batch, None, 10_000)[0]
+        new = policy.scored(batch, packs, prefix)
+        weight_BT = torch.linspace(-1, 1, new.logp_BT.numel()).view_as(new.logp_BT)
+        total = (new.logp_BT * weight_BT * batch.mask_BT[flat_rows(packs)]).sum()
+        grads.append(torch.autograd.grad(total, list(policy.trainable().values())))
+    for given, plain_grad in zip(*grads, strict=True):
+        assert (given - plain_grad).norm() <= 1e-4 * plain_grad.norm()
 
 
 def test_sites_are_read_in_a_whole_forward() -> None:
