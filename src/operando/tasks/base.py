@@ -24,5 +24,8 @@ class Task:
     held_out: Sequence[Example]
     verify: Callable[[Example, str, bool], Verdict]
     """verify(example, completion, is_truncated)"""
+    labels: Callable[[Example, str, bool], Mapping[str, bool]] | None = None
+    """labels(example, completion, is_truncated): what an audit names beside right and wrong, such
+    as {"hack": True}. No reward and no training step ever sees them."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""
