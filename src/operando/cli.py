@@ -191,6 +191,33 @@ def config(
             print(resolved, end="")
 
 
+features_app = typer.Typer(no_args_is_help=True, help="SAE features that go with right answers.")
+app.add_typer(features_app, name="features")
+
+
+@features_app.command("discover")
+def features_discover(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a [discover] table.")],
+    overrides: Overrides = None,
+) -> None:
+    """Find features that tell right from wrong answers; exit code 3 if the gate stays closed."""
+    from operando.discovery.features import discover
+    from operando.discovery.show import show_discovery
+    from operando.display import counting, make_console
+    from operando.launch import quieten_libraries
+    from operando.recipe_io import load_recipe
+
+    quieten_libraries()
+    checked = load_recipe(recipe, tuple(overrides or ()))
+    console = make_console()
+    with counting(console, "prompts answered") as progress:
+        found = discover(checked, progress)
+    show_discovery(console, found)
+    print(found.pack or found.file)
+    if not found.gate.passed:
+        raise typer.Exit(3)
+
+
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders over a run's stages.")
 app.add_typer(sae_app, name="sae")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -36,6 +37,18 @@ SHOWN = (
 def make_console() -> Console:
     """Return the console for progress and tables: stderr, so that stdout holds only the result."""
     return Console(stderr=True)
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a callable (done, of) that shows a bar with rate and time left; quiet off a terminal."""
+    columns = (
+        TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 class RunDisplay:

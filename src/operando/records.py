@@ -43,7 +43,6 @@ class Clock:
 
 
 def batch_metrics(
-    recipe: Recipe,
     batch: Batch,
     rewards: Rewards,
     trace: Trace,
@@ -72,8 +71,9 @@ def batch_metrics(
         part_B = _applicable(masked_sum(part_BT, mask_BT))
         metrics[f"rewards/{name}/mean"] = float(part_B.mean()) if len(part_B) else 0.0
         metrics[f"rewards/{name}/std"] = float(part_B.std()) if len(part_B) > 1 else 0.0
+        if name in rewards.dense:  # the sum over tokens grows with length; this does not
+            metrics[f"rewards/{name}/token_mean"] = float(masked_mean(part_BT, mask_BT))
     if trace.ref_logp_BT is not None:
-        assert recipe.kl is not None
         kl_BT = kl_estimate(trace.logp_BT, trace.ref_logp_BT, "k3")
         metrics["kl"] = float(masked_mean(kl_BT, mask_BT))
         metrics["kl_max"] = float((kl_BT * mask_BT).max())

@@ -12,8 +12,9 @@ import torch
 from operando import parallel
 from operando.errors import UserError
 from operando.models.freeze import Insulation, joint_digest
+from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded, load_model, pad_id, stop_ids
-from operando.models.policy import Policy
+from operando.models.policy import Policy, Tap, whole_site
 from operando.recipe import GaeAdvantage, Recipe
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
@@ -53,6 +54,8 @@ class Setup:
     optimizer: torch.optim.AdamW
     insulation: Insulation
     pad_id: int
+    taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
+    reference: bool  # whether the scoring pass runs the frozen base too
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -73,11 +76,13 @@ def set_up(
     task = load_task(recipe.task)
     parts = make_parts(recipe, task, functions)
     loaded = loaded or load_model(recipe.model)
+    dual = [p for p in parts if p.internal is not None and p.internal.config.dual]
+    reference = recipe.kl is not None or bool(dual)
     policy = Policy(
         loaded,
         recipe.model,
         run.seeds,
-        reference=recipe.kl is not None,
+        reference=reference,
         value_head=isinstance(recipe.advantage, GaeAdvantage),
         temperature=recipe.rollout.temperature,
     )
@@ -94,16 +99,32 @@ def set_up(
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
-        Insulation(policy), pad_id=pad_id(loaded.tokenizer),
+        Insulation(policy), pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded),
+        reference,
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
         run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)
         for warning in hygiene.check_machine():
             run.warn(warning)
+        for part in parts:
+            if part.internal is not None and (why := part.internal.closed_gate()):
+                run.warn(f"rewards.{part.name}: trained on a pack whose gate is closed: {why}")
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
+
+
+def make_taps(
+    recipe: Recipe, parts: Sequence[RewardPart], policy: Policy, loaded: Loaded
+) -> dict[str, Tap]:
+    """Return what the rewards read inside the model; a pack of another model is an error."""
+    taps = {site: whole_site(site) for part in parts for site in part.sites}
+    ActivationReader(policy.base, list(taps))
+    for part in parts:
+        if part.internal is not None:
+            taps[part.name] = part.internal.tap(policy, loaded.identity, recipe.prompt)
+    return taps
 
 
 def make_prompt_sets(

@@ -98,7 +98,8 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     scoring = setup.policy.score(
         batch,
         rows=mine,
-        reference=recipe.kl is not None,
+        reference=setup.reference,
+        taps=setup.taps,
         micro_tokens=recipe.update.micro_tokens,
         keep_graph=recipe.update.num_minibatches == 1,
         prefix=prefix,
@@ -115,9 +116,12 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     if step == 1 and parallel.rank() == 0:
         for warning in hygiene.check_rollouts(setup.policy, batch, trace, rewards):
             setup.run.warn(warning)
+    if parallel.rank() == 0:
+        for warning in hygiene.check_range(rewards):
+            setup.run.warn(warning)
     updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
     clock.lap("update")
-    metrics = batch_metrics(recipe, batch, rewards, trace, judged, gone_B)
+    metrics = batch_metrics(batch, rewards, trace, judged, gone_B)
     if recipe.kl is not None and recipe.kl.target is not None:
         metrics["kl_coef"] = setup.kl_coef  # of the next step
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
@@ -186,6 +190,7 @@ def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace:
         parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
         weights=paid.weights,
         total_BT=parallel.gather_rows(paid.total_BT),
+        dense=paid.dense,
         metrics=parallel.mean_over_ranks(paid.metrics),
         columns={name: parallel.gather_list(column) for name, column in paid.columns.items()},
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -93,15 +93,17 @@ class Batch:
 class Trace:
     """What the scoring pass saw on exactly the ids of a batch, before any update.
 
-    `acts` maps a site such as "blocks.3.hook_resid_post" to activations at the completion tokens
-    (the residual after the model has read token t stands at position t).
+    `acts` maps what was asked for, such as the site "blocks.3.hook_resid_post" or a reward's name,
+    to its values at the completion tokens: what the model holds after it has read token t stands at
+    position t. `base_acts` are the same in the frozen base on the same ids.
     """
 
     logp_BT: Float[Tensor, "B T"]
     entropy_BT: Float[Tensor, "B T"]
     ref_logp_BT: Float[Tensor, "B T"] | None  # None: the recipe has no use for a reference
     value_BT: Float[Tensor, "B T"] | None  # None: no value head
-    acts: Mapping[str, Float[Tensor, "B T D"]]
+    acts: Mapping[str, Float[Tensor, "B T F"]]
+    base_acts: Mapping[str, Float[Tensor, "B T F"]]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Trace:
         """Return the trace with `change` applied to every tensor."""
@@ -110,20 +112,36 @@ class Trace:
             entropy_BT=change(self.entropy_BT),
             ref_logp_BT=None if self.ref_logp_BT is None else change(self.ref_logp_BT),
             value_BT=None if self.value_BT is None else change(self.value_BT),
-            acts={site: change(acts) for site, acts in self.acts.items()},
+            acts={name: change(acts) for name, acts in self.acts.items()},
+            base_acts={name: change(acts) for name, acts in self.base_acts.items()},
         )
+
+
+class Dense(NamedTuple):
+    """Which tokens are credited for a per-token reward.
+
+    own: the token that it stands on. to_go: that token and all before it, discounted by gamma.
+    seed: mechreward's G3, the mean in the return and a z-score on top (see update/advantages.py).
+
+    Example: Dense("to_go", gamma=0.95)
+    """
+
+    credit: Literal["own", "to_go", "seed"]
+    gamma: float = 1.0
 
 
 @dataclass(frozen=True)
 class Rewards:
     """What is paid. `parts` are unweighted; a row of NaN means "not applicable" for that part.
 
-    total[b,t] = sum_c weight_c * part_c[b,t]; a scalar reward stands on the last real token.
+    total[b,t] = sum_c weight_c * part_c[b,t]; a scalar reward stands on the last real token. The
+    parts in `dense` pay every token, and their advantages are computed apart from the others'.
     """
 
     parts: Mapping[str, Float[Tensor, "B T"]]
     weights: Mapping[str, float]
     total_BT: Float[Tensor, "B T"]
+    dense: Mapping[str, Dense] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
     "errors", "recipe", "recipe_io", "types", "run", "parallel", "models", "internals", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
-    "drift", "study", "audit", "report", "display", "launch", "demo", "cli", "__main__",
+    "drift", "discovery", "study", "audit", "report", "display", "launch", "demo", "cli",
+    "__main__",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def coefficient(kl: float, **settings: object) -> float:
     """The next coefficient from 0.1, where every token's KL is `kl`."""
     batch = random_batch(2, 4)
     logp_BT = torch.zeros(batch.mask_BT.shape)
-    trace = Trace(logp_BT, logp_BT, logp_BT - kl, None, {})
+    trace = Trace(logp_BT, logp_BT, logp_BT - kl, None, {}, {})
     config = KlConfig(coef=0.1, estimator="k1", place="reward", **settings)
     recipe = load_recipe("tiny").model_copy(update={"kl": config})
     return next_kl_coef(recipe, batch, trace, 0.1)

@@ -10,7 +10,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import plan_micro_batches, plan_packs
-from operando.models.policy import Policy, flat_rows
+from operando.models.policy import Policy, flat_rows, whole_site
 from operando.recipe import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.update.hygiene import check_padding
@@ -152,7 +152,7 @@ def test_activations_are_those_of_the_row_alone(checkpointing: bool) -> None:
     policy = make_policy(lora=LORA, gradient_checkpointing=checkpointing)
     batch = random_batch(groups=2, group_size=3)
     sites = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.0.hook_mlp_out"]
-    trace = policy.score(batch, sites=sites).trace
+    trace = policy.score(batch, taps={site: whole_site(site) for site in sites}).trace
     for row in range(len(batch)):
         rollout = batch.rollouts[row]
         ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])

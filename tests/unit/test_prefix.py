@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operando.models.policy import Policy, Scored, flat_rows
+from operando.models.policy import Policy, Scored, flat_rows, whole_site
 from operando.models.prefix import Prefix
 from operando.rollout.engine import Engine
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
@@ -120,5 +120,5 @@ def test_the_sampler_sees_what_the_scoring_pass_sees(family: str, max_batch: int
 def test_sites_are_read_in_a_whole_forward() -> None:
     policy, batch = make_policy(lora=LORA, layers="2"), random_batch(3, 4)
     prefix, site = policy.score(batch).prefix, "blocks.1.hook_resid_post"
-    again = policy.score(batch, prefix=prefix, sites=[site])
+    again = policy.score(batch, prefix=prefix, taps={site: whole_site(site)})
     assert again.prefix is not prefix and again.trace.acts[site].abs().sum() > 0

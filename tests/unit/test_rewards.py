@@ -109,7 +109,7 @@ def test_a_function_without_kwargs_gets_what_it_names() -> None:
 
 def test_the_trace_goes_to_the_function_that_names_it() -> None:
     logp_BT = torch.tensor([[-1.0, -2.0, -3.0, 0.0], [-4.0, 0.0, 0.0, 0.0]])
-    trace = Trace(logp_BT, torch.zeros(2, WIDTH), None, None, {})
+    trace = Trace(logp_BT, torch.zeros(2, WIDTH), None, None, {}, {})
 
     def confident(trace: Trace, **_: object) -> list[float]:
         return trace.logp_BT.sum(dim=1).tolist()

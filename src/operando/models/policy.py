@@ -7,7 +7,7 @@ copy. Everything here runs with dropout at 0, and positions are always passed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,23 @@ class Scoring(NamedTuple):
     trace: Trace
     graph: Scored | None
     prefix: Prefix | None
+
+
+class Tap(NamedTuple):
+    """What is read inside the model at the completion tokens: a site, and what is kept of it.
+
+    `read` turns the activations of N tokens [N D] into what is kept of them [N F].
+
+    Example: Tap("blocks.3.hook_resid_post", lambda x_ND: x_ND[:, :1])
+    """
+
+    site: str
+    read: Callable[[Tensor], Tensor]
+
+
+def whole_site(site: str) -> Tap:
+    """Return a tap that keeps the activations of a site as they are."""
+    return Tap(site, lambda x_ND: x_ND)
 
 
 class Policy:
@@ -181,7 +198,7 @@ class Policy:
         *,
         rows: Sequence[int] | None = None,
         reference: bool = False,
-        sites: Sequence[str] = (),
+        taps: Mapping[str, Tap] | None = None,
         micro_tokens: int = 4096,
         keep_graph: bool = False,
         prefix: Prefix | None = None,
@@ -192,7 +209,8 @@ class Policy:
         come from the same forward, cut the same way, as the update's: the first ratio is exactly 1.
         With `keep_graph`, a batch of one micro-batch is scored with its autograd graph, so that
         the first update need not run that forward again. A `prefix` that the sampler has filled
-        spares the blocks below the first trained one; sites are read in a whole forward.
+        spares the blocks below the first trained one. `taps` are read in a whole forward, in the
+        policy and, with a reference, on the same ids in the frozen base too.
         """
         micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
         keep_graph = keep_graph and len(micro) == 1
@@ -200,10 +218,13 @@ class Policy:
         logp_BT = torch.zeros(batch.mask_BT.shape)
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
+        taps = taps or {}
         acts: dict[str, Tensor] = {}
-        given = prefix if prefix is not None and prefix.rows and not sites else None
+        base_acts: dict[str, Tensor] = {}
+        given = prefix if prefix is not None and prefix.rows and not taps else None
         prefix = given or self.new_prefix()
         below = f"blocks.{self.first_trained}.hook_resid_pre"
+        sites = sorted({tap.site for tap in taps.values()})
         reader = ActivationReader(self.base, [*sites, below] if prefix and not given else sites)
         for packs, counts in micro:
             packed = pack_rows(batch, packs).to(self.device)
@@ -216,11 +237,14 @@ class Policy:
             graph = scored if keep_graph else None
             if prefix is not None and given is None:
                 prefix.store(batch, packs, seen[below])
-            ref_logp_bT = None
+            ref_logp_bT, base_seen = None, seen
             if reference:
                 with (
                     self.as_reference() as model,
-                    self._starting_at(decoder_blocks(model)[1], prefix, batch, packs),
+                    self._starting_at(
+                        decoder_blocks(model)[1], None if taps else prefix, batch, packs
+                    ),
+                    ActivationReader(model, sites).reading() as base_seen,
                 ):
                     ref_ND = completion_hidden(model, packed)
                     ref_logp_bT = self._head(ref_ND, packed, batch, packs).logp_BT.cpu()
@@ -233,9 +257,12 @@ class Policy:
                 ref_logp_BT[index] = ref_logp_bT
             if value_BT is not None and scored.value_BT is not None:
                 value_BT[index] = scored.value_BT.detach().cpu()
-            for site in sites:
-                _store_acts(acts, site, seen[site].detach(), packed, batch, index)
-        trace = Trace(logp_BT, entropy_BT, ref_logp_BT if reference else None, value_BT, acts)
+            for name, tap in taps.items():
+                _store_acts(acts, name, tap, seen, packed, batch, index)
+                if reference:
+                    _store_acts(base_acts, name, tap, base_seen, packed, batch, index)
+        ref = ref_logp_BT if reference else None
+        trace = Trace(logp_BT, entropy_BT, ref, value_BT, acts, base_acts)
         return Scoring(trace, graph, prefix)
 
     def _starting_at(
@@ -300,16 +327,20 @@ def flat_rows(packs: Sequence[Pack]) -> list[int]:
 
 def _store_acts(
     acts: dict[str, Tensor],
-    site: str,
-    acts_bSD: Float[Tensor, "b S D"],
+    name: str,
+    tap: Tap,
+    seen: Mapping[str, Float[Tensor, "b S D"]],
     packed: Packed,
     batch: Batch,
     rows: Sequence[int],
 ) -> None:
-    if site not in acts:
-        acts[site] = torch.zeros(*batch.mask_BT.shape, acts_bSD.shape[-1])
+    x_ND = seen[tap.site].detach()[packed.pack_N, packed.at_N]
+    with torch.no_grad():
+        kept_NF = tap.read(x_ND).float().cpu()
+    if name not in acts:
+        acts[name] = torch.zeros(*batch.mask_BT.shape, kept_NF.shape[-1])
     row_N = torch.tensor(rows)[packed.row_N.cpu()]
-    acts[site][row_N, packed.t_N.cpu()] = acts_bSD[packed.pack_N, packed.at_N].float().cpu()
+    acts[name][row_N, packed.t_N.cpu()] = kept_NF
 
 
 def _with_lora(

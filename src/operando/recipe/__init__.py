@@ -20,6 +20,7 @@ from operando.recipe.rewards import SEED_WORDS as SEED_WORDS
 from operando.recipe.rewards import STEP_WORDS as STEP_WORDS
 from operando.recipe.rewards import ContainsAnswerReward as ContainsAnswerReward
 from operando.recipe.rewards import CorrectReward as CorrectReward
+from operando.recipe.rewards import FeatureReward as FeatureReward
 from operando.recipe.rewards import FormatReward as FormatReward
 from operando.recipe.rewards import FunctionReward as FunctionReward
 from operando.recipe.rewards import RewardConfig as RewardConfig
@@ -30,6 +31,7 @@ from operando.recipe.rewards import StepPenaltyReward as StepPenaltyReward
 from operando.recipe.rewards import TagFenceReward as TagFenceReward
 from operando.recipe.rewards import ThinkFormatReward as ThinkFormatReward
 from operando.recipe.run import CheckpointConfig as CheckpointConfig
+from operando.recipe.run import DiscoverConfig as DiscoverConfig
 from operando.recipe.run import EvalConfig as EvalConfig
 from operando.recipe.run import ParallelConfig as ParallelConfig
 from operando.recipe.run import Recipe as Recipe

@@ -42,6 +42,8 @@ class FunctionReward(Config):
     """A function with TRL's reward signature: "package.module:name" or "path/file.py:name"."""
     path: str = ""
     """Empty: operando.launch.launch(functions={...}) gets the function, under the part name."""
+    sites: tuple[str, ...] = ()
+    """What the function finds in trace.acts, e.g. "blocks.3.hook_resid_post"."""
     weight: float = 1.0
 
     @model_validator(mode="after")
@@ -127,6 +129,39 @@ class TagFenceReward(Config):
     weight: float = 1.0
 
 
+class FeatureReward(Config):
+    kind: Literal["features"]
+    """Pays for SAE features (or a direction) inside the model, read in the scoring pass."""
+    pack: str
+    """File made by `operando features discover`."""
+    mode: Literal["immediate", "to_go", "potential", "trajectory", "seed"] = "to_go"
+    """immediate: a token is credited for its own score. to_go: for all scores from it on.
+    potential: for the change of the score; no completion's return changes. trajectory: the mean
+    score, paid once (mechreward's G2). seed: mechreward's G3, with its flaws."""
+    gamma: float = Field(default=0.95, gt=0, le=1)
+    """Discount a token, of to_go and potential."""
+    read: Literal["base", "policy", "min"] = "base"
+    """Where what is paid is read: in the frozen base, which the policy cannot move, in the policy,
+    or the lower of both. Both reads and their gap are logged."""
+    dual: bool = True
+    """false: the base is not read, which spares a forward where there is no [kl]; needs
+    read = "policy"."""
+    ignore_gate: bool = False
+    """Train on a pack whose evidence did not pass its gate: an experiment, with a warning."""
+    saturate: bool = True
+    """A feature stronger than in 99 % of the tokens of right base answers pays no more."""
+    weight: float = 0.1
+    """lambda, applied once: to the advantage of this part."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FeatureReward:
+        if not self.dual and self.read != "policy":
+            raise ValueError(
+                f'dual = false reads the policy alone; read = "{self.read}" needs both'
+            )
+        return self
+
+
 RewardConfig = Annotated[
     CorrectReward
     | ScorerReward
@@ -136,7 +171,8 @@ RewardConfig = Annotated[
     | StepPenaltyReward
     | StepGrpoReward
     | ThinkFormatReward
-    | TagFenceReward,
+    | TagFenceReward
+    | FeatureReward,
     Field(discriminator="kind"),
 ]
 

@@ -15,7 +15,7 @@ from operando.recipe.data import (
     RolloutConfig,
     WordsTaskConfig,
 )
-from operando.recipe.rewards import RewardConfig, Stage
+from operando.recipe.rewards import FeatureReward, RewardConfig, Stage
 from operando.recipe.update import (
     AdvantageConfig,
     ClipLoss,
@@ -45,6 +45,42 @@ class CheckpointConfig(Config):
     """Further steps to save."""
     keep: int | None = Field(default=None, ge=1)
     """How many to keep resume state for; absent means all. Adapters are never deleted."""
+
+
+class DiscoverConfig(Config):
+    """How `operando features discover` looks for features, with the recipe's model and prompt."""
+
+    sae: str = ""
+    """An SAE of any format. Absent: one is trained on the base's own answers, at `site`."""
+    site: str = ""
+    """Where to read, e.g. "blocks.3.hook_resid_post"; absent: the SAE says it itself."""
+    expansion: int = Field(default=8, ge=1)
+    """Of an SAE trained here: features a dimension."""
+    k: int = Field(default=16, ge=1)
+    """Of an SAE trained here: active features a token."""
+    epochs: int = Field(default=10, ge=1)
+    """Of an SAE trained here."""
+    num_prompts: int = Field(default=128, ge=4)
+    """Training prompts to answer; half of them find the features, half judge them."""
+    num_generations: int = Field(default=8, ge=2)
+    """Answers a prompt."""
+    contrast: Literal["within", "across"] = "within"
+    """within: right against wrong answers of the same prompt. across: of all, as the seed."""
+    adjust: Literal["none", "length"] = "length"
+    """length: what is linear in the answer's length, its square and truncation is taken out of a
+    feature before it is compared."""
+    top: int = Field(default=10, ge=1)
+    """Most features of each sign."""
+    max_q: float = Field(default=0.1, gt=0, le=1)
+    """Largest share of false finds."""
+    min_support: float = Field(default=0.05, gt=0, lt=1)
+    """Smallest share of answers in which a feature must fire."""
+    permutations: int = Field(default=500, ge=20)
+    """Of the labels, for the null."""
+    measure: Literal["auc", "rho"] = "auc"
+    """What the gate tests, on the prompts held out."""
+    minimum: float = Field(default=0.6, gt=0, lt=1)
+    """The gate: the measure must reach this (the seed: rho 0.30) and beat the nulls."""
 
 
 class TrackingConfig(Config):
@@ -81,12 +117,14 @@ class Recipe(Config):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    discover: DiscoverConfig | None = None
+    """Only for `operando features discover`."""
     tracking: TrackingConfig = TrackingConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        problems = [*self._check_groups(), *self._check_stages()]
+        problems = [*self._check_groups(), *self._check_stages(), *self._check_features()]
         if self.model.quantization != "none" and self.model.lora is None:
             problems.append("model.quantization needs model.lora: 4-bit weights can't be trained")
         if self.optim.warmup_steps >= self.steps:
@@ -119,6 +157,16 @@ class Recipe(Config):
                 f"num_prompts * num_generations = {rows}"
             )
         return problems
+
+    def _check_features(self) -> list[str]:
+        return [
+            f'rewards.{name}: mode = "seed" is a z-score in a group and needs advantage.kind = '
+            f'"group", got {self.advantage.kind!r}'
+            for name, part in self.rewards.items()
+            if isinstance(part, FeatureReward)
+            and part.mode == "seed"
+            and not isinstance(self.advantage, GroupAdvantage)
+        ]
 
     def _check_stages(self) -> list[str]:
         problems = []

@@ -13,6 +13,7 @@ from operando.errors import UserError, nearest
 from operando.recipe import (
     ContainsAnswerReward,
     CorrectReward,
+    FeatureReward,
     FormatReward,
     FunctionReward,
     Recipe,
@@ -33,13 +34,14 @@ from operando.rewards.base import (
     load_function,
     wants_trace,
 )
+from operando.rewards.internal import InternalReward, open_reward
 from operando.tasks.base import Task
-from operando.types import Rewards, Rollout, Trace
+from operando.types import Dense, Rewards, Rollout, Trace
 
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One named part; exactly one of the two is set.
+    """One named part; exactly one of the three is set.
 
     Example: RewardPart("correct", outcome=correct(task))
     """
@@ -47,17 +49,22 @@ class RewardPart:
     name: str
     outcome: outcome.OutcomeReward | None = None
     function: RewardFunction | None = None
+    internal: InternalReward | None = None
+    sites: tuple[str, ...] = ()  # what a function finds in trace.acts
 
     def values(
         self, rollouts: Sequence[Rollout], trace: Trace | None, state: TrainerState, log: RewardLog
     ) -> Sequence[RewardValue]:
         if self.outcome is not None:
             return self.outcome(rollouts)
+        if self.internal is not None:
+            return self.internal(rollouts, trace, log)
         assert self.function is not None, self.name
         return call_reward(self.name, self.function, rollouts, trace, state, log)
 
     def needs_trace(self) -> bool:
-        return self.function is not None and wants_trace(self.function)
+        """Return whether it is paid on what the scoring pass saw."""
+        return self.outcome is None and (self.function is None or wants_trace(self.function))
 
 
 def make_parts(
@@ -89,14 +96,16 @@ def make_parts(
                 parts.append(RewardPart(name, outcome=formats.think_format(config)))
             case TagFenceReward():
                 parts.append(RewardPart(name, outcome=formats.tag_fence(config)))
-            case FunctionReward(path=""):
+            case FeatureReward():
+                parts.append(RewardPart(name, internal=open_reward(name, config)))
+            case FunctionReward(path="", sites=sites):
                 if name not in functions:
                     raise UserError(
                         f"rewards.{name} has no path: give one, or pass functions={{{name!r}: f}}"
                     )
-                parts.append(RewardPart(name, function=functions[name]))
-            case FunctionReward(path=path):
-                parts.append(RewardPart(name, function=load_function(path)))
+                parts.append(RewardPart(name, function=functions[name], sites=sites))
+            case FunctionReward(path=path, sites=sites):
+                parts.append(RewardPart(name, function=load_function(path), sites=sites))
     return parts
 
 
@@ -122,9 +131,16 @@ def pay(
         parts=channels,
         weights=dict(weights),
         total_BT=weighted_sum(channels, weights),
+        dense=dense_parts(parts),
         metrics={name: sum(values) / len(values) for name, values in log.metrics.items()},
         columns=log.columns,
     )
+
+
+def dense_parts(parts: Sequence[RewardPart]) -> dict[str, Dense]:
+    """Return the parts whose advantages are computed apart, and which tokens they credit."""
+    found = {part.name: part.internal.dense() for part in parts if part.internal is not None}
+    return {name: dense for name, dense in found.items() if dense is not None}
 
 
 def weighted_sum(

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from operando.update.losses import KlEstimator, kl_estimate
@@ -222,3 +222,47 @@ def kl_penalised_reward(
     differentiated, so their own dependence on pi is missing."""
     kl_BT = kl_estimate(logp_BT, ref_logp_BT, estimator)
     return zero_outside(reward_BT.float() - coef * kl_BT, mask_BT)
+
+
+def token_advantages(
+    reward_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    group_size: int,
+    eps: float = 1e-4,
+) -> Float[Tensor, "B T"]:
+    """Each token's own reward, as a z-score over the real tokens of its group.
+
+    A[b,t] = (r[b,t] - mean) / (std + eps), mean and std (ddof=1) over the group's real tokens.
+    They sum to 0 over a group, so that a longer completion is not better for its length."""
+    _check_groups(reward_BT.shape[0], group_size, least=2)
+    valid_PG = _group_returns(reward_BT, mask_BT, group_size).valid_PG
+    real_BT = mask_BT & rearrange(valid_PG, "p g -> (p g) 1")
+    value_PN = rearrange(zero_outside(reward_BT, real_BT), "(p g) t -> p (g t)", g=group_size)
+    real_PN = rearrange(real_BT, "(p g) t -> p (g t)", g=group_size)
+    count_P1 = real_PN.sum(1, keepdim=True)
+    centred_PN = value_PN - value_PN.sum(1, keepdim=True) / count_P1.clamp(min=1)
+    centred_PN = zero_outside(centred_PN, real_PN)
+    std_P1 = (centred_PN.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()
+    return rearrange(centred_PN / (std_P1 + eps), "p (g t) -> (p g) t", g=group_size)
+
+
+def padded_z_scores(
+    reward_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    prompt_len_B: Int[Tensor, " B"],
+    group_size: int,
+    eps: float = 1e-8,
+) -> Float[Tensor, "B T"]:
+    """The seed's per-token z-score, whose mean and std count prompt and padding as zeros.
+
+    mechreward, stage3_qwen35_4b_rl_v2.ipynb: z = (r - mean) / (std + eps) over the group's [G, S-1]
+    tensor. Where r is mostly positive every real token gets a bonus, so length is paid."""
+    _check_groups(reward_BT.shape[0], group_size, least=2)
+    value_PN = rearrange(zero_outside(reward_BT, mask_BT), "(p g) t -> p (g t)", g=group_size)
+    longest_P = (prompt_len_B + mask_BT.sum(1)).view(-1, group_size).amax(1)
+    count_P1 = (group_size * (longest_P - 1)).clamp(min=2)[:, None].float()
+    mean_P1 = value_PN.sum(1, keepdim=True) / count_P1
+    square_P1 = value_PN.square().sum(1, keepdim=True) - count_P1 * mean_P1.square()
+    std_P1 = (square_P1.clamp(min=0) / (count_P1 - 1)).sqrt()
+    z_BT = rearrange((value_PN - mean_P1) / (std_P1 + eps), "p (g t) -> (p g) t", g=group_size)
+    return zero_outside(z_BT, mask_BT)

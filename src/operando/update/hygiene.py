@@ -17,6 +17,8 @@ GAP_LIMIT = 0.05  # nats a token, mean; bf16 with unmerged LoRA stays under 0.01
 # Nats, mean over a row's tokens: in bfloat16 another batch shape alone makes 0.03 to 0.05.
 PADDING_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
+OVER_LIMIT = 0.1  # share of completions; 0.01 is what right base answers show
+
 
 def check_machine() -> list[str]:
     """Return a warning if threads fight over the cores."""
@@ -30,6 +32,20 @@ def check_machine() -> list[str]:
             "will wait for each other: set OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE"
         ]
     return []
+
+
+def check_range(rewards: Rewards) -> list[str]:
+    """Return a warning for each internal reward whose features leave the range of honest answers.
+
+    By their making 1 % of right base answers are over the limit.
+    """
+    return [
+        f"rewards.{name}: in a step, more than {OVER_LIMIT:.0%} of the completions showed its "
+        "features more strongly than 99 % of right base answers do: the policy may be paid for "
+        f"the features and not for what they stood for (see {name}/over_limit; operando canary)"
+        for name in rewards.parts
+        if rewards.metrics.get(f"{name}/over_limit", 0.0) > OVER_LIMIT
+    ]
 
 
 def check_dropout(model: nn.Module) -> None:

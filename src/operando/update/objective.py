@@ -20,7 +20,7 @@ from operando.recipe import (
     RewardToGoAdvantage,
     RlooAdvantage,
 )
-from operando.types import Batch, Rewards, Trace
+from operando.types import Batch, Dense, Rewards, Trace
 from operando.update import advantages as adv
 from operando.update import losses
 from operando.update.hygiene import zero_variance_groups
@@ -61,7 +61,9 @@ def credit(
     recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace, kl_coef: float = 0.0
 ) -> Credit:
     """Return who gets the credit (seam 2). A KL in the reward is subtracted first."""
-    reward_BT, mask_BT, group = rewards.total_BT, batch.mask_BT, batch.group_size
+    mask_BT, group = batch.mask_BT, batch.group_size
+    apart = not isinstance(recipe.advantage, GaeAdvantage)  # a critic takes them as they are
+    reward_BT = _paid_by_return(batch, rewards) if apart else rewards.total_BT
     if recipe.kl is not None and recipe.kl.place == "reward":
         assert trace.ref_logp_BT is not None, "a KL in the reward needs the reference"
         reward_BT = adv.kl_penalised_reward(
@@ -74,18 +76,52 @@ def credit(
         )
     match recipe.advantage:
         case GroupAdvantage(scale=scale, eps=eps):
-            return Credit(adv.group_advantages(reward_BT, mask_BT, group, scale, eps), None)
+            adv_BT = adv.group_advantages(reward_BT, mask_BT, group, scale, eps)
         case RlooAdvantage():
-            return Credit(adv.rloo_advantages(reward_BT, mask_BT, group), None)
+            adv_BT = adv.rloo_advantages(reward_BT, mask_BT, group)
         case OtherGroupsAdvantage():
-            return Credit(adv.leave_one_group_out_advantages(reward_BT, mask_BT, group), None)
+            adv_BT = adv.leave_one_group_out_advantages(reward_BT, mask_BT, group)
         case RewardToGoAdvantage(gamma=gamma):
-            return Credit(adv.reward_to_go_advantages(reward_BT, mask_BT, group, gamma), None)
+            adv_BT = adv.reward_to_go_advantages(reward_BT, mask_BT, group, gamma)
         case GaeAdvantage(gamma=gamma, lam=lam, whiten=whiten):
             assert trace.value_BT is not None, "GAE needs the value head"
             found = adv.gae(reward_BT, trace.value_BT, mask_BT, gamma, lam)
             adv_BT = adv.whiten(found.adv_BT, mask_BT) if whiten else found.adv_BT
             return Credit(adv_BT, found.return_BT)
+    for name, dense in rewards.dense.items():
+        part_BT = rewards.parts[name]
+        adv_BT = adv_BT + rewards.weights[name] * _dense_advantages(batch, part_BT, dense)
+    return Credit(adv_BT, None)
+
+
+def _paid_by_return(batch: Batch, rewards: Rewards) -> Float[Tensor, "B T"]:
+    """Return the weighted sum of the parts that are not dense; of the seed's, the mean is in it."""
+    if not rewards.dense:
+        return rewards.total_BT
+    total_BT = torch.zeros_like(rewards.total_BT)
+    applies_BT = torch.zeros_like(batch.mask_BT)
+    for name, part_BT in rewards.parts.items():
+        dense = rewards.dense.get(name)
+        if dense is not None and dense.credit != "seed":
+            continue
+        if dense is not None:
+            part_BT = part_BT / batch.mask_BT.sum(1, keepdim=True).clamp(min=1)
+        total_BT = total_BT + rewards.weights[name] * part_BT.nan_to_num(nan=0.0)
+        applies_BT = applies_BT | ~part_BT.isnan()
+    alone = all(name in rewards.dense for name in rewards.parts)
+    return total_BT if alone else total_BT.masked_fill(~applies_BT, torch.nan)
+
+
+def _dense_advantages(batch: Batch, part_BT: Tensor, dense: Dense) -> Float[Tensor, "B T"]:
+    mask_BT, group = batch.mask_BT, batch.group_size
+    match dense.credit:
+        case "own":
+            return adv.token_advantages(part_BT, mask_BT, group)
+        case "to_go":
+            to_go_BT = adv.reward_to_go_advantages(part_BT, mask_BT, group, dense.gamma)
+            return adv.token_advantages(to_go_BT, mask_BT, group)
+        case "seed":
+            return adv.padded_z_scores(part_BT, mask_BT, batch.prompt_len_B, group)
 
 
 def next_kl_coef(recipe: Recipe, batch: Batch, trace: Trace, coef: float) -> float:

@@ -1,0 +1,115 @@
+"""How well a score tells right from wrong answers, beside what chance and length would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.random import Generator
+from torch import Tensor
+
+from operando.discovery.answers import Answers
+from operando.internals import contrast as ct
+from operando.internals.packs import FeaturePack, Gate, chosen_features
+from operando.internals.sae import SAE
+from operando.recipe import DiscoverConfig
+from operando.rewards.internal import pack_score
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How well one score tells right from wrong answers on the prompts held out.
+
+    `within` compares answers of the same prompt only, `controlled` only answers of similar length
+    and equal truncation; NaN where there is no such pair.
+
+    Example: Measured("features", auc=0.71, low=0.66, high=0.76, within=0.68, controlled=0.70,
+                      rho=0.33, rho_bound=0.85)
+    """
+
+    name: str
+    auc: float
+    low: float
+    high: float
+    within: float
+    controlled: float
+    rho: float
+    rho_bound: float
+
+
+@dataclass(frozen=True)
+class Null:
+    """A control drawn n times. Example: Null("random features", 0.50, 0.56, 0.01, 0.11, n=200)"""
+
+    name: str
+    auc: float
+    auc_q95: float
+    rho: float
+    rho_q95: float
+    n: int
+
+
+def measure(
+    name: str, score_R: Float[Tensor, "R"], judged: Answers, generator: Generator
+) -> Measured:
+    """Return the AUCs and the rho of one score."""
+    correct_R = judged.correct_R
+    low, high = ct.bootstrap_auc(score_R, correct_R, judged.prompt_R, generator)
+    strata_R = ct.confound_strata(judged.length_R, judged.truncated_R)
+    rho = ct.spearman(score_R, correct_R)
+    return Measured(
+        name,
+        ct.auc(score_R, correct_R).value,
+        low,
+        high,
+        ct.auc(score_R, correct_R, judged.prompt_R).value,
+        ct.auc(score_R, correct_R, strata_R).value,
+        rho.value,
+        rho.bound,
+    )
+
+
+def null(name: str, scores: list[Tensor], judged: Answers) -> Null:
+    """Return the mean and the 95 % quantile of a control's AUC and rho."""
+    aucs = [ct.auc(score_R, judged.correct_R).value for score_R in scores]
+    rhos = [ct.spearman(score_R, judged.correct_R).value for score_R in scores]
+    return Null(
+        name,
+        float(np.mean(aucs)),
+        float(np.quantile(aucs, 0.95)),
+        float(np.mean(rhos)),
+        float(np.quantile(rhos, 0.95)),
+        len(scores),
+    )
+
+
+def answer_scores(pack: FeaturePack, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
+    """Return each answer's mean score, as it would be paid."""
+    if sae is None:
+        read_NF = answers.acts_ND.float() @ torch.tensor(pack.direction)[:, None]
+    else:
+        read_NF = chosen_features(sae, answers.acts_ND, tuple(f.id for f in pack.features))
+    score_1N = pack_score(pack, read_NF[None], saturate=True)
+    return answers.mean_of(score_1N[0][:, None])[:, 0]
+
+
+def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) -> Gate:
+    """Return whether a pack may be paid for: over the minimum, and over both nulls' 95 %."""
+    if real is None:
+        return Gate(False, (f"no feature has q <= {config.max_q}",))
+    name = "AUC" if config.measure == "auc" else "rho"
+    value = real.auc if config.measure == "auc" else real.rho
+    reasons = []
+    if not value >= config.minimum:
+        reasons.append(f"{name} {value:.3f} on held-out prompts is under {config.minimum}")
+    for control in nulls:
+        limit = control.auc_q95 if config.measure == "auc" else control.rho_q95
+        if not value > limit:
+            reasons.append(
+                f"{name} {value:.3f} is not over the 95 % of {control.name}, {limit:.3f}"
+            )
+    if config.measure == "auc" and not real.low > 0.5:
+        reasons.append(f"the AUC's interval [{real.low:.3f}, {real.high:.3f}] holds 0.5")
+    return Gate(not reasons, tuple(reasons))

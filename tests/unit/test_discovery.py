@@ -1,0 +1,121 @@
+"""A whole discovery on answers with a planted feature: pack, controls, gate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from operando.discovery.answers import Answers
+from operando.discovery.features import Search, find_features, mean_features
+from operando.internals.contrast import shuffle_within
+from operando.internals.packs import FeaturePack, Gate, load_pack, pack_sae
+from operando.internals.sae import SAE
+from operando.recipe import DiscoverConfig
+from operando.types import Example, Prompt, Rollout
+
+D = 48
+HELPS, HARMS = 5, 9
+
+
+def identity_sae() -> SAE:
+    zeros = [torch.zeros(D) for _ in range(3)]
+    return SAE(torch.eye(D), zeros[0], torch.eye(D), zeros[1], zeros[2], "relu")
+
+
+def planted_answers(seed: int, effect: float, prompts: int = 40, each: int = 8) -> Answers:
+    """Answers of 4 to 12 tokens; axis 5 is written in right answers, axis 9 in wrong ones."""
+    rng = np.random.default_rng(seed)
+    R = prompts * each
+    correct_R = torch.from_numpy(rng.random(R) < 0.5)
+    length_R = torch.from_numpy(rng.integers(4, 13, R))
+    row_N = torch.repeat_interleave(torch.arange(R), length_R)
+    acts_ND = torch.from_numpy(rng.normal(size=(len(row_N), D)) - 1).float()
+    acts_ND[correct_R[row_N], HELPS] += effect
+    acts_ND[~correct_R[row_N], HARMS] += effect
+    prompt = Prompt(Example("e", "q", "7"), "q", (3,))
+    rollouts = [Rollout(prompt, r // each, r % each, "7", (4,), (0.0,), False) for r in range(R)]
+    return Answers(
+        rollouts, correct_R, torch.zeros(R, dtype=torch.bool), length_R,
+        torch.arange(prompts).repeat_interleave(each), acts_ND, row_N,
+    )  # fmt: skip
+
+
+def search_of(find: Answers, judge: Answers) -> Search:
+    config = DiscoverConfig(site="blocks.0.hook_resid_post", top=3, permutations=200)
+    blank = FeaturePack("real", config.site, "tiny", "ab", "cd", 0.0, Gate(False))
+    sae = identity_sae()
+    return Search(
+        config, blank, sae, find, judge, mean_features(sae, find), find.prompt_R, None, 8,
+        np.random.default_rng(1),
+    )  # fmt: skip
+
+
+def test_a_planted_feature_passes_and_its_controls_do_not(tmp_path: Path) -> None:
+    search = search_of(planted_answers(0, 2.0), planted_answers(1, 2.0))
+    found = find_features("x", search, tmp_path)
+    assert {f.id: f.sign for f in found.features} == {HELPS: 1, HARMS: -1}
+    assert found.gate == Gate(True)
+    scores = {m.name: m for m in found.measured}
+    assert scores["features"].auc > 0.95 and scores["features"].controlled > 0.95
+    assert abs(scores["shorter answer"].auc - 0.5) < 0.1
+    assert all(abs(n.auc - 0.5) < 0.1 for n in found.nulls)
+    pack = load_pack(found.pack)
+    assert pack.features == found.features
+    assert pack_sae(pack, found.pack).sha256() == search.sae.sha256()
+    for name in ("random", "shuffled"):
+        control = load_pack(tmp_path / f"{name}.json")
+        assert control.arm == name and len(control.features) == 2
+    direction = load_pack(tmp_path / "direction.json")
+    unit_D = torch.tensor(direction.direction)
+    assert int(unit_D.argmax()) == HELPS and int(unit_D.argmin()) == HARMS
+    written = json.loads((tmp_path / "discovery.json").read_text())
+    assert written["measured"][0]["auc"] == scores["features"].auc
+
+
+def test_the_scale_is_the_quantile_of_right_answers(tmp_path: Path) -> None:
+    search = search_of(planted_answers(0, 2.0), planted_answers(1, 2.0))
+    found = find_features("x", search, tmp_path)
+    right_N = search.find.correct_R[search.find.row_N]
+    for feature in found.features:
+        values = search.find.acts_ND[right_N, feature.id].relu().numpy()
+        assert feature.scale == pytest.approx(np.quantile(values, 0.99), rel=1e-4)
+    limit = load_pack(found.pack).limit
+    assert limit > 0
+
+
+def test_shuffled_labels_leave_the_gate_closed(tmp_path: Path) -> None:
+    opened = 0
+    for seed in range(8):
+        find, judge = planted_answers(seed, 2.0), planted_answers(seed + 50, 2.0)
+        labels_R = shuffle_within(find.correct_R, find.prompt_R, np.random.default_rng(seed))
+        search = search_of(replace(find, correct_R=labels_R), judge)
+        opened += find_features("x", search, tmp_path / str(seed)).gate.passed
+    assert opened <= 1
+
+
+def test_without_a_feature_no_pack_is_written(tmp_path: Path) -> None:
+    found = find_features(
+        "x", search_of(planted_answers(3, 0.0), planted_answers(4, 0.0)), tmp_path
+    )
+    assert found.pack == "" and not (tmp_path / "pack.json").exists()
+    assert found.gate == Gate(False, ("no feature has q <= 0.1",))
+
+
+def test_pooled_features_are_the_means_of_the_dense_encoding() -> None:
+    answers = planted_answers(0, 1.0, prompts=5)
+    dense_NM = identity_sae().encode_dense(answers.acts_ND)
+    pooled_RM = mean_features(identity_sae(), answers)
+    for r in (0, 7, 39):
+        assert torch.allclose(pooled_RM[r], dense_NM[answers.row_N == r].mean(0), atol=1e-5)
+
+
+def test_halves_keep_tokens_with_their_answers() -> None:
+    answers = planted_answers(0, 1.0, prompts=6)
+    half = answers.chosen(answers.prompt_R >= 3)
+    assert len(half.rollouts) == 24 and torch.equal(half.prompt_R.unique(), torch.tensor([3, 4, 5]))
+    assert torch.equal(half.mean_acts(), answers.mean_acts()[24:])
