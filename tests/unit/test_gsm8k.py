@@ -17,7 +17,7 @@ from operando.recipe import Gsm8kTaskConfig
 from operando.run import hash_file
 from operando.tasks import files
 from operando.tasks.base import Task
-from operando.tasks.gsm8k import last_number, load_gsm8k, verl_flexible, verl_strict
+from operando.tasks.gsm8k import last_number, load_gsm8k, to_example, verl_flexible, verl_strict
 
 DATA = Path(
     os.environ.get("OPERANDO_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")
@@ -306,7 +306,7 @@ def test_original_answers_with_commas_fail_only_in_verl_flexible() -> None:
     answers = [json.loads(line)["answer"] for line in raw.split("\n") if line]
     wrong = 0
     for i, answer in enumerate(answers):
-        gold = gsm8k.to_example(gsm8k.Row("q", answer, "here"), "train", i).answer
+        gold = to_example(files.Row({"question": "q", "answer": answer}, "here"), "train", i).answer
         # verl's own way to the gold answer
         found = re.search("#### (\\-?[0-9\\.\\,]+)", answer)
         assert found is not None

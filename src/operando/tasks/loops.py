@@ -44,7 +44,7 @@ def find_loop(text: str) -> Loop | None:
     - one character other than = - _ * # . ~ stands 30 times in a row.
 
     The smallest n wins. Limits: a list that really holds the same entry eight times is a loop; a
-    long digit string is one word; a paragraph of more than 8 tokens that comes again and again is
+    long digit string is one word; a paragraph of 16 tokens or more that comes again and again is
     none.
     """
     tokens = loop_tokens(text)
