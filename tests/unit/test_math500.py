@@ -127,6 +127,12 @@ def test_values() -> None:
     assert to_number("(1)/(0)") is None and to_number("x") is None
 
 
+def test_what_a_loop_wrote_is_wrong_and_no_error() -> None:
+    example = Example("m/0", "?", r"\frac{1}{2}")
+    for text in ("1" * 6000, r"\frac{1}{" * 400, "1/" * 3000, r"\boxed{" * 1000, "{" * 5000):
+        assert not verify_math(example, text, True).correct
+
+
 def test_the_gold_in_the_text_is_not_enough() -> None:
     example = Example("m/0", "What is 6 * 7? (It is 42.)", "42")
     assert not verify_math(example, r"42 is wrong, so \boxed{41}", False).correct

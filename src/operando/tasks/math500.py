@@ -28,6 +28,7 @@ LEAD = re.compile(
     r"^(?:.*\b(?:answer|result)\b\s*(?:is|:|=)|.*\b(?:is|equals|are)\b|.*####)\s*:?", re.I
 )
 
+MAX_NUMBER = 200
 PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 MIXED = re.compile(r"(-?)([0-9]+)\(([0-9]+)\)/\(([0-9]+)\)")
 RATIO = re.compile(r"(-?)\(?(-?[0-9]+)\)?/\(?(-?[0-9]+)\)?")
@@ -132,6 +133,8 @@ def _fractions(text: str) -> str:
 
 def to_number(text: str) -> Fraction | None:
     """Return the value of a normalised plain or mixed number or ratio of integers, else None."""
+    if len(text) > MAX_NUMBER:  # what a loop wrote; Python refuses to read thousands of digits
+        return None
     mixed = MIXED.fullmatch(text)
     if mixed is not None and int(mixed[4]):
         size = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
