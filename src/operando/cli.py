@@ -67,16 +67,64 @@ def evaluate(
     num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="gsm8k,mmlu,math500; default: the run's own task.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="raw or chat; default: as the run's prompts.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="TASK=PATH or hub id; once for each task.")
+    ] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Default: as the run.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The default.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Sample instead.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="A problem; with --temperature.")] = 1,
 ) -> None:
-    """Answer held-out problems greedily with the base and the trained model, paired."""
+    """Answer held-out problems with the base and the trained model on the same prompts, paired."""
     from operando.audit.evaluate import evaluate_run
+    from operando.audit.outside import evaluate_outside, outside_config, outside_table
     from operando.display import make_console, show_evaluation
     from operando.launch import quieten_libraries
 
+    config = outside_config(
+        tasks, prompt, data or [], num, few_shot, greedy, temperature, samples,
+        max_completion_length,
+    )  # fmt: skip
     quieten_libraries()
     console = make_console()
-    result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
-    show_evaluation(console, result)
+    if config is None:
+        result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
+        show_evaluation(console, result)
+    else:
+        result = evaluate_outside(run, config, step)
+        console.print(outside_table(result))
+    print(result.file)
+
+
+@app.command()
+def canary(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .jsonl file; default: the prompts in the package.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    classifier: Annotated[
+        str, typer.Option(help="ours, or seed: mechreward's, to compare with.")
+    ] = "ours",
+) -> None:
+    """Ask base and trained model canary prompts: which occasions to game do they take?"""
+    from operando.audit.canary import canary_table, run_canary
+    from operando.display import make_console
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    result = run_canary(
+        run, prompts=prompts, step=step, max_completion_length=max_completion_length,
+        classifier=classifier,
+    )  # fmt: skip
+    make_console().print(canary_table(result))
     print(result.file)
 
 

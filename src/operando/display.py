@@ -185,13 +185,13 @@ def show_certificate(console: Console, certificate: Certificate) -> None:
 def show_evaluation(console: Console, result: Evaluation) -> None:
     """Print base beside trained, paired."""
     table = Table(box=None, pad_edge=False)
-    for column in ("", "right", "n", "95 % interval", "cut", "mean tokens"):
+    for column in ("", "right", "n", "95 % interval", "cut", "loop", "mean tokens"):
         table.add_column(column, justify="left" if not column else "right")
     for arm in (result.base, result.trained):
         rate = wilson(arm.correct, arm.n)
         table.add_row(
             arm.name, f"{rate.value:.1%}", str(arm.n), f"{rate.low:.1%} to {rate.high:.1%}",
-            f"{arm.truncated / arm.n:.0%}", f"{arm.mean_length:.1f}",
+            f"{arm.truncated / arm.n:.0%}", f"{arm.looped / arm.n:.0%}", f"{arm.mean_length:.1f}",
         )  # fmt: skip
     console.print(table)
     console.print(paired_sentence(result.paired), highlight=False)

@@ -15,9 +15,9 @@ import pytest
 from operando.errors import UserError
 from operando.recipe import Gsm8kTaskConfig
 from operando.run import hash_file
-from operando.tasks import gsm8k
+from operando.tasks import files
 from operando.tasks.base import Task
-from operando.tasks.gsm8k import last_number, load_gsm8k, verl_flexible, verl_strict
+from operando.tasks.gsm8k import last_number, load_gsm8k, to_example, verl_flexible, verl_strict
 
 DATA = Path(
     os.environ.get("OPERANDO_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")
@@ -260,7 +260,7 @@ def test_hub_files_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
         rows = ROWS if "train" in filename else ROWS[:1]
         return str(write_parquet(tmp_path / Path(filename).name, rows))
 
-    monkeypatch.setattr(gsm8k, "hf_hub_download", download)
+    monkeypatch.setattr(files, "hf_hub_download", download)
     task = load_gsm8k(Gsm8kTaskConfig(kind="gsm8k"))
     assert asked == [
         ("openai/gsm8k", "dataset", "main/train-00000-of-00001.parquet"),
@@ -273,7 +273,7 @@ def test_unreachable_hub_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyP
     def refuse(**asked: str) -> str:
         raise ConnectionError("no route to host\nmore\nand more")
 
-    monkeypatch.setattr(gsm8k, "hf_hub_download", refuse)
+    monkeypatch.setattr(files, "hf_hub_download", refuse)
     with pytest.raises(UserError) as caught:
         load_gsm8k(Gsm8kTaskConfig(kind="gsm8k"))
     assert str(caught.value) == (
@@ -306,7 +306,7 @@ def test_original_answers_with_commas_fail_only_in_verl_flexible() -> None:
     answers = [json.loads(line)["answer"] for line in raw.split("\n") if line]
     wrong = 0
     for i, answer in enumerate(answers):
-        gold = gsm8k.to_example(gsm8k.Row("q", answer, "here"), "train", i).answer
+        gold = to_example(files.Row({"question": "q", "answer": answer}, "here"), "train", i).answer
         # verl's own way to the gold answer
         found = re.search("#### (\\-?[0-9\\.\\,]+)", answer)
         assert found is not None

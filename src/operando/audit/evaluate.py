@@ -14,17 +14,19 @@ from operando.run import SeedTree, read_recipe, write_parquet
 from operando.setup import make_prompt_sets
 from operando.study.stats import PairedDifference, paired_difference
 from operando.tasks.load import load_task
+from operando.tasks.loops import find_loop
 from operando.update.checkpoint import load_weights, pick_step
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Counts of one model. Example: Arm("base", 90, n=200, truncated=3, mean_length=14.2)"""
+    """Counts of one model. Example: Arm("base", 90, 200, truncated=3, looped=1, mean_length=9.2)"""
 
     name: str
     correct: int
     n: int
     truncated: int
+    looped: int
     mean_length: float
 
 
@@ -82,6 +84,7 @@ def _arm(name: str, judged: list[Judged]) -> Arm:
         correct=sum(j.verdict.correct for j in judged),
         n=len(judged),
         truncated=sum(j.rollout.is_truncated for j in judged),
+        looped=sum(find_loop(j.rollout.completion) is not None for j in judged),
         mean_length=sum(len(j.rollout.completion_ids) for j in judged) / len(judged),
     )
 

@@ -8,6 +8,8 @@ over (tables merge, everything else replaces). All mistakes are reported at once
 from operando.recipe.base import Config as Config
 from operando.recipe.data import Gsm8kTaskConfig as Gsm8kTaskConfig
 from operando.recipe.data import LoraConfig as LoraConfig
+from operando.recipe.data import Math500TaskConfig as Math500TaskConfig
+from operando.recipe.data import MmluTaskConfig as MmluTaskConfig
 from operando.recipe.data import ModelConfig as ModelConfig
 from operando.recipe.data import PromptConfig as PromptConfig
 from operando.recipe.data import RolloutConfig as RolloutConfig

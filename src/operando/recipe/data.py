@@ -67,6 +67,22 @@ class Gsm8kTaskConfig(Config):
     """Hold only the first n test problems; absent means all."""
 
 
+class Math500TaskConfig(Config):
+    kind: Literal["math500"]
+    train: str | None = None
+    """A local .jsonl, .jsonl.gz or .parquet file with `problem`, `solution` and `answer`. MATH-500
+    is a test set and has no training split of its own, so training needs this."""
+    test: str = "HuggingFaceH4/MATH-500"
+    """A hub id, or a local file as `train`; the held-out split."""
+
+
+class MmluTaskConfig(Config):
+    kind: Literal["mmlu"]
+    source: str = "cais/mmlu"
+    """A hub id, or the csv files of test and dev as a folder or .tar.gz. The 285 dev questions are
+    the training split, the test questions are held out."""
+
+
 class PromptConfig(Config):
     format: Literal["raw", "chat"] = "raw"
     """raw: the template as text. chat: the tokenizer's chat template around it."""

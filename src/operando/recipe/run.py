@@ -10,6 +10,8 @@ from operando.errors import nearest
 from operando.recipe.base import Config
 from operando.recipe.data import (
     Gsm8kTaskConfig,
+    Math500TaskConfig,
+    MmluTaskConfig,
     ModelConfig,
     PromptConfig,
     RolloutConfig,
@@ -103,7 +105,10 @@ class Recipe(Config):
     runs_dir: str = "runs"
     """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
-    task: Annotated[WordsTaskConfig | Gsm8kTaskConfig, Field(discriminator="kind")]
+    task: Annotated[
+        WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
+        Field(discriminator="kind"),
+    ]
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)

@@ -13,27 +13,17 @@ logged apart.
 from __future__ import annotations
 
 import functools
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-from operando.errors import UserError, nearest
+from operando.errors import UserError
 from operando.recipe import Gsm8kTaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task
+from operando.tasks.files import Row, Source, read_rows
 from operando.types import Example, Verdict
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 CALCULATOR = re.compile(r"<<[^>]*>>")
 GOLD = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
@@ -47,14 +37,6 @@ NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])[-−])?\s?\$?\s?(?P<inner_sign>(?<=\$)[-−])?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
-
-
-class Row(NamedTuple):
-    """One line of a data file and where it stands."""
-
-    question: str
-    answer: str
-    where: str
 
 
 # --- scorers -------------------------------------------------------------------------------------
@@ -132,15 +114,17 @@ def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
     Example: load_gsm8k(Gsm8kTaskConfig(kind="gsm8k", train="gsm8k_train.jsonl.gz",
                                         test="gsm8k_test.jsonl"))
     """
-    train_file = _find(config.train, "train")
-    test_file = _find(config.test, "test")
+    remedy = "task.train=PATH task.test=PATH"
+    train_file = gsm8k_source(config.train, "train", "task.train", remedy).find()
+    test_file = gsm8k_source(config.test, "test", "task.test", remedy).find()
     train_hash, test_hash = hash_file(train_file), hash_file(test_file)
     if train_hash == test_hash:
         raise UserError(
             f"task.train = {config.train!r} and task.test = {config.test!r} are the same file: the "
             "held-out problems would be trained on"
         )
-    train, held_out = _examples(train_file, "train"), _examples(test_file, "test")
+    train = gsm8k_examples(train_file, "train", "task.train")
+    held_out = gsm8k_examples(test_file, "test", "task.test")
     if config.num_held_out is not None:
         if config.num_held_out > len(held_out):
             raise UserError(
@@ -152,7 +136,7 @@ def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
         name="gsm8k",
         train=train,
         held_out=held_out,
-        verify=functools.partial(_verify, SCORERS[config.scorer]),
+        verify=gsm8k_verifier(config.scorer),
         source={
             "kind": "gsm8k",
             "scorer": config.scorer,
@@ -166,107 +150,38 @@ def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
     )
 
 
+def gsm8k_source(given: str, split: str, key: str, remedy: str) -> Source:
+    """Return where a split is, for a path or a hub id."""
+    return Source(given, key, f"main/{split}-00000-of-00001.parquet", remedy)
+
+
+def gsm8k_verifier(scorer: str) -> Callable[[Example, str, bool], Verdict]:
+    """Return the verifier that goes by a scorer."""
+    return functools.partial(_verify, SCORERS[scorer])
+
+
 def to_example(row: Row, split: str, number: int) -> Example:
     """Return a row as an example; the gold answer stands after '####'."""
-    worked, mark, end = row.answer.rpartition("####")
+    question, answer = row.text("question"), row.text("answer")
+    worked, mark, end = answer.rpartition("####")
     gold = end.strip().replace(",", "")
     if not mark:
-        raise UserError(f"{row.where}: the answer has no '####' before its result: {row.answer!r}")
+        raise UserError(f"{row.where}: the answer has no '####' before its result: {answer!r}")
     if not GOLD.fullmatch(gold):
         raise UserError(f"{row.where}: expected a number after '####', got {end.strip()!r}")
     solution = CALCULATOR.sub("", worked).strip()
     return Example(
         id=f"gsm8k/{split}/{number}",
-        question=row.question.strip(),
+        question=question.strip(),
         answer=gold,
         solution=solution,
         columns={"answer": gold, "solution": solution},
     )
 
 
-def _examples(file: Path, split: str) -> list[Example]:
-    examples = [to_example(row, split, i) for i, row in enumerate(_rows(file))]
+def gsm8k_examples(file: Path, split: str, key: str) -> list[Example]:
+    """Return the examples of a file; `key` is what the user named it by."""
+    examples = [to_example(row, split, i) for i, row in enumerate(read_rows(file))]
     if not examples:
-        raise UserError(f"task.{split}: {file} has no rows")
+        raise UserError(f"{key}: {file} has no rows")
     return examples
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def _find(source: str, split: str) -> Path:
-    """Return the file that a path or hub id means."""
-    file = Path(source)
-    if file.is_file():
-        if not source.endswith(SUFFIXES):
-            raise UserError(
-                f"task.{split} = {source!r}: expected a file ending in {', '.join(SUFFIXES)}"
-            )
-        return file
-    if not source.endswith(SUFFIXES) and not file.exists() and HUB_ID.fullmatch(source):
-        return _download(source, split)
-    folder = file if file.is_dir() else file.parent
-    there = sorted(f.name for f in folder.glob("*") if f.name.endswith(SUFFIXES))
-    raise UserError(
-        f"task.{split} = {source!r}: no such file, and not a hub id such as openai/gsm8k."
-        f"{nearest(file.name, there)} Data files in {folder}: {', '.join(there[:8]) or 'none'}"
-    )
-
-
-def _download(repo: str, split: str) -> Path:
-    try:
-        return Path(
-            hf_hub_download(
-                repo_id=repo, repo_type="dataset", filename=f"main/{split}-00000-of-00001.parquet"
-            )
-        )
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"task.{split} = {repo!r} can't be had from the Hugging Face hub ({first}). With local "
-            "files (.jsonl, .jsonl.gz or .parquet): task.train=PATH task.test=PATH"
-        ) from error
-
-
-def _rows(file: Path) -> Iterator[Row]:
-    return _parquet_rows(file) if file.name.endswith(".parquet") else _jsonl_rows(file)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file: {error}") from error
-    for i, row in enumerate(table.to_pylist()):
-        yield _row(row, f"{file}: row {i}")
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    # Not splitlines: a JSON string may hold U+2028 and its like, and one question does.
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = raw.decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: not JSON: {error}") from error
-        yield _row(row, f"{file}:{number}")
-
-
-def _row(row: object, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with `question` and `answer`, got {row!r}")
-    for key in ("question", "answer"):
-        if key not in row:
-            known = [str(k) for k in row]
-            raise UserError(
-                f"{where}: no `{key}`.{nearest(key, known)} Keys there: {', '.join(known)}"
-            )
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise UserError(f"{where}: `{key}` must be text, got {row[key]!r}")
-    return Row(row["question"], row["answer"], where)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from operando.errors import UserError
-from operando.recipe import Gsm8kTaskConfig, WordsTaskConfig
+from operando.recipe import Gsm8kTaskConfig, Math500TaskConfig, MmluTaskConfig, WordsTaskConfig
 from operando.tasks.base import Task
 from operando.tasks.gsm8k import load_gsm8k
+from operando.tasks.math500 import load_math500
+from operando.tasks.mmlu import load_mmlu
 from operando.tasks.words import load_words
 
 
-def load_task(config: WordsTaskConfig | Gsm8kTaskConfig) -> Task:
+def load_task(
+    config: WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
+) -> Task:
     """Return the task with its training and held-out examples; an empty split is an error."""
     match config:
         case WordsTaskConfig():
             task = load_words(config)
         case Gsm8kTaskConfig():
             task = load_gsm8k(config)
+        case Math500TaskConfig():
+            if config.train is None:
+                raise UserError(
+                    "task.kind = 'math500' has no training split: name a file of other problems as "
+                    "task.train, or evaluate any run on it: operando eval RUN --tasks math500"
+                )
+            task = load_math500(config)
+        case MmluTaskConfig():
+            task = load_mmlu(config)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):
         if not examples:
             raise UserError(f"task {task.name}: the {split} split is empty ({dict(task.source)})")

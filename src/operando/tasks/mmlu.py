@@ -1,0 +1,206 @@
+"""MMLU: four-choice questions of 57 subjects (2009.03300), from the hub or from local files.
+
+    Question: What is the embryological origin of the hyoid bone?
+    A. The first pharyngeal arch
+    B. The first and second pharyngeal arches
+    C. The second pharyngeal arch
+    D. The second and third pharyngeal arches
+    Answer: D
+
+The 285 questions of the dev split serve as worked examples and as training set; the 14,042 of the
+test split are held out. Both stand in the order of the sha256 of their ids, so that the first n
+problems are a sample over all subjects, the same everywhere. Worked examples are the first of the
+dev split in that order, not those of the question's own subject as in the paper's five shots.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from operando.errors import UserError
+from operando.recipe import MmluTaskConfig
+from operando.run import hash_file
+from operando.tasks.base import Task
+from operando.tasks.files import Row, Source, read_rows
+from operando.types import Example, Verdict
+
+LETTERS = "ABCD"
+SUFFIXES = (".tar.gz", ".parquet")
+SPLITS = ("test", "dev")
+
+# "A's", "A-level", "D2", "C++" and "e.g. A_1" hold no letter that stands alone.
+STANDALONE = re.compile(r"(?<![\w'’+-])[A-D](?![\w'’+]|-\w)")
+# The article: "A dog ..."; but "A is right", "A because ..." name the choice.
+ARTICLE = re.compile(r"A\s+(?!(?:is|because|since|as|or|and)\b)[a-z]")
+
+
+class Quiz(NamedTuple):
+    """One row as the file has it."""
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+# --- the verifier --------------------------------------------------------------------------------
+
+
+def find_letter(completion: str) -> str | None:
+    """Return the first capital A, B, C or D that stands alone, or None.
+
+    Alone: no letter, digit, "_", apostrophe or "+" beside it and no hyphen that joins it to a word.
+    An "A" before a lower-case word is the article and does not count, unless that word is is,
+    because, since, as, or, and. Brackets, "*", ".", ":" and "{" may touch it: "(B)", "**C**",
+    "\\boxed{D}" and "A." all do. Limits: the first letter wins, so a completion that weighs the
+    choices before it decides is judged by the choice it names first, and "vitamin C" names C.
+    """
+    for match in STANDALONE.finditer(completion):
+        if not ARTICLE.match(completion, match.start()):
+            return match[0]
+    return None
+
+
+def verify_letter(example: Example, completion: str, is_truncated: bool) -> Verdict:
+    """Return whether the first letter that stands alone is the right one."""
+    del is_truncated  # by the text alone
+    letter = find_letter(completion)
+    if letter is None:
+        return Verdict(False, "no letter A to D that stands alone")
+    if letter != example.answer:
+        return Verdict(False, f"answered {letter}, gold is {example.answer}")
+    return Verdict(True, "right")
+
+
+# --- the task ------------------------------------------------------------------------------------
+
+
+def load_mmlu(config: MmluTaskConfig, key: str = "task.source") -> Task:
+    """Return the MMLU task. `key` is what the user named the source by.
+
+    Example: load_mmlu(MmluTaskConfig(kind="mmlu", source="mmlu_csv.tar.gz"))
+    """
+    splits: dict[str, list[Example]] = {}
+    source: dict[str, str | int] = {"kind": "mmlu", "source": config.source}
+    for split, name in zip(SPLITS, ("held_out", "train"), strict=True):
+        quizzes, digest = _read(config.source, split, key)
+        examples = _examples(quizzes, split)
+        if not examples:
+            raise UserError(f"{key} = {config.source!r}: the {split} split has no rows")
+        splits[split] = examples
+        source |= {f"{name}_rows": len(examples), f"{name}_sha256": digest}
+    return Task("mmlu", splits["dev"], splits["test"], verify_letter, source=source)
+
+
+def _examples(quizzes: Sequence[Quiz], split: str) -> list[Example]:
+    seen: dict[str, int] = {}
+    examples = []
+    for quiz in quizzes:
+        number = seen[quiz.subject] = seen.get(quiz.subject, -1) + 1
+        choices = "\n".join(
+            f"{letter}. {text}" for letter, text in zip(LETTERS, quiz.choices, strict=True)
+        )
+        letter = LETTERS[quiz.answer]
+        examples.append(
+            Example(
+                id=f"mmlu/{split}/{quiz.subject}/{number}",
+                question=f"{quiz.question}\n{choices}",
+                answer=letter,
+                columns={"answer": letter, "subject": quiz.subject},
+            )
+        )
+    return sorted(examples, key=lambda e: hashlib.sha256(e.id.encode()).digest())
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _read(given: str, split: str, key: str) -> tuple[list[Quiz], str]:
+    """Return the rows of a split and the sha256 of what they came from."""
+    if Path(given).is_dir():
+        texts = {f.name: f.read_bytes() for f in _csv_files(Path(given), split)}
+        return _csv_quizzes(texts, split, given, key), _digest(texts)
+    remedy = f"{key}=PATH (the csv files as a folder or .tar.gz)"
+    hub_file = f"all/{split}-00000-of-00001.parquet"
+    file = Source(given, key, hub_file, remedy, SUFFIXES).find()
+    if file.name.endswith(".tar.gz"):
+        return _csv_quizzes(_unpack(file, split), split, given, key), hash_file(file)
+    if given.endswith(".parquet"):
+        raise UserError(
+            f"{key} = {given!r}: one parquet file holds one split; give a hub id, or the csv files "
+            "of test and dev as a folder or .tar.gz"
+        )
+    return [_from_parquet(row) for row in read_rows(file)], hash_file(file)
+
+
+def _csv_files(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.rglob(f"*_{split}.csv"))
+
+
+def _digest(texts: Mapping[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, text in sorted(texts.items()):
+        whole.update(name.encode() + b"\0" + text + b"\0")
+    return whole.hexdigest()
+
+
+def _unpack(file: Path, split: str) -> dict[str, bytes]:
+    try:
+        with tarfile.open(file) as archive:
+            texts: dict[str, bytes] = {}
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is not None and member.name.endswith(f"_{split}.csv"):
+                    texts[Path(member.name).name] = stream.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{file}: not a readable .tar.gz: {error}") from error
+    return dict(sorted(texts.items()))
+
+
+def _csv_quizzes(texts: Mapping[str, bytes], split: str, given: str, key: str) -> list[Quiz]:
+    if not texts:
+        raise UserError(
+            f"{key} = {given!r}: no file like anatomy_{split}.csv in it; expected the csv files of "
+            "test and dev"
+        )
+    return [quiz for name, text in texts.items() for quiz in _from_csv(text, name, split)]
+
+
+def _from_csv(raw: bytes, name: str, split: str) -> Iterator[Quiz]:
+    """Return the rows of question, four choices, answer (A-D or 0-3), with or without a header."""
+    subject = name.removesuffix(f"_{split}.csv")
+    try:
+        rows = list(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{name}: not readable csv: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if number == 1 and row[:1] == ["question"]:
+            continue
+        if len(row) != 6:
+            raise UserError(
+                f"{name}: row {number}: expected question, 4 choices, answer; got {len(row)} fields"
+            )
+        yield _quiz(subject, row[0], row[1:5], row[5], f"{name}: row {number}")
+
+
+def _from_parquet(row: Row) -> Quiz:
+    choices = row.values.get("choices")
+    if not isinstance(choices, list) or len(choices) != 4:
+        raise UserError(f"{row.where}: `choices` must be four texts, got {choices!r}")
+    answer = str(row.values.get("answer"))
+    texts = [str(c) for c in choices]
+    return _quiz(row.text("subject"), row.text("question"), texts, answer, row.where)
+
+
+def _quiz(subject: str, question: str, choices: Sequence[str], answer: str, where: str) -> Quiz:
+    at = "0123".find(answer) if answer.isdigit() else LETTERS.find(answer)
+    if len(answer) != 1 or at < 0:
+        raise UserError(f"{where}: the answer must be A to D or 0 to 3, got {answer!r}")
+    return Quiz(subject, question.strip(), tuple(c.strip() for c in choices), at)
