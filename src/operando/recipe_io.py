@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from operando.errors import UserError, nearest
-from operando.recipe import Config, PretrainRecipe, Recipe
+from operando.recipe import Config, PretrainRecipe, Recipe, StudyRecipe
 
 C = TypeVar("C", bound=Config)
 
@@ -102,6 +102,11 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 def load_pretrain_recipe(name: str, overrides: tuple[str, ...] = ()) -> PretrainRecipe:
     """Return the checked pre-training recipe of a file (or shipped name)."""
     return _load(PretrainRecipe, name, overrides)
+
+
+def load_study_recipe(name: str) -> StudyRecipe:
+    """Return the checked study of a file (or shipped name)."""
+    return _load(StudyRecipe, name, ())
 
 
 def _load(kind: type[C], name: str, overrides: tuple[str, ...]) -> C:
