@@ -80,7 +80,7 @@ class _Bounded(Config):
     text: str = Field(min_length=1)
     """The claim in words, for the report."""
     arm: str
-    """An arm, or "base"."""
+    """An arm, or "base" (which has no runs to count, so not with `emergence`)."""
     metric: str
     supported_if: Bound
     """Where the whole 95 % interval must lie."""

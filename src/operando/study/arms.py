@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from operando.errors import UserError, nearest
 from operando.recipe import Recipe, StudyRecipe
@@ -63,6 +63,7 @@ class Job:
         return (self.folder / "manifest.json").is_file()
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Where runs are trained: `start` gives a handle, `poll` its exit code or None."""
 

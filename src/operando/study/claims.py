@@ -158,7 +158,8 @@ def headline(study: StudyRecipe, judgements: Sequence[Judgement]) -> str:
         if found:
             named = "; ".join(f"{j.name}, {j.finding}" for j in found)
             parts.append(f"{len(found)} {verdict} ({named})")
-    return f"{study.name}: of {len(judgements)} claims, {', '.join(parts)}; {seeds}."
+    claims = "claim" if len(judgements) == 1 else "claims"
+    return f"{study.name}: of {len(judgements)} {claims}, {', '.join(parts)}; {seeds}."
 
 
 def points(interval: Interval) -> str:

@@ -85,7 +85,7 @@ def hierarchical_bootstrap(
     num_seeds, num_problems = values_SP.shape
     assert num_seeds > 1 and num_problems > 1, f"{values_SP.shape} values"
     mean, alpha = float(values_SP.mean()), 1 - level
-    if np.ptp(values_SP) == 0:
+    if np.ptp(values_SP) < 1e-12:
         miss = 1 - (alpha / 2) ** (1 / num_problems)
         around = Interval(mean, max(-1.0, mean - miss), min(1.0, mean + miss))
         p_value = 1.0 if mean == 0 else min(1.0, 2 * 0.5**num_problems)
