@@ -347,5 +347,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; go on with the same command and --resume", file=sys.stderr)
+        print("interrupted; go on with the same command (train: and --resume)", file=sys.stderr)
         sys.exit(130)

@@ -165,14 +165,14 @@ def test_a_changed_claim_is_refused(folder: Path) -> None:
 
 def test_a_run_that_fails_stops_the_study_and_says_why(tmp_path: Path) -> None:
     text = STUDY.format(tiny=ROOT / "recipes" / "tiny.toml")
-    text = text.replace('"optim.lr=1e-12"]', '"optim.lr=1e-12", "model.id=./nowhere"]')
-    (tmp_path / "study.toml").write_text(text.replace('"steps=3"', '"steps=1"'))
+    text = text.replace('"eval.num=2"]', '"eval.num=2", "model.id=./nowhere"]')
+    (tmp_path / "study.toml").write_text(text)
     done = study(tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "small-still-s0 stopped with exit code 2; what is finished stays" in done.stderr
+    assert "small-trained-s0 stopped with exit code 2; what is finished stays" in done.stderr
     assert "model.id = './nowhere' is neither a folder" in done.stderr
-    plan = [line.split()[0] for line in study(tmp_path, "--dry-run").stderr.splitlines()]
-    assert plan[:4] == ["done", "done", "to", "to"]
+    folders = [folder.name for folder in (tmp_path / "runs" / "small").iterdir()]
+    assert sorted(folders) == ["logs", "preregistration.json", "recipes"], "no other run began"
 
 
 def test_a_run_that_is_still_going_is_not_trained_twice(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from operando.study.analysis import (
     rows_of,
     visible_differences,
 )
-from operando.study.arms import Study, load_study, plan, preregister
+from operando.study.arms import RayRunner, Study, load_study, plan, preregister
 from operando.study.claims import headline, judge_claims
 
 ROOT = Path(__file__).parents[2]
@@ -305,7 +308,24 @@ def test_the_picture_has_a_mark_for_every_run_and_is_the_same_twice(tmp_path: Pa
         for place, arm in enumerate(("trained", "still"))
         for seed in (0, 1)
     ]
-    one = draw_pareto(recipe_with(), runs, tmp_path / "a.svg").read_text()
-    assert one == draw_pareto(recipe_with(), runs, tmp_path / "b.svg").read_text()
-    assert one.count('<g id="PathCollection_') == 6, "runs, mean and legend of two arms"
+    one = draw_pareto(recipe_with(), runs, (0.3, 0.1), tmp_path / "a.svg").read_text()
+    assert one == draw_pareto(recipe_with(), runs, (0.3, 0.1), tmp_path / "b.svg").read_text()
+    assert one.count('<g id="PathCollection_') == 8, "runs, mean, legend; base"
     assert load_study_recipe(str(TINY_STUDY)).pareto is not None
+
+
+def test_the_study_of_the_docs_checks() -> None:
+    page = (ROOT / "docs" / "study.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    study = check(StudyRecipe, tomllib.loads(example), "docs")
+    assert {claim.kind for claim in study.claims.values()} == {
+        "difference", "rate", "equivalence", "emergence", "emergence_difference",
+    }  # fmt: skip
+
+
+def test_ray_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        UserError, match=r'--ray needs the extra ray: pip install "operando\[ray\]"'
+    ):
+        RayRunner(at_once=1)

@@ -100,7 +100,7 @@ def write_study(result: StudyResult) -> Path:
         "pareto": [asdict(p) for p in result.pareto],
     })  # fmt: skip
     if result.pareto:
-        draw_pareto(result.recipe, result.pareto, folder / "pareto.svg")
+        draw_pareto(result.recipe, result.pareto, _base_place(result), folder / "pareto.svg")
     with atomic_path(result.file) as temporary:
         temporary.write_text(study_page(result), encoding="utf-8")
     return result.file
@@ -154,8 +154,18 @@ def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def draw_pareto(study: StudyRecipe, runs: Sequence[Point], target: Path) -> Path:
-    """Write the runs as an SVG file: a mark an arm, a large one its mean, and the frontier."""
+def _base_place(result: StudyResult) -> tuple[float, float]:
+    """Return the untrained model's place on the Pareto plot."""
+    assert result.recipe.pareto is not None
+    base = {row.metric: row.rate.value for row in result.rows if row.arm == BASE}
+    return base[result.recipe.pareto.x], base[result.recipe.pareto.y]
+
+
+def draw_pareto(
+    study: StudyRecipe, runs: Sequence[Point], base: tuple[float, float], target: Path
+) -> Path:
+    """Write the runs as an SVG file: a mark an arm, a large one its mean; a cross the untrained
+    model; dotted the frontier of the runs."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -174,6 +184,7 @@ def draw_pareto(study: StudyRecipe, runs: Sequence[Point], target: Path) -> Path
             [sum(x_all) / len(own)], [sum(y_all) / len(own)], s=90, edgecolor="#333333",
             linewidth=1, label=arm, color=colour, marker=mark,
         )  # fmt: skip
+    axes.scatter([base[0]], [base[1]], s=50, color="#333333", marker="x", label=BASE)
     front = frontier(study, runs)
     axes.plot(
         [x for x, _ in front], [y for _, y in front], color="#333333", linewidth=0.9,
