@@ -112,6 +112,8 @@ def load_study_recipe(name: str) -> StudyRecipe:
 def _load(kind: type[C], name: str, overrides: tuple[str, ...]) -> C:
     file = recipe_file(name)
     tables = read_toml(file)
+    if "arms" in tables and kind is not StudyRecipe:
+        raise UserError(f"{file} is a study: operando study {name}")
     for override in overrides:
         tables = apply_override(tables, override)
     return check(kind, tables, str(file))

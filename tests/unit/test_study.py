@@ -13,7 +13,7 @@ import pytest
 
 from operando.errors import UserError
 from operando.recipe import StudyRecipe
-from operando.recipe_io import apply_override, check, load_study_recipe, read_toml
+from operando.recipe_io import apply_override, check, load_recipe, load_study_recipe, read_toml
 from operando.report.study import StudyResult, draw_pareto, frontier, study_page
 from operando.study.analysis import (
     Point,
@@ -99,6 +99,14 @@ def test_a_mistake_is_refused_before_training(
     tmp_path: Path, old: str, new: str, said: str
 ) -> None:
     assert said in refused(tmp_path, (old, new))
+
+
+def test_a_study_is_no_recipe_and_a_recipe_no_study(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a study: operando study tiny_study"):
+        load_recipe("tiny_study")
+    with pytest.raises(UserError, match="arms: missing"):
+        load_study("tiny")
+    assert plan(load_study("tiny_study")).keys() == plan(loaded(tmp_path)).keys()
 
 
 def test_runs_differ_in_arm_and_seed_alone(tmp_path: Path) -> None:
