@@ -13,8 +13,10 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from operando.recipe import Config, PretrainRecipe, Recipe
+from operando.recipe import Config, PretrainRecipe, Recipe, StudyRecipe
+from operando.recipe.study import Bound
 
+UNLISTED = (Bound,)  # written in one line: { above = x } or { below = x }
 PAGE = Path(__file__).with_name("recipes.md")
 
 HEAD = """\
@@ -47,6 +49,11 @@ def recipes_page() -> str:
     for name, field in PretrainRecipe.model_fields.items():
         for model in _models(field.annotation):
             lines += _section(f"`[{name}]`", model, name, level=3)
+    lines += ["## Studies", "", _first_line(StudyRecipe), "Read by `operando study`.", ""]
+    lines += _table(StudyRecipe)
+    for name, field in StudyRecipe.model_fields.items():
+        for model in _models(field.annotation):
+            lines += _section(f"`{_header(field, name)}`{_suffix(model)}", model, name, level=3)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -58,15 +65,23 @@ def _section(title: str, model: type[Config], path: str, level: int) -> list[str
     lines += _table(model)
     for name, field in model.model_fields.items():
         below = f"{path}.{name}" if path else name
-        header = f"[[{below}]]" if name == "stages" else f"[{below}]"
-        if name == "rewards":
-            header = "[rewards.NAME]"
-        models = _models(field.annotation)
-        for one in models:
-            tag = _tag(one)
-            suffix = f' with `kind = "{tag}"`' if tag is not None else ""
-            lines += _section(f"`{header}`{suffix}", one, below, level=3)
+        for one in _models(field.annotation):
+            if one in UNLISTED:
+                continue
+            header = _header(field, below)
+            lines += _section(f"`{header}`{_suffix(one)}", one, below, level=3)
     return lines
+
+
+def _header(field: FieldInfo, path: str) -> str:
+    if path == "stages":
+        return "[[stages]]"
+    return f"[{path}.NAME]" if get_origin(field.annotation) is dict else f"[{path}]"
+
+
+def _suffix(model: type[Config]) -> str:
+    tag = _tag(model)
+    return f' with `kind = "{tag}"`' if tag is not None else ""
 
 
 def _table(model: type[Config]) -> list[str]:
@@ -96,6 +111,8 @@ def _models(annotation: object) -> list[type[Config]]:
 
 
 def _type(field: FieldInfo) -> str:
+    if field.annotation in UNLISTED:
+        return "`{ above = x }` or `{ below = x }`"
     if _models(field.annotation):
         return "table"
     limits = []

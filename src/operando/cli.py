@@ -170,6 +170,38 @@ def contribution(
 
 
 @app.command()
+def study(
+    recipe: Annotated[str, typer.Argument(metavar="STUDY", help="A study's TOML file.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once.")] = 1,
+    ray: Annotated[
+        bool, typer.Option(help="As Ray tasks: the cluster at RAY_ADDRESS, else a local one.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check it and print the plan.")] = False,
+) -> None:
+    """Train arms x seeds, ask all the same, judge preregistered claims; 3 if one is falsified."""
+    from operando.display import make_console
+    from operando.launch import run_study, show_plan
+    from operando.report.study import study_tables, visible_sentences
+    from operando.study.arms import load_study
+    from operando.study.claims import headline
+
+    checked = load_study(recipe)
+    console = make_console()
+    if dry_run:
+        show_plan(console, checked)
+        return
+    result = run_study(console, checked, jobs, ray)
+    for table in study_tables(result):
+        console.print(table)
+    for line in (*visible_sentences(result), *(j.sentence for j in result.judgements)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(headline(result.recipe, result.judgements), markup=False, soft_wrap=True)
+    print(result.file)
+    if result.is_falsified:
+        raise typer.Exit(3)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or more run folders.")],
     out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
@@ -390,5 +422,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; go on with the same command and --resume", file=sys.stderr)
+        print("interrupted; go on with the same command (train: and --resume)", file=sys.stderr)
         sys.exit(130)

@@ -162,6 +162,44 @@ class PretrainDisplay:
             self.console.print(text, highlight=False)
 
 
+class StudyDisplay:
+    """A bar of runs on a terminal; elsewhere a line for each, with the rate and the time left."""
+
+    def __init__(self, console: Console, verb: str, total: int, left: int) -> None:
+        self.console, self.verb, self.total = console, verb, total
+        self.done = self.skipped = total - left
+        self.started = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+            TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task(self._text(), total=total, completed=self.done)
+
+    def __enter__(self) -> StudyDisplay:
+        if self.console.is_terminal:
+            self.progress.start()
+        elif self.skipped:
+            self.console.print(f"{self.skipped} of {self.total} runs are done", highlight=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def show(self, name: str) -> None:
+        """Take in one run that is done."""
+        self.done += 1
+        self.progress.update(self.task, completed=self.done, description=self._text())
+        if not self.console.is_terminal:
+            each = (time.monotonic() - self.started) / (self.done - self.skipped)
+            text = f"{self._text()}: {name}, {each:.1f} s each, "
+            text += f"{each * (self.total - self.done):.0f} s left"
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _text(self) -> str:
+        return f"{self.verb} {self.done} of {self.total}"
+
+
 def show_certificate(console: Console, certificate: Certificate) -> None:
     """Print the checks of an insulation certificate."""
     table = Table(box=None, pad_edge=False)

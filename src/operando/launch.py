@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -13,21 +15,26 @@ from pathlib import Path
 from rich.console import Console
 
 from operando import parallel
-from operando.display import RunDisplay
+from operando.display import RunDisplay, StudyDisplay
 from operando.models.load import count_layers
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
+from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
 from operando.run import Run, read_metrics
 from operando.setup import StepReport
+from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
+from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
+from operando.study.claims import judge_claims
 from operando.study.contribution import (
     ContributionResult,
     check_sets,
     layer_sets,
-    plan,
     summarise,
 )
+from operando.study.contribution import plan as plan_contribution
+from operando.study.measure import measure_base, measure_run, read_metrics_of
 from operando.train import train
 
 
@@ -101,12 +108,66 @@ def run_contribution(
     num_layers = count_layers(recipe.model)
     sets = list(sets) or layer_sets(num_layers, width)
     check_sets(sets, num_layers)
-    arms = plan(recipe, sets, range(num_seeds))
+    arms = plan_contribution(recipe, sets, range(num_seeds))
     folders = dict(zip(arms, launch_arms(console, list(arms.values())), strict=True))
     file = Path(recipe.runs_dir) / f"{recipe.name}_contribution" / "contribution.json"
     result = summarise(recipe.name, folders, file)
     draw_contribution(result, file.with_suffix(".svg"))
     return result
+
+
+def run_study(console: Console, study: Study, at_once: int, on_ray: bool) -> StudyResult:
+    """Train every arm and seed in a process each, ask all the same, and judge the claims."""
+    quieten_libraries()
+    registered = json.loads(preregister(study).read_text(encoding="utf-8"))
+    jobs = plan(study)
+    left = [job for job in jobs.values() if not job.is_done]
+    cores = os.cpu_count() or 1
+    with StudyDisplay(console, "trained", len(jobs), len(left)) as display:
+        if on_ray and left:
+            runner = RayRunner(at_once)
+            try:
+                train_jobs(list(jobs.values()), runner, at_once, lambda job: display.show(job.name))
+            finally:
+                runner.close()
+        else:
+            local = LocalRunner(max(1, cores // at_once))
+            train_jobs(list(jobs.values()), local, at_once, lambda job: display.show(job.name))
+    values = {}
+    with StudyDisplay(console, "asked", *[len(jobs) + len(study.arms)] * 2) as display:
+        for arm, recipe in study.arms.items():
+            values[base_of(arm)] = read_metrics_of(study, [measure_base(study, recipe)])
+            display.show(base_of(arm))
+            files = []
+            for seed in study.recipe.seeds:
+                files.append(measure_run(study, jobs[arm, seed]))
+                display.show(jobs[arm, seed].name)
+            values[arm] = read_metrics_of(study, files)
+    recipe = study.recipe
+    amendments = [f"{a['written']} seeds {a['seeds_added']}" for a in registered["amendments"]]
+    result = StudyResult(
+        recipe, rows_of(recipe, values), judge_claims(recipe, values),
+        visible_differences(recipe, values), pareto_points(recipe, values), amendments,
+        study.folder / "study.md",
+    )  # fmt: skip
+    write_study(result)
+    return result
+
+
+def show_plan(console: Console, study: Study) -> None:
+    """Print every run of a study and how far it is; train and write nothing."""
+    for (arm, seed), job in plan(study).items():
+        state = "done" if job.is_done else "begun" if job.is_started else "to do"
+        console.print(
+            f"{state:6} {arm} seed {seed}: {job.recipe.steps} steps, {job.folder}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    claims = ", ".join(study.recipe.claims) or "none"
+    console.print(
+        f"{len(plan(study))} runs; the same {study.recipe.evaluation.num} problems of "
+        f"{', '.join(study.asked)} for all; claims: {claims}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _train_shown(

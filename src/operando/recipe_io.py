@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from operando.errors import UserError, nearest
-from operando.recipe import Config, PretrainRecipe, Recipe
+from operando.recipe import Config, PretrainRecipe, Recipe, StudyRecipe
 
 C = TypeVar("C", bound=Config)
 
@@ -104,9 +104,16 @@ def load_pretrain_recipe(name: str, overrides: tuple[str, ...] = ()) -> Pretrain
     return _load(PretrainRecipe, name, overrides)
 
 
+def load_study_recipe(name: str) -> StudyRecipe:
+    """Return the checked study of a file (or shipped name)."""
+    return _load(StudyRecipe, name, ())
+
+
 def _load(kind: type[C], name: str, overrides: tuple[str, ...]) -> C:
     file = recipe_file(name)
     tables = read_toml(file)
+    if "arms" in tables and kind is not StudyRecipe:
+        raise UserError(f"{file} is a study: operando study {name}")
     for override in overrides:
         tables = apply_override(tables, override)
     return check(kind, tables, str(file))

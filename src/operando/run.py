@@ -144,7 +144,7 @@ class Run:
         folder = Path(recipe.runs_dir) / recipe.name
         old = read_recipe(folder)
         if old != recipe:
-            changed = _differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
             raise UserError(
                 f"{folder} was begun with another recipe; changed: {'; '.join(changed)}. "
                 "Undo the change, or begin a new run with name=NEW_NAME"
@@ -283,12 +283,13 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _differences(old: object, new: object, path: str = "") -> list[str]:
+def differences(old: object, new: object, path: str = "") -> list[str]:
+    """Return a line for each key in which two trees of JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
             for key in sorted(set(old) | set(new))
-            for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
         ]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 

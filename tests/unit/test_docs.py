@@ -19,6 +19,7 @@ import typer
 
 from operando.cli import app
 from operando.recipe_io import load_pretrain_recipe, load_recipe, shipped_recipes
+from operando.study.arms import load_study
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "operando"
@@ -148,6 +149,9 @@ def check_recipe(name: str, params: dict[str, object]) -> None:
         return
     if recipe.endswith(".toml"):
         assert (ROOT / recipe).is_file(), recipe
+    if name == "study":
+        load_study(recipe)
+        return
     load = load_pretrain_recipe if name == "pretrain" else load_recipe
     load(Path(recipe).stem, tuple(overrides))
 
@@ -156,7 +160,7 @@ def test_commands_are_found_in_the_pages():
     found = {command[0] for page in PAGES for command in commands(page)}
     assert found == {
         "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
-        "certify", "contribution", "sae", "drift", "features", "canary",
+        "certify", "contribution", "sae", "drift", "features", "canary", "study",
     }  # fmt: skip
 
 

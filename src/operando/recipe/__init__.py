@@ -38,6 +38,16 @@ from operando.recipe.run import EvalConfig as EvalConfig
 from operando.recipe.run import ParallelConfig as ParallelConfig
 from operando.recipe.run import Recipe as Recipe
 from operando.recipe.run import TrackingConfig as TrackingConfig
+from operando.recipe.study import Claim as Claim
+from operando.recipe.study import DifferenceClaim as DifferenceClaim
+from operando.recipe.study import EmergenceClaim as EmergenceClaim
+from operando.recipe.study import EmergenceDifferenceClaim as EmergenceDifferenceClaim
+from operando.recipe.study import EquivalenceClaim as EquivalenceClaim
+from operando.recipe.study import EvaluationConfig as EvaluationConfig
+from operando.recipe.study import MetricConfig as MetricConfig
+from operando.recipe.study import ParetoConfig as ParetoConfig
+from operando.recipe.study import RateClaim as RateClaim
+from operando.recipe.study import StudyRecipe as StudyRecipe
 from operando.recipe.update import AdvantageConfig as AdvantageConfig
 from operando.recipe.update import CispoLoss as CispoLoss
 from operando.recipe.update import ClipLoss as ClipLoss
