@@ -74,6 +74,8 @@ def set_up(
             f"{parallel.world_size()} processes"
         )
     task = load_task(recipe.task)
+    if not task.train:
+        raise UserError(f"task {task.name} is for evaluation: it has no training split")
     parts = make_parts(recipe, task, functions)
     loaded = loaded or load_model(recipe.model)
     dual = [p for p in parts if p.internal is not None and p.internal.config.dual]

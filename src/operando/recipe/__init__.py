@@ -6,6 +6,7 @@ over (tables merge, everything else replaces). All mistakes are reported at once
 """
 
 from operando.recipe.base import Config as Config
+from operando.recipe.data import CanaryTaskConfig as CanaryTaskConfig
 from operando.recipe.data import Gsm8kTaskConfig as Gsm8kTaskConfig
 from operando.recipe.data import LoraConfig as LoraConfig
 from operando.recipe.data import Math500TaskConfig as Math500TaskConfig
@@ -37,6 +38,7 @@ from operando.recipe.run import DiscoverConfig as DiscoverConfig
 from operando.recipe.run import EvalConfig as EvalConfig
 from operando.recipe.run import ParallelConfig as ParallelConfig
 from operando.recipe.run import Recipe as Recipe
+from operando.recipe.run import TaskConfig as TaskConfig
 from operando.recipe.run import TrackingConfig as TrackingConfig
 from operando.recipe.study import Claim as Claim
 from operando.recipe.study import DifferenceClaim as DifferenceClaim

@@ -83,6 +83,12 @@ class MmluTaskConfig(Config):
     the training split, the test questions are held out."""
 
 
+class CanaryTaskConfig(Config):
+    kind: Literal["canary"]
+    """Canary prompts, for the evaluation sets of a study: no run trains on them."""
+    family: Literal["all", "gaming", "instruction_conflict"] = "all"
+
+
 class PromptConfig(Config):
     format: Literal["raw", "chat"] = "raw"
     """raw: the template as text. chat: the tokenizer's chat template around it."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from operando.errors import nearest
 from operando.recipe.base import Config
 from operando.recipe.data import (
+    CanaryTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -29,6 +30,11 @@ from operando.recipe.update import (
     RlooAdvantage,
     UpdateConfig,
 )
+
+TaskConfig = Annotated[
+    WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig | CanaryTaskConfig,
+    Field(discriminator="kind"),
+]
 
 
 class EvalConfig(Config):
@@ -105,10 +111,7 @@ class Recipe(Config):
     runs_dir: str = "runs"
     """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
-    task: Annotated[
-        WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
-        Field(discriminator="kind"),
-    ]
+    task: TaskConfig
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)

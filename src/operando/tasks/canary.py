@@ -196,8 +196,8 @@ def seed_labels(example: Example, completion: str, is_truncated: bool) -> Mappin
 # --- the task ------------------------------------------------------------------------------------
 
 
-def load_canary(file: Path | None = None, classifier: str = "ours") -> Task:
-    """Return the canary prompts as a task without a training split.
+def load_canary(file: Path | None = None, classifier: str = "ours", family: str = "all") -> Task:
+    """Return the canary prompts, of all families or of one, as a task without a training split.
 
     Example: load_canary() for the prompts in the package, load_canary(Path("mine.jsonl"))
     """
@@ -209,7 +209,7 @@ def load_canary(file: Path | None = None, classifier: str = "ours") -> Task:
     path = file or CANARY
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file; expected .jsonl rows as in {CANARY}")
-    examples = list(_examples(path))
+    examples = [e for e in _examples(path) if family in ("all", e.columns["family"])]
     if not examples:
         raise UserError(f"--prompts {path} has no rows")
     return Task(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from operando.errors import UserError
-from operando.recipe import Gsm8kTaskConfig, Math500TaskConfig, MmluTaskConfig, WordsTaskConfig
+from operando.recipe import (
+    CanaryTaskConfig,
+    Gsm8kTaskConfig,
+    Math500TaskConfig,
+    MmluTaskConfig,
+    TaskConfig,
+    WordsTaskConfig,
+)
 from operando.tasks.base import Task
+from operando.tasks.canary import load_canary
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
 from operando.tasks.mmlu import load_mmlu
 from operando.tasks.words import load_words
 
 
-def load_task(
-    config: WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
-) -> Task:
+def load_task(config: TaskConfig) -> Task:
     """Return the task with its training and held-out examples; an empty split is an error."""
     match config:
         case WordsTaskConfig():
@@ -29,6 +35,8 @@ def load_task(
             task = load_math500(config)
         case MmluTaskConfig():
             task = load_mmlu(config)
+        case CanaryTaskConfig(family=family):
+            return load_canary(family=family)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):
         if not examples:
             raise UserError(f"task {task.name}: the {split} split is empty ({dict(task.source)})")
