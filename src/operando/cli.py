@@ -114,8 +114,9 @@ def canary(
         str, typer.Option(help="ours, or seed: mechreward's, to compare with.")
     ] = "ours",
 ) -> None:
-    """Ask base and trained model canary prompts: which occasions to game do they take?"""
+    """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
     from operando.audit.canary import canary_table, run_canary
+    from operando.audit.feature_gaming import game_features, gaming_lines
     from operando.display import make_console
     from operando.launch import quieten_libraries
 
@@ -124,8 +125,15 @@ def canary(
         run, prompts=prompts, step=step, max_completion_length=max_completion_length,
         classifier=classifier,
     )  # fmt: skip
-    make_console().print(canary_table(result))
+    console = make_console()
+    console.print(canary_table(result))
+    gaming = game_features(run, step)
+    for one in gaming:
+        for line in gaming_lines(one):
+            console.print(line, highlight=False, markup=False)
     print(result.file)
+    if any(one.beaten.value > 0 for one in gaming):
+        raise typer.Exit(3)
 
 
 @app.command()
