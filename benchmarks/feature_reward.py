@@ -4,9 +4,9 @@
 
 Both arms have the same model, LoRA, KL term (so the frozen base is run in both), prompts and
 sampling streams. The features are read in policy and base and paid with weight 0, so that both
-arms write the same completions: this is checked first, step by step. SAEs are random (what they read
-does not change what reading costs), top-k with k = 64. Rounds alternate; the ratio is the median
-over steps of the same step's two times.
+arms write the same completions: this is checked first, step by step. SAEs are random (what they
+read does not change what reading costs), top-k with k = 64. Rounds alternate; the ratio is the
+median over steps of the same step's two times.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ def main() -> None:
                     keys = ("time/score", "time/step")
                     pair = [b[k] / a[k] for k in keys] + [a["time/step"], b["time/step"]]
                     times.setdefault(str(size), []).append(pair)
-    print(f"{args.model} {args.dtype}, {args.prompts} x {args.group} completions of <= {args.new} "
-          f"tokens, {torch.get_num_threads()} threads, n = {len(next(iter(times.values())))} steps")  # fmt: skip
+    num = len(next(iter(times.values())))
+    print(
+        f"{args.model} {args.dtype}, {args.prompts} x {args.group} completions of <= {args.new} "
+        f"tokens, {torch.get_num_threads()} threads, n = {num} steps"
+    )
     print("d_sae   step s without  step s with  ratio of the step  ratio of scoring")
     for size, rows in times.items():
         score, step, without, with_ = (
