@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from operando.audit.doctor import series
+from operando.audit.findings import series
 from operando.errors import UserError
 from operando.recipe import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
