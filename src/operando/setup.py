@@ -104,8 +104,10 @@ def set_up(
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
-        run.note(model_class=auto_class(loaded.model.config).__name__)
-        run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)
+        run.note(
+            model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
+            data=dict(task.source), sampler=sampler.name,
+        )  # fmt: skip
         for warning in hygiene.check_machine():
             run.warn(warning)
         for part in parts:

@@ -87,8 +87,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Return whether a model reads images (or sound) with towers beside its language model."""
-    return "text_config" in config and ("vision_config" in config or "audio_config" in config)
+    """Return whether a model reads images with a tower beside its language model."""
+    return "text_config" in config and "vision_config" in config
 
 
 def language_decoder(model: nn.Module) -> str | None:
