@@ -225,6 +225,17 @@ def report(
 
 
 @app.command()
+def doctor(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+    """Say what ails a run, with the arithmetic and a remedy, or what was checked and is well."""
+    from operando.audit.doctor import examine, show_diagnosis
+    from operando.display import make_console
+
+    result = examine(run)
+    make_console().print(show_diagnosis(result))
+    print(result.file)
+
+
+@app.command()
 def fuzz(
     target: Annotated[str, typer.Argument(help="A run folder, a recipe, or a task (words).")],
     overrides: Overrides = None,

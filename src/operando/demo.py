@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from operando.audit.doctor import diagnose
+from operando.audit.doctor import diagnose, show_finding
 from operando.launch import launch
 from operando.recipe import Recipe
 from operando.recipe_io import load_recipe
@@ -99,11 +99,8 @@ def show_siblings(console: Console, folder: Path) -> None:
 
 def show_findings(console: Console, folder: Path) -> None:
     """Print what the doctor finds in the run, in words, with the remedy."""
-    max_grad_norm = read_recipe(folder).optim.max_grad_norm
-    for finding in diagnose(read_metrics(folder), max_grad_norm):
-        text = f"{finding.severity}: {finding.sentence}"
-        console.print(text, style="bold", highlight=False, markup=False)
-        console.print(f"  remedy: {finding.remedy}", highlight=False, markup=False)
+    for finding in diagnose(read_metrics(folder), read_recipe(folder)):
+        console.print(*show_finding(finding), sep="\n")
 
 
 def _held_out(folder: Path, *, first: bool) -> list[bool]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from operando import parallel
+from operando.audit.doctor import diagnose, show_finding, shown_live
 from operando.display import RunDisplay, StudyDisplay
 from operando.models.load import count_layers
 from operando.recipe import Recipe
@@ -175,6 +176,7 @@ def _train_shown(
 ) -> None:
     with RunDisplay(console, f"{recipe.name}: {run.folder}", recipe.steps) as display:
         shown: set[str] = set()
+        found = shown_live(read_metrics(run.folder), recipe)  # before an interruption
 
         def on_step(report: StepReport) -> None:
             display.show(report)
@@ -183,6 +185,11 @@ def _train_shown(
                     shown.add(warning)
                     text = f"warning: {warning}"
                     console.print(text, style="yellow", soft_wrap=True, markup=False)
+            if "eval/correct" in report.metrics:
+                for finding in diagnose(read_metrics(run.folder), recipe):
+                    if finding.name not in found:
+                        found.add(finding.name)
+                        console.print(*show_finding(finding), sep="\n", soft_wrap=True)
 
         train(recipe, run, functions=functions, on_step=on_step)
 

@@ -20,7 +20,7 @@ from operando.update.hygiene import duplicate_fraction, zero_variance_fraction
 from operando.update.losses import Totals, effective_sample_size, kl_estimate
 from operando.update.objective import Objective
 from operando.update.optim import UpdateStats
-from operando.update.reduce import masked_mean, masked_sum
+from operando.update.reduce import masked_mean, masked_sum, quarter_means
 
 
 class Clock:
@@ -77,6 +77,8 @@ def batch_metrics(
         kl_BT = kl_estimate(trace.logp_BT, trace.ref_logp_BT, "k3")
         metrics["kl"] = float(masked_mean(kl_BT, mask_BT))
         metrics["kl_max"] = float((kl_BT * mask_BT).max())
+        quarters = quarter_means(kl_BT, mask_BT).tolist()
+        metrics |= {f"kl/q{i}": value for i, value in enumerate(quarters, start=1)}
     return metrics | dict(rewards.metrics)
 
 

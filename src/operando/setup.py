@@ -13,7 +13,7 @@ from operando import parallel
 from operando.errors import UserError
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
-from operando.models.load import Loaded, load_model, pad_id, stop_ids
+from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
 from operando.models.policy import Policy, Tap, whole_site
 from operando.recipe import GaeAdvantage, Recipe
 from operando.rewards.base import RewardFunction
@@ -106,7 +106,10 @@ def set_up(
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
-        run.note(model=loaded.identity, data=dict(task.source), sampler=sampler.name)
+        run.note(
+            model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
+            data=dict(task.source), sampler=sampler.name,
+        )  # fmt: skip
         for warning in hygiene.check_machine():
             run.warn(warning)
         for part in parts:

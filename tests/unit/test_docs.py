@@ -160,7 +160,7 @@ def test_commands_are_found_in_the_pages():
     found = {command[0] for page in PAGES for command in commands(page)}
     assert found == {
         "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
-        "certify", "contribution", "sae", "drift", "features", "canary", "study",
+        "certify", "contribution", "sae", "drift", "features", "canary", "study", "doctor",
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from operando.drift.chain import (
     ARMS,
@@ -38,7 +38,7 @@ from operando.errors import UserError, nearest
 from operando.internals.sae import SAE, check_fits
 from operando.internals.sae_formats import load_sae
 from operando.models.layers import parse_layer_set
-from operando.models.load import count_layers, resolve, width_of
+from operando.models.load import auto_class, count_layers, resolve, width_of
 from operando.recipe import Recipe
 from operando.run import read_recipe, write_json
 
@@ -133,7 +133,7 @@ def _fitting_sae(recipe: Recipe, path: Path, site: str | None) -> tuple[SAE, str
     sae = load_sae(path)
     config = AutoConfig.from_pretrained(resolve(recipe.model.id), revision=recipe.model.revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     return sae, check_fits(sae, model, width_of(recipe.model), site)
 
 

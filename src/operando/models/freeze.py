@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from operando.models.hooks import ActivationReader
+from operando.models.layers import is_multimodal
 from operando.models.policy import Policy
 from operando.parallel import whole
 from operando.recipe import LoraConfig
@@ -222,12 +224,14 @@ def expected_count(
     """Return how many parameters the layer set trains, from the model's shapes alone.
 
     LoRA: sum over the set's target modules of rank * (inputs + outputs). Full training: all of the
-    set's blocks; of the whole model where the set holds every layer.
+    set's blocks; of the whole model where the set holds every layer and nothing is multimodal.
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList), blocks_name
     if lora is None:
-        parts = [model] if len(layers) == len(blocks) else [blocks[i] for i in layers]
+        towers = isinstance(model, PreTrainedModel) and is_multimodal(model.config)
+        everything = len(layers) == len(blocks) and not towers
+        parts = [model] if everything else [blocks[i] for i in layers]
         return sum(p.numel() for part in parts for p in part.parameters())
     total = 0
     for layer in layers:
@@ -241,8 +245,9 @@ def expected_count(
 
 def check_layers(policy: Policy) -> Check:
     """Every trainable tensor lies in a layer of the set."""
-    everything = policy.config.lora is None and len(policy.layers) == len(policy.blocks)
-    found = leaks(policy.model, policy.blocks_name, policy.layers, everything)
+    found = leaks(
+        policy.model, policy.blocks_name, policy.layers, whole_model=policy.trains_everything()
+    )
     if found:
         return Check("layers", False, f"{len(found)} trainable outside the set: {found[:3]}")
     return Check("layers", True, f"{len(policy.trainable())} trainable tensors, all inside the set")
@@ -265,8 +270,7 @@ def check_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Check:
         for name, p in policy.model.named_parameters()
         if layer_of(name, policy.blocks_name) not in policy.layers
     )
-    everything = policy.config.lora is None and len(policy.layers) == len(policy.blocks)
-    passed = not extra and not missing and (everything or not outside)
+    passed = not extra and not missing and (policy.trains_everything() or not outside)
     detail = f"{len(held)} tensors, {extra} too many, {missing} missing, {outside} outside the set"
     return Check("optimizer", passed, detail)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from operando.errors import UserError
 
@@ -66,10 +67,13 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the language model's decoder blocks.
 
     They are the longest ModuleList whose members are alike and hold attention, outside any vision
-    or audio tower.
+    or audio tower; of a multimodal model they lie in its language decoder, however deep its towers.
     """
     found: list[tuple[int, str, nn.ModuleList]] = []
+    language = language_decoder(model)
     for name, module in model.named_modules():
+        if language is not None and not f"{name}.".startswith(f"{language}."):
+            continue
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         if re.search(r"vision|visual|image|audio|tower|encoder\.", name):
@@ -80,6 +84,26 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UserError(f"can't find the decoder blocks of {type(model).__name__}")
     _, name, blocks = max(found, key=lambda item: item[0])
     return name, blocks
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Return whether a model reads images with a tower beside its language model."""
+    return "text_config" in config and "vision_config" in config
+
+
+def language_decoder(model: nn.Module) -> str | None:
+    """Return the name of the language decoder inside a multimodal model; None of another model."""
+    for outer, wrapper in model.named_modules():
+        if isinstance(wrapper, PreTrainedModel) and is_multimodal(wrapper.config):
+            decoder = wrapper.get_decoder()
+            inner = next((name for name, m in wrapper.named_modules() if m is decoder), "")
+            if decoder is wrapper or not inner:
+                raise UserError(
+                    f"{type(wrapper).__name__} is a multimodal model without a language decoder: "
+                    "there are no blocks that write text, so nothing to train here"
+                )
+            return f"{outer}.{inner}".lstrip(".")
+    return None
 
 
 def _has_attention(block: nn.Module) -> bool:

@@ -15,12 +15,16 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from operando.errors import UserError, nearest
+from operando.models.layers import is_multimodal
 from operando.recipe import ModelConfig
 from operando.run import hash_file
 
@@ -93,7 +97,8 @@ def load_model(config: ModelConfig) -> Loaded:
     dtype = getattr(torch, config.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        published = AutoConfig.from_pretrained(where, revision=config.revision)
+        model = auto_class(published).from_pretrained(
             where,
             revision=config.revision,
             dtype=dtype,
@@ -117,6 +122,24 @@ def load_model(config: ModelConfig) -> Loaded:
             "tokenizer_config.json"
         )
     return Loaded(model.eval(), tokenizer, _identity(config, where))
+
+
+def auto_class(
+    config: PreTrainedConfig,
+) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Return the class that loads a model whole: with its towers, if its config has them.
+
+    A multimodal checkpoint loaded as a causal language model would lose its towers, and an adapter
+    trained on what is left names other modules than those of the published model.
+    """
+    if not is_multimodal(config):
+        return AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.is_encoder_decoder:
+        raise UserError(
+            f"{config.model_type!r} is a multimodal model without a language decoder: there are no "
+            "blocks that write text, so nothing to train here"
+        )
+    return AutoModelForImageTextToText
 
 
 def count_layers(config: ModelConfig) -> int:

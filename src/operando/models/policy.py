@@ -7,6 +7,7 @@ copy. Everything here runs with dropout at 0, and positions are always passed.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models.hooks import ActivationReader
-from operando.models.layers import decoder_blocks, parse_layer_set
+from operando.models.layers import decoder_blocks, is_multimodal, parse_layer_set
 from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
@@ -124,6 +125,11 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an update may change, by name; not the value head."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def trains_everything(self) -> bool:
+        """Return whether norms, embeddings and head are trained beside the blocks."""
+        everything = self.config.lora is None and len(self.layers) == len(self.blocks)
+        return everything and not is_multimodal(self.base.config)
 
     def value_parameters(self) -> list[nn.Parameter]:
         return list(self.value_head.parameters()) if self.value_head is not None else []
@@ -352,15 +358,17 @@ def _with_lora(
 ) -> PeftModel:
     lora = config.lora
     assert lora is not None
-    names = {n.rpartition(".")[2] for n, m in base.named_modules() if _is_linear(m)}
+    _, blocks = decoder_blocks(base)
+    names = {n.rpartition(".")[2] for n, m in blocks.named_modules() if _is_linear(m)}
     for target in lora.targets:
         if target not in names:
             raise UserError(
-                f"model.lora.targets: {target!r} is no linear module of this model."
+                f"model.lora.targets: {target!r} is no linear module of its decoder blocks."
                 f"{nearest(target, names)} It has: {', '.join(sorted(names))}"
             )
-    _, blocks = decoder_blocks(base)
-    some = set(layers) != set(range(len(blocks)))
+    # PEFT looks for names and layer numbers everywhere, in a vision tower too: there, whole paths.
+    towers = is_multimodal(base.config)
+    some = set(layers) != set(range(len(blocks))) and not towers
     with torch.random.fork_rng():
         torch.manual_seed(seeds.derive("model", "lora"))
         model = get_peft_model(
@@ -370,13 +378,21 @@ def _with_lora(
                 r=lora.rank,
                 lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # pyright: ignore[reportArgumentType]
                 lora_dropout=0.0,
-                target_modules=list(lora.targets),
+                target_modules=_paths(blocks_name, layers, lora.targets)
+                if towers
+                else list(lora.targets),
                 layers_to_transform=list(layers) if some else None,
                 layers_pattern=blocks_name.rpartition(".")[2] if some else None,
             ),
         )
     assert isinstance(model, PeftModel)
     return model.eval()
+
+
+def _paths(blocks_name: str, layers: Sequence[int], targets: Sequence[str]) -> str:
+    """Return the pattern of the target modules' full names; PEFT matches it from end to end."""
+    numbers, names = "|".join(map(str, layers)), "|".join(map(re.escape, targets))
+    return rf"{re.escape(blocks_name)}\.({numbers})\.(?:.*\.)?({names})"
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -386,8 +402,11 @@ def _is_linear(module: nn.Module) -> bool:
 def _train_only(
     model: PreTrainedModel, blocks_name: str, layers: tuple[int, ...], num_layers: int
 ) -> None:
-    """Freeze every parameter outside the layer set; the set of all layers frees the whole model."""
-    if len(layers) == num_layers:
+    """Freeze every parameter outside the layer set; the set of all layers frees the whole model.
+
+    Of a multimodal model it frees all decoder blocks: towers and embeddings stay as they are.
+    """
+    if len(layers) == num_layers and not is_multimodal(model.config):
         model.requires_grad_(True)
         return
     inside = tuple(f"{blocks_name}.{i}." for i in layers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from operando.audit.doctor import series
+from operando.audit.findings import series
 from operando.errors import UserError
 from operando.recipe import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
@@ -40,7 +40,7 @@ def model_card(folder: Path, step: int) -> str:
         _summary(run, step),
         f"## Held-out result\n\n{_result(run, step)}",
         _health(run),
-        f"## Use\n\n{_load_code(run.recipe)}",
+        f"## Use\n\n{_load_code(run.recipe, run.manifest)}",
         f"## What this is not\n\n{_limits(run.recipe)}",
         f"## Provenance\n\n{_provenance(run.manifest)}",
         f"## Recipe\n\n```toml\n{run.recipe_text.rstrip()}\n```",
@@ -137,21 +137,22 @@ def _health(run: RunTables) -> str:
     return "## Findings, cautions and warnings of the run\n\n" + "\n".join(lines)
 
 
-def _load_code(recipe: Recipe) -> str:
+def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
     """Return code that loads the folder the card lies in; only a name of ours needs operando."""
     model = recipe.model
     ours = "/" not in model.id
+    auto = manifest.get("model_class", "AutoModelForCausalLM")
     where = f'resolve("{model.id}")' if ours else f'"{model.id}"'
     revision = f', revision="{model.revision}"' if model.revision is not None else ""
     imports = ["from operando.models.load import resolve"] if ours else []
     if model.lora is None:
-        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                 'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")',
+        lines = [f"from transformers import {auto}, AutoTokenizer", "",
+                 f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
                  'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")']  # fmt: skip
     else:
         lines = [*imports, "from peft import PeftModel",
-                 "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                 f"base = AutoModelForCausalLM.from_pretrained({where}{revision})",
+                 f"from transformers import {auto}, AutoTokenizer", "",
+                 f"base = {auto}.from_pretrained({where}{revision})",
                  'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
                  f"tokenizer = AutoTokenizer.from_pretrained({where}{revision})"]  # fmt: skip
     code = "\n".join(lines)

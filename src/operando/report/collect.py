@@ -10,7 +10,8 @@ from statistics import fmean
 
 import pyarrow.parquet as pq
 
-from operando.audit.doctor import Finding, Row, always_under_clip, diagnose, held_out_counts, series
+from operando.audit.doctor import diagnose
+from operando.audit.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
 from operando.recipe import Recipe
 from operando.run import read_manifest, read_metrics, read_recipe
@@ -101,7 +102,7 @@ def collect(folder: Path) -> RunTables:
         finished=results is not None,
         last_step=last_step,
         held_out=read_held_out(folder, rows),
-        findings=diagnose(rows, recipe.optim.max_grad_norm),
+        findings=diagnose(rows, recipe),
         cautions=_cautions(recipe, rows, last_step, finished=results is not None),
         warnings=[str(w) for w in warnings],
     )

@@ -5,6 +5,7 @@ It holds what is known at that moment; `operando report` rewrites it with the ev
 
 from __future__ import annotations
 
+from operando.models.load import auto_class
 from operando.models.policy import Policy
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
@@ -18,11 +19,12 @@ def draft_card(recipe: Recipe, step: int, policy: Policy) -> str:
     library = "peft" if lora is not None else "transformers"
     own = recipe.model.id == "starter"
     name = "operando.models.load.STARTER" if own else f'"{recipe.model.id}"'
-    base = f"AutoModelForCausalLM.from_pretrained({name})"
+    auto = auto_class(policy.base.config).__name__
+    base = f"{auto}.from_pretrained({name})"
     load = (
         f"PeftModel.from_pretrained({base}, HERE)"
         if lora is not None
-        else "AutoModelForCausalLM.from_pretrained(HERE)"
+        else f"{auto}.from_pretrained(HERE)"
     )
     kind = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora is not None else "full parameters"
     return f"""---
@@ -39,7 +41,7 @@ Not evaluated in this card: see `results.json` and `evals/` of the run.
 ```python
 {"import operando.models.load" if own else "# the base model is loaded by its name"}
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
 model = {load}
 ```

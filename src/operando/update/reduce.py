@@ -28,3 +28,11 @@ def masked_mean(x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Flo
     """Mean over all real tokens of the batch; 0 if there are none.
     y = sum_bt m[b,t] x[b,t] / max(1, sum_bt m[b,t])"""
     return zero_outside(x_BT, mask_BT).sum() / mask_BT.sum().clamp(min=1)
+
+
+def quarter_means(x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "4"]:
+    """Mean over the real tokens in each quarter of their own completion; 0 for an empty quarter.
+    Token t (from 0) of a completion of n tokens is in quarter floor(4 t / n)."""
+    length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    quarter_BT = 4 * torch.arange(mask_BT.shape[1], device=mask_BT.device) // length_B1
+    return torch.stack([masked_mean(x_BT, mask_BT & (quarter_BT == q)) for q in range(4)])
