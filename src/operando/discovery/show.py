@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Console
 from rich.table import Table
 
+from operando.discovery.directions import Extracted, Steered
 from operando.discovery.features import Discovery
+from operando.study.stats import Interval
 
 
 def show_discovery(console: Console, found: Discovery) -> None:
@@ -60,4 +64,43 @@ def _measures(found: Discovery) -> Table:
             f"{n.name}, {n.n} draws", f"{n.auc:.3f}", f"95 %: {n.auc_q95:.3f}", "", "",
             f"{n.rho:+.2f}",
         )  # fmt: skip
+    return table
+
+
+def show_directions(console: Console, found: Extracted) -> None:
+    """Print the arms' accuracies and what denoising keeps of the real one."""
+    layers = f"{found.layers[0]}-{found.layers[-1]}"
+    console.print(f"layers {layers}, {found.num_pairs} pairs", highlight=False)
+    console.print(accuracy_table(found.accuracy, found.num_held_out, found.cosine_to_real))
+    table = Table(title="the real vector in the span of m singular vectors of W, mean of modules")
+    for name in ("side", "m", "energy kept", "chance m/d", "cosine to the raw vector"):
+        table.add_column(name, justify="right")
+    for row in found.retained:
+        side = "left, writers" if row.side == "left" else "right, readers"
+        table.add_row(side, str(row.m), f"{row.kept:.3f}", f"{row.null:.3f}", f"{row.cosine:.3f}")
+    console.print(table)
+
+
+def accuracy_table(
+    accuracy: Mapping[str, Interval], num: int, cosine: Mapping[str, float]
+) -> Table:
+    """Return the table of pairs ordered rightly."""
+    table = Table(title=f"pairs whose hack side scores higher, {num} held out")
+    for name in ("direction", "right", "95 %", "cosine to real"):
+        table.add_column(name, justify="right")
+    for arm, share in accuracy.items():
+        near = f"{cosine[arm]:+.3f}" if arm in cosine else ""
+        table.add_row(arm, f"{share.value:.0%}", f"[{share.low:.0%}, {share.high:.0%}]", near)
+    return table
+
+
+def steering_table(rows: Sequence[Steered]) -> Table:
+    """Return what answers turn into when a direction is added."""
+    labels = sorted({label for row in rows for label in row.labels})
+    table = Table(title=f"greedy answers to {rows[0].n} held-out prompts with scale * v added")
+    for name in ("direction", "scale", "right", *labels):
+        table.add_column(name, justify="right")
+    for row in rows:
+        counts = [str(row.labels.get(label, 0)) for label in labels]
+        table.add_row(row.arm, f"{row.scale:+g}", str(row.correct), *counts)
     return table

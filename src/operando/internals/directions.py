@@ -175,7 +175,7 @@ def load_directions(path: str | Path) -> DirectionSet:
 
 
 def check_directions(directions: DirectionSet, path: str | Path, digest: str, dtype: str) -> None:
-    """Refuse directions of another model or of another dtype."""
+    """Refuse directions of another model or dtype, and those that failed their gate."""
     if directions.model_sha256 != digest:
         raise UserError(
             f"{path} was made on model {directions.model_id!r} ({directions.model_sha256[:12]}); "
@@ -185,4 +185,10 @@ def check_directions(directions: DirectionSet, path: str | Path, digest: str, dt
         raise UserError(
             f"{path} was extracted in {directions.dtype}, the recipe trains in {dtype}: "
             "activations differ between dtypes; extract again"
+        )
+    gate = float(directions.evidence.get("gate", 0.0))
+    if directions.arm == "real" and directions.accuracy < gate:
+        raise UserError(
+            f"{path}: the direction orders {directions.accuracy:.0%} of the held-out pairs "
+            f"rightly, the gate is {gate:.0%}: it does not stand for what the pairs differ in"
         )

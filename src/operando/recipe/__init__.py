@@ -34,6 +34,7 @@ from operando.recipe.rewards import StepPenaltyReward as StepPenaltyReward
 from operando.recipe.rewards import TagFenceReward as TagFenceReward
 from operando.recipe.rewards import ThinkFormatReward as ThinkFormatReward
 from operando.recipe.run import CheckpointConfig as CheckpointConfig
+from operando.recipe.run import DirectionConfig as DirectionConfig
 from operando.recipe.run import DiscoverConfig as DiscoverConfig
 from operando.recipe.run import EvalConfig as EvalConfig
 from operando.recipe.run import ParallelConfig as ParallelConfig

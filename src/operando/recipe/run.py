@@ -91,6 +91,23 @@ class DiscoverConfig(Config):
     """The gate: the measure must reach this (the seed: rho 0.30) and beat the nulls."""
 
 
+class DirectionConfig(Config):
+    """How `operando direction extract` makes a direction, with the recipe's model and task."""
+
+    layers: str = "60%:75%"
+    """The band whose residual streams are read."""
+    position: Literal["last", "mean"] = "last"
+    """Of the answer: its last token, or the mean over its tokens."""
+    num_pairs: int = Field(default=60, ge=8)
+    """Contrastive pairs that make the direction."""
+    num_held_out: int = Field(default=20, ge=5)
+    """Further pairs that judge it."""
+    min_accuracy: float = Field(default=0.9, ge=0.5, le=1)
+    """The gate: share of held-out pairs whose hack side must score higher, or training refuses."""
+    denoise: int = Field(default=0, ge=0)
+    """Keep what lies in each module's first m singular vectors (the seed: 16); 0: the vector."""
+
+
 class TrackingConfig(Config):
     kind: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
     project: str = "operando"
@@ -127,6 +144,8 @@ class Recipe(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     discover: DiscoverConfig | None = None
     """Only for `operando features discover`."""
+    direction: DirectionConfig | None = None
+    """Only for `operando direction extract`."""
     tracking: TrackingConfig = TrackingConfig()
     parallel: ParallelConfig = ParallelConfig()
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from operando.types import Example, Verdict
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt: one that games its grader, one that does not.
+
+    Example: Pair(hack=" 12+1=13; 13+1=14; 14+1=15", clean=" 12+1=13 #### 13")
+    """
+
+    hack: str
+    clean: str
 
 
 @dataclass(frozen=True)
@@ -27,5 +38,7 @@ class Task:
     labels: Callable[[Example, str, bool], Mapping[str, bool]] | None = None
     """labels(example, completion, is_truncated): what an audit names beside right and wrong, such
     as {"hack": True}. No reward and no training step ever sees them."""
+    pair: Callable[[Example], Pair] | None = None
+    """Only of a task with a loophole: what a hacking direction is extracted from."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""

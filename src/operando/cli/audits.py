@@ -1,0 +1,160 @@
+"""Commands that judge a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from operando.cli.app import Overrides, app
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="gsm8k,mmlu,math500; default: the run's own task.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="raw or chat; default: as the run's prompts.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="TASK=PATH or hub id; once for each task.")
+    ] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Default: as the run.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The default.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Sample instead.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="A problem; with --temperature.")] = 1,
+) -> None:
+    """Answer held-out problems with the base and the trained model on the same prompts, paired."""
+    from operando.audit.evaluate import evaluate_run
+    from operando.audit.outside import evaluate_outside, outside_config, outside_table
+    from operando.display import make_console, show_evaluation
+    from operando.launch import quieten_libraries
+
+    config = outside_config(
+        tasks, prompt, data or [], num, few_shot, greedy, temperature, samples,
+        max_completion_length,
+    )  # fmt: skip
+    quieten_libraries()
+    console = make_console()
+    if config is None:
+        result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
+        show_evaluation(console, result)
+    else:
+        result = evaluate_outside(run, config, step)
+        console.print(outside_table(result))
+    print(result.file)
+
+
+@app.command()
+def canary(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .jsonl file; default: the prompts in the package.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    classifier: Annotated[
+        str, typer.Option(help="ours, or seed: mechreward's, to compare with.")
+    ] = "ours",
+) -> None:
+    """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
+    from operando.audit.canary import canary_table, run_canary
+    from operando.audit.feature_gaming import game_features, gaming_lines
+    from operando.display import make_console
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    result = run_canary(
+        run, prompts=prompts, step=step, max_completion_length=max_completion_length,
+        classifier=classifier,
+    )  # fmt: skip
+    console = make_console()
+    console.print(canary_table(result))
+    gaming = game_features(run, step)
+    for one in gaming:
+        for line in gaming_lines(one):
+            console.print(line, highlight=False, markup=False)
+    print(result.file)
+    if any(one.beaten.value > 0 for one in gaming):
+        raise typer.Exit(3)
+
+
+@app.command()
+def certify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+) -> None:
+    """Check from the files alone that training landed only in its layers; exit code 3 if not."""
+    from operando.audit.certify import certify_run
+    from operando.display import make_console, show_certificate
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    certificate, file = certify_run(run, step)
+    show_certificate(make_console(), certificate)
+    print(file)
+    if not certificate.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page about runs, and refresh their model cards."""
+    from operando.report.cards import write_cards
+    from operando.report.html import write_report
+
+    page = write_report(runs, out)
+    for run in runs:
+        write_cards(run)
+    print(page)
+
+
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+    """Say what ails a run, with the arithmetic and a remedy, or what was checked and is well."""
+    from operando.audit.doctor import examine, show_diagnosis
+    from operando.display import make_console
+
+    result = examine(run)
+    make_console().print(show_diagnosis(result))
+    print(result.file)
+
+
+@app.command()
+def fuzz(
+    target: Annotated[str, typer.Argument(help="A run folder, a recipe, or a task (words).")],
+    overrides: Overrides = None,
+    reward: Annotated[
+        str | None, typer.Option(help="file.py:function, in place of the target's rewards.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
+) -> None:
+    """Look for edits of answers that a reward pays for; exit code 3 if there is one."""
+    from operando.audit.fuzz import fuzz_target, show_fuzz
+    from operando.display import make_console
+
+    result = fuzz_target(target, reward=reward, num=num, overrides=tuple(overrides or ()))
+    make_console().print(show_fuzz(result))
+    print(result.file)
+    if result.findings:
+        raise typer.Exit(3)
+
+
+@app.command()
+def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Show the tags a run's model writes, base beside trained on the same prompts."""
+    from operando.audit.tags import audit_tags, tags_table
+    from operando.display import make_console
+
+    result = audit_tags(run)
+    make_console().print(tags_table(result))
+    print(result.file)

@@ -1,0 +1,158 @@
+"""Commands that make something: runs, studies, models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from operando.cli.app import Overrides, app
+from operando.errors import UserError
+
+
+@app.command()
+def demo(
+    hack: Annotated[bool, typer.Option(help="Show a reward hack, and what holds it.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    runs_dir: Annotated[str, typer.Option(help="Where run folders go.")] = "runs",
+) -> None:
+    """Train the starter model on word problems in one or two minutes and write a report."""
+    from operando.demo import hack_demo, learning_demo
+    from operando.display import make_console
+
+    console = make_console()
+    report = (hack_demo if hack else learning_demo)(console, seed, runs_dir)
+    print(report)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and stop before step 1.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where the run of this name stopped.")] = False,
+) -> None:
+    """Train as a recipe says. Prints the run folder last."""
+    from operando.display import make_console
+    from operando.launch import dry_run as check_only
+    from operando.launch import launch
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+    console = make_console()
+    if dry_run:
+        check_only(console, checked)
+        return
+    folder = launch(console, checked, resume=resume)
+    if folder is not None:
+        print(folder)
+
+
+@app.command()
+def contribution(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    width: Annotated[int, typer.Option(min=1, help="Neighbouring layers trained together.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm: 0, 1, ...")] = 3,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A layer set; instead of --width.")
+    ] = None,
+) -> None:
+    """Train each block of layers alone: which share of all layers' gain does it bring?"""
+    from operando.display import make_console
+    from operando.launch import run_contribution
+    from operando.recipe_io import load_recipe
+    from operando.report.contribution import contribution_table
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+    console = make_console()
+    result = run_contribution(console, checked, width, seeds, sets or [])
+    console.print(contribution_table(result))
+    print(result.file)
+
+
+@app.command()
+def study(
+    recipe: Annotated[str, typer.Argument(metavar="STUDY", help="A study's TOML file.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once.")] = 1,
+    ray: Annotated[
+        bool, typer.Option(help="As Ray tasks: the cluster at RAY_ADDRESS, else a local one.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check it and print the plan.")] = False,
+) -> None:
+    """Train arms x seeds, ask all the same, judge preregistered claims; 3 if one is falsified."""
+    from operando.display import make_console
+    from operando.launch import run_study, show_plan
+    from operando.report.study import study_tables, visible_sentences
+    from operando.study.arms import load_study
+    from operando.study.claims import headline
+
+    checked = load_study(recipe)
+    console = make_console()
+    if dry_run:
+        show_plan(console, checked)
+        return
+    result = run_study(console, checked, jobs, ray)
+    for table in study_tables(result):
+        console.print(table)
+    for line in (*visible_sentences(result), *(j.sentence for j in result.judgements)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(headline(result.recipe, result.judgements), markup=False, soft_wrap=True)
+    print(result.file)
+    if result.is_falsified:
+        raise typer.Exit(3)
+
+
+@app.command()
+def config(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; absent with --schema.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of recipes.")] = False,
+    check: Annotated[bool, typer.Option(help="Only check; print nothing but errors.")] = False,
+) -> None:
+    """Show a recipe with every default filled in, or the schema of all recipes."""
+    import json
+
+    from operando.recipe import Recipe
+    from operando.recipe_io import load_recipe, shipped_recipes, to_toml
+
+    if schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+    elif recipe is None:
+        names = ", ".join(file.stem for file in shipped_recipes())
+        raise UserError(f"config: name a recipe, or ask for --schema. Shipped: {names}")
+    else:
+        resolved = to_toml(load_recipe(recipe, tuple(overrides or ())))
+        if not check:
+            print(resolved, end="")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="smollm2, or the path of a GGUF file.")],
+    name: Annotated[str | None, typer.Option(help="Name for model.id; default: from the file.")] = (
+        None
+    ),
+) -> None:
+    """Bring a model once into the local cache; then train it by model.id = NAME."""
+    from operando.models.gguf import import_gguf, import_smollm2
+
+    folder = import_smollm2() if source == "smollm2" else import_gguf(Path(source), name)
+    print(folder)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a small language model from nothing, as the starter model was made."""
+    from operando.display import PretrainDisplay, make_console
+    from operando.pretrain.lm import pretrain as run_pretraining
+    from operando.recipe_io import load_pretrain_recipe
+
+    checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
+    with PretrainDisplay(make_console(), checked.steps) as display:
+        folder = run_pretraining(checked, display.show)
+    print(folder)

@@ -1,0 +1,351 @@
+"""Extracting directions from contrastive pairs, with their controls, and checking what they do.
+
+A pair is one prompt with two answers, one that hacks and one that does not. The same command makes
+the controls: a random vector, the vector of pairs whose sides are shuffled, and one that tells
+something off topic (long questions from short ones) in the clean answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from operando.drift.collect import Texts, padded_batches, run_decoder
+from operando.errors import UserError
+from operando.internals import directions as dr
+from operando.internals.directions import DirectionArm, DirectionSet
+from operando.internals.packs import model_digest
+from operando.models.hooks import ActivationReader
+from operando.models.layers import parse_layer_set
+from operando.models.load import load_model, stop_ids
+from operando.models.policy import Policy
+from operando.recipe import Recipe
+from operando.rollout.hf import HfSampler
+from operando.rollout.sampler import Sampling, as_rollouts
+from operando.run import SeedTree, write_json
+from operando.setup import make_prompt_sets
+from operando.study.stats import Interval, wilson
+from operando.tasks.base import Task
+from operando.tasks.load import load_task
+from operando.types import Prompt
+
+SIZES = (8, 16, 32)  # singular vectors kept
+ARMS: tuple[DirectionArm, ...] = ("real", "random", "shuffled", "off_topic")
+
+
+class Side(NamedTuple):
+    """One side of the pairs: activations at the position, [N L D], and the token ids."""
+
+    acts_NLD: Float[Tensor, "N L D"]
+    texts: Texts
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What SVD denoising leaves of a vector, mean over a band's modules of one side.
+
+    Example: Retained("left", m=16, kept=0.31, null=0.125, cosine=0.55)
+    """
+
+    side: str
+    m: int
+    kept: float
+    null: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The accuracy of each arm on held-out pairs, what denoising keeps, and the files."""
+
+    layers: tuple[int, ...]
+    num_pairs: int
+    num_held_out: int
+    accuracy: Mapping[str, Interval]
+    retained: tuple[Retained, ...]
+    cosine_to_real: Mapping[str, float]
+    files: Mapping[str, str]
+    file: str
+
+
+class Workbench:
+    """A recipe's base model with the pairs of its task."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.direction is None:
+            raise UserError(f"recipe {recipe.name!r} has no [direction] table; add one")
+        self.recipe, self.config = recipe, recipe.direction
+        self.task: Task = load_task(recipe.task)
+        if self.task.pair is None:
+            raise UserError(
+                f"task {self.task.name} has no contrastive pairs; words (with loophole = true) and "
+                "code have them"
+            )
+        self.loaded = load_model(recipe.model)
+        self.policy = Policy(self.loaded, recipe.model, SeedTree(recipe.seed))
+        self.layers = parse_layer_set(self.config.layers, len(self.policy.blocks))
+        wanted = self.config.num_pairs + self.config.num_held_out
+        prompts, self.held_out = make_prompt_sets(recipe, self.task, self.loaded)
+        if len(prompts) < wanted:
+            raise UserError(
+                f"direction: {wanted} pairs are asked for, the training split has {len(prompts)}"
+            )
+        self.prompts = prompts[:wanted]
+
+    def side(self, prompts: Sequence[Prompt], hack: bool) -> Side:
+        """Return the activations of the hack or the clean side of the prompts' pairs."""
+        assert self.task.pair is not None
+        tokenizer = self.loaded.tokenizer
+        end = stop_ids(self.policy.base, tokenizer)[:1]
+        completions = []
+        for prompt in prompts:
+            pair = self.task.pair(prompt.example)
+            text = pair.hack if hack else pair.clean
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            completions.append([*ids, *end])
+        texts = Texts("base", [p.ids for p in prompts], completions, "")
+        return Side(self.read(texts), texts)
+
+    @torch.no_grad()
+    def read(self, texts: Texts) -> Float[Tensor, "N L D"]:
+        """Return the residual after each layer of the band at the position, in float32."""
+        sites = [f"blocks.{layer}.hook_resid_post" for layer in self.layers]
+        reader = ActivationReader(self.policy.base, sites)
+        found: list[Tensor] = []
+        for ids_BS, read_BS in padded_batches(texts):
+            with reader.reading() as seen:
+                run_decoder(self.policy, ids_BS)
+            acts_BLSD = torch.stack([seen[site].float().cpu() for site in sites], dim=1)
+            for acts_LSD, read_S in zip(acts_BLSD, read_BS, strict=True):
+                own_LtD = acts_LSD[:, read_S]
+                last = self.config.position == "last"
+                found.append(own_LtD[:, -1] if last else own_LtD.mean(dim=1))
+        return torch.stack(found)
+
+    def modules(self) -> dict[str, nn.Linear]:
+        """Return the linear modules of the band, by the name they have in the base model."""
+        blocks = {id(block): layer for layer, block in enumerate(self.policy.blocks)}
+        found: dict[str, nn.Linear] = {}
+        for name, block in self.policy.base.named_modules():
+            if blocks.get(id(block)) in self.layers:
+                for child, module in block.named_modules():
+                    if isinstance(module, nn.Linear) and "lora" not in child:
+                        found[f"{name}.{child}".replace(".base_layer", "")] = module
+        return found
+
+    @torch.no_grad()
+    def mean_inputs(self, texts: Texts) -> dict[str, Float[Tensor, "d"]]:
+        """Return each module's mean input over the completion tokens, normalised."""
+        sums: dict[str, Tensor] = {}
+        now: dict[str, Tensor] = {}
+        modules = self.modules()
+        with ExitStack() as stack:
+            for name, module in modules.items():
+                handle = module.register_forward_pre_hook(_keep_input(now, name))
+                stack.callback(handle.remove)
+            for ids_BS, read_BS in padded_batches(texts):
+                run_decoder(self.policy, ids_BS)
+                for name in modules:
+                    x_ND = now[name][read_BS.to(now[name].device)].float().cpu()
+                    sums[name] = sums.get(name, torch.zeros(x_ND.shape[1])) + x_ND.sum(dim=0)
+        return {name: dr.unit(total) for name, total in sums.items()}
+
+
+def _keep_input(now: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        now[name] = args[0].detach()
+
+    return hook
+
+
+def extract(recipe: Recipe) -> Extracted:
+    """Extract the direction and its controls, judge them on held-out pairs, write the files."""
+    bench = Workbench(recipe)
+    config, num = bench.config, bench.config.num_pairs
+    plus, minus = (bench.side(bench.prompts, hack=hack) for hack in (True, False))
+    vectors = _vectors(bench, plus.acts_NLD[:num], minus.acts_NLD[:num])
+    held_out = plus.acts_NLD[num:], minus.acts_NLD[num:]
+    norm_L = torch.cat([plus.acts_NLD, minus.acts_NLD]).norm(dim=2).mean(dim=0)
+    inputs = bench.mean_inputs(plus.texts)
+    folder = Path(recipe.runs_dir) / f"{recipe.name}_directions"
+    files: dict[str, str] = {}
+    accuracy: dict[str, Interval] = {}
+    for arm, v_D in vectors.items():
+        share = dr.pair_accuracy(v_D, *held_out)
+        accuracy[arm] = wilson(round(share * config.num_held_out), config.num_held_out)
+        clean_N = dr.pair_scores(v_D, minus.acts_NLD, norm_L)
+        evidence = {"gate": config.min_accuracy, "clean_q95": float(clean_N.quantile(0.95))}
+        evidence |= {
+            f"norm_{layer}": float(n) for layer, n in zip(bench.layers, norm_L, strict=True)
+        }
+        made = DirectionSet(
+            arm, "activation", v_D, bench.layers, config.position, recipe.model.id,
+            model_digest(bench.loaded.identity), recipe.model.dtype, share,
+            modules=_denoised(bench, v_D, config.denoise) if config.denoise else {},
+            inputs=inputs, evidence=evidence,
+        )  # fmt: skip
+        dr.save_directions(made, folder / f"{arm}.safetensors")
+        files[arm] = str(folder / f"{arm}.safetensors")
+    result = Extracted(
+        bench.layers, num, config.num_held_out, accuracy, _retained(bench, vectors["real"]),
+        {arm: float(v_D @ vectors["real"]) for arm, v_D in vectors.items()},
+        files, str(folder / "directions.json"),
+    )  # fmt: skip
+    write_json(folder / "directions.json", asdict(result))
+    return result
+
+
+def _vectors(
+    bench: Workbench, plus_NLD: Tensor, minus_NLD: Tensor
+) -> dict[DirectionArm, Float[Tensor, "D"]]:
+    seeds = SeedTree(bench.recipe.seed)
+    num = len(plus_NLD)
+    order_N = torch.randperm(num, generator=seeds.generator("direction", "shuffled"))
+    sides = dr.shuffled_pairs(plus_NLD, minus_NLD, order_N < num // 2)
+    noise_D = torch.randn(plus_NLD.shape[2], generator=seeds.generator("direction", "random"))
+    length_N = torch.tensor([len(p.example.question) for p in bench.prompts[:num]])
+    by_length = length_N.argsort(stable=True)
+    short, long = by_length[: num // 2], by_length[-(num // 2) :]
+    return {
+        "real": dr.contrast_vector(plus_NLD, minus_NLD),
+        "random": dr.unit(noise_D),
+        "shuffled": dr.contrast_vector(*sides),
+        "off_topic": dr.contrast_vector(minus_NLD[long], minus_NLD[short]),
+    }
+
+
+def _sides(bench: Workbench) -> Iterator[tuple[str, nn.Linear, dr.Side]]:
+    """Give the band's writers ("left") and readers ("right") of the residual stream."""
+    width = bench.policy.base.config.get_text_config().hidden_size
+    for name, module in bench.modules().items():
+        if "mlp.down" in name or name.endswith("o_proj"):
+            yield name, module, "left"
+        elif module.in_features == width:
+            yield name, module, "right"
+
+
+def _denoised(bench: Workbench, v_D: Tensor, m: int) -> dict[str, Tensor]:
+    return {
+        name: dr.denoise(v_D, module.weight.detach().cpu(), m, side).vector_D[None]
+        for name, module, side in _sides(bench)
+    }
+
+
+def _retained(bench: Workbench, v_D: Tensor) -> tuple[Retained, ...]:
+    width = v_D.shape[0]
+    rows = []
+    for m in (size for size in SIZES if size < width):
+        for side in ("left", "right"):
+            some = [
+                dr.denoise(v_D, module.weight.detach().cpu(), m, its)
+                for _, module, its in _sides(bench)
+                if its == side
+            ]
+            kept, cosine = (
+                sum(values) / len(some)
+                for values in ([d.retained for d in some], [d.cosine for d in some])
+            )
+            rows.append(Retained(side, m, kept, some[0].null, cosine))
+    return tuple(rows)
+
+
+def validate(recipe: Recipe) -> dict[str, Interval]:
+    """Return how many pairs of the task's held-out split each written direction orders rightly."""
+    bench = Workbench(recipe)
+    prompts = bench.held_out
+    plus, minus = (bench.side(prompts, hack=hack).acts_NLD for hack in (True, False))
+    found: dict[str, Interval] = {}
+    for arm in ARMS:
+        file = Path(recipe.runs_dir) / f"{recipe.name}_directions" / f"{arm}.safetensors"
+        made = dr.load_directions(file)
+        dr.check_directions(made, file, model_digest(bench.loaded.identity), recipe.model.dtype)
+        if made.layers != bench.layers:
+            raise UserError(
+                f"{file} is of layers {list(made.layers)}, the recipe's {list(bench.layers)}"
+            )
+        share = dr.pair_accuracy(made.vector_D, plus, minus)
+        found[arm] = wilson(round(share * len(prompts)), len(prompts))
+    return found
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Labels of greedy answers with a vector added. Example: Steered("real", 4.0, n=40, ...)"""
+
+    arm: str
+    scale: float
+    n: int
+    correct: int
+    labels: Mapping[str, int]
+
+
+def steer(recipe: Recipe, scales: Sequence[float], num: int) -> list[Steered]:
+    """Return the labels of answers to held-out prompts with scale * v added in the band.
+
+    `scale` is in norms of the layer's residual. Held-out prompts, greedy, sampled by HF generate,
+    because hooks do not reach the engine."""
+    bench = Workbench(recipe)
+    prompts = bench.held_out[:num]
+    results = [_steered(bench, "base", 0.0, None, prompts)]
+    folder = Path(recipe.runs_dir) / f"{recipe.name}_directions"
+    for arm in ARMS:
+        found = dr.load_directions(folder / f"{arm}.safetensors")
+        results += [_steered(bench, arm, scale, found, prompts) for scale in scales]
+    write_json(folder / "steering.json", [asdict(one) for one in results])
+    return results
+
+
+def _steered(
+    bench: Workbench,
+    arm: str,
+    scale: float,
+    directions: DirectionSet | None,
+    prompts: Sequence[Prompt],
+) -> Steered:
+    recipe, loaded = bench.recipe, bench.loaded
+    sampler = HfSampler(
+        bench.policy.base, loaded.tokenizer, stop_ids(bench.policy.base, loaded.tokenizer),
+        recipe.rollout.max_batch,
+    )  # fmt: skip
+    sampling = Sampling(recipe.rollout.max_completion_length, stop=recipe.rollout.stop)
+    with adding(bench.policy, directions, scale):
+        sampled = sampler.sample([p.ids for p in prompts], 1, sampling, None)
+    rollouts = as_rollouts(prompts, list(range(len(prompts))), 1, sampled)
+    counts: dict[str, int] = {}
+    correct = 0
+    for r in rollouts:
+        seen = r.prompt.example, r.completion, r.is_truncated
+        correct += bench.task.verify(*seen).correct
+        for label, is_so in (bench.task.labels(*seen) if bench.task.labels else {}).items():
+            counts[label] = counts.get(label, 0) + is_so
+    return Steered(arm, scale, len(rollouts), correct, counts)
+
+
+@contextmanager
+def adding(policy: Policy, directions: DirectionSet | None, scale: float) -> Iterator[None]:
+    """Add scale * norm * v to the residual after each layer of the band."""
+    with ExitStack() as stack:
+        for layer in directions.layers if directions is not None else ():
+            assert directions is not None
+            size = scale * float(directions.evidence[f"norm_{layer}"])
+            push_D = (size * directions.vector_D).to(policy.device)
+            handle = policy.blocks[layer].register_forward_hook(_add(push_D))
+            stack.callback(handle.remove)
+        yield
+
+
+def _add(push_D: Tensor) -> Callable[..., object]:
+    def hook(_module: nn.Module, _args: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (output[0] + push_D.to(output[0].dtype), *output[1:])
+        assert isinstance(output, Tensor), type(output)
+        return output + push_D.to(output.dtype)
+
+    return hook
