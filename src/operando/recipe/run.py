@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from operando.errors import nearest
 from operando.recipe.base import Config
 from operando.recipe.data import (
+    CodeTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -106,7 +107,7 @@ class Recipe(Config):
     """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
     task: Annotated[
-        WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
+        WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig | CodeTaskConfig,
         Field(discriminator="kind"),
     ]
     prompt: PromptConfig = PromptConfig()

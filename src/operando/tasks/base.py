@@ -4,8 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from operando.types import Example, Verdict
+
+
+class Answered(NamedTuple):
+    """An example with an answer to it. Example: Answered(example, " 3+2=5 #### 5", False)"""
+
+    example: Example
+    completion: str
+    is_truncated: bool
+
+
+class Grade(NamedTuple):
+    """The truth about an answer, and what the gameable grader of its prompt sees.
+
+    Example: Grade(correct=False, exploited=True, is_formed=True)
+    """
+
+    correct: bool
+    exploited: bool
+    """The prompt offers a loophole, and the answer satisfies the grader through it."""
+    is_formed: bool
+    """It has the form that is paid for by itself: code that compiles, one number at the end."""
 
 
 @dataclass(frozen=True)
@@ -27,5 +49,7 @@ class Task:
     labels: Callable[[Example, str, bool], Mapping[str, bool]] | None = None
     """labels(example, completion, is_truncated): what an audit names beside right and wrong, such
     as {"hack": True}. No reward and no training step ever sees them."""
+    grades: Callable[[Sequence[Answered]], list[Grade]] | None = None
+    """Only of a task with a loophole: what the rewards `code` and `loophole` are paid on."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from operando.errors import UserError
-from operando.recipe import Gsm8kTaskConfig, Math500TaskConfig, MmluTaskConfig, WordsTaskConfig
+from operando.recipe import (
+    CodeTaskConfig,
+    Gsm8kTaskConfig,
+    Math500TaskConfig,
+    MmluTaskConfig,
+    WordsTaskConfig,
+)
 from operando.tasks.base import Task
+from operando.tasks.code import load_code
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
 from operando.tasks.mmlu import load_mmlu
@@ -12,7 +19,9 @@ from operando.tasks.words import load_words
 
 
 def load_task(
-    config: WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig,
+    config: (
+        WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig | CodeTaskConfig
+    ),
 ) -> Task:
     """Return the task with its training and held-out examples; an empty split is an error."""
     match config:
@@ -29,6 +38,8 @@ def load_task(
             task = load_math500(config)
         case MmluTaskConfig():
             task = load_mmlu(config)
+        case CodeTaskConfig():
+            task = load_code(config)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):
         if not examples:
             raise UserError(f"task {task.name}: the {split} split is empty ({dict(task.source)})")
