@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from operando.tasks import sandbox
-from operando.tasks.code_labels import CodeGrade, Problem, CodeTest, grade_all
+from operando.tasks.code_labels import CodeGrade, CodeTest, Problem, grade_all
 from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_many, run_python
 from operando.tasks.sandbox_child import encode
 
@@ -165,7 +165,9 @@ FORGERIES = {
         "class Yes(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
         "class Solution:\n    def add(self, a, b): return Yes(0)"
     ),
-    "patched json": f"import json\njson.dumps = lambda *a, **k: '3'\njson.loads = lambda *a: {{}}\n{BAD}",
+    "patched json": (
+        f"import json\njson.dumps = lambda *a, **k: '3'\njson.loads = lambda *a: {{}}\n{BAD}"
+    ),
     "patched print": f"import builtins\nbuiltins.print = lambda *a: None\n{BAD}",
     "printed verdict": (
         f"{BAD}\nimport os\nfor fd in range(1, 16):\n    try:\n"
@@ -256,7 +258,6 @@ ESCAPES = {
     "read the parent": "import os\nopen(f'/proc/{os.getppid()}/environ')",
     "ctypes": "import ctypes\nctypes.CDLL(None)",
     "more memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
-    "thread": "import _thread\n_thread.start_new_thread(print, ())",
     "new limits for a child": "import _posixsubprocess\n_posixsubprocess.fork_exec()",
 }  # fmt: skip
 
@@ -282,6 +283,12 @@ def test_every_way_out_is_refused_by_each_layer_alone(layers: tuple[str, ...]) -
     assert not children()
 
 
+@needs_kernel
+def test_no_thread_outlives_anything_since_none_starts() -> None:
+    program = "import _thread\n_thread.start_new_thread(print, ())"
+    assert run_in(("kernel",), program, "1").detail == "RuntimeError: can't start new thread"
+
+
 def test_a_listening_socket_hears_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.05)
@@ -305,7 +312,7 @@ def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        "import __main__\n__main__.REFUSED_EVENTS = ()\n__main__.refuse = None\nopen('/etc/passwd')",
+        "import __main__\n__main__.REFUSED_EVENTS = ()\nopen('/etc/passwd')",
         "import sys\nsys.modules.clear()\nopen('/etc/passwd')",
         "import builtins\nbuiltins.PermissionError = str\nopen('/etc/passwd')",
         "import sys\nsys.addaudithook(lambda *a: None)\nopen('/etc/passwd')",

@@ -29,8 +29,8 @@ from operando.run import hash_file, write_json
 from operando.tasks.base import Answered, Grade, Task
 from operando.tasks.code_labels import (
     CodeGrade,
-    Problem,
     CodeTest,
+    Problem,
     check_job,
     extract_code,
     grade_all,

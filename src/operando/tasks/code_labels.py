@@ -38,7 +38,10 @@ OwnTests = Literal[
 
 class CodeTest(NamedTuple):
     """An expression in the answer's namespace and what it must be: a value as `encode` writes it,
-    or the source of one, which the setup code makes. Example: CodeTest("Solution().f(1)", "2", "")"""
+    or the source of one, which the setup code makes.
+
+    Example: CodeTest("Solution().f(1)", "2", "")
+    """
 
     call: str
     expected: str
