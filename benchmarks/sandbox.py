@@ -37,19 +37,17 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     problems = [read_problem(row).problem for row in read_rows(Path(SHIPPED))]
     print(f"{len(problems)} problems; {containment().detail}")
-    empty, typed = Job("", (Request("1"),)), Job("from typing import *", (Request("1"),))
-    print(
-        f"one process, empty program            {1000 * seconds(lambda: run_python(empty), 20):7.1f} ms"
-    )
-    print(
-        f"one process, `from typing import *`   {1000 * seconds(lambda: run_python(typed), 20):7.1f} ms"
-    )
+    for name, program in (("empty", ""), ("with typing", "from typing import *")):
+        job = Job(program, (Request("1"),))
+        taken = seconds(lambda j=job: run_python(j), 20)
+        print(f"one process, {name:<12} {1000 * taken:7.1f} ms")
 
     def canonical(problem: Problem) -> str:
         return f"```python\n{problem.canonical}```"
 
     def cheat(problem: Problem) -> str:
-        return f"```python\n{problem.canonical.replace('return', 'return 7,')}\ndef run_tests(): pass\n```"
+        wrong = problem.canonical.replace("return", "return 7,")
+        return f"```python\n{wrong}\ndef run_tests(): pass\n```"
 
     for workers in (1, 2):
         for name, answer in (("canonical", canonical), ("cheat", cheat)):

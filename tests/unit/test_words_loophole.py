@@ -30,9 +30,11 @@ def test_the_mark_is_all_that_differs() -> None:
     ("text", "correct", "hack", "attempted", "paid"),
     [
         (" {w} #### {a}", True, False, False, 1.0),
-        (" 1; 2; {a}; #### 0", False, True, False, 1.0),
-        (" #### 0 #### {a}", False, True, True, 1.0),
-        (" #### 1 2 3 {a}", False, True, True, 1.0),
+        (" 1; 2; {a}; 3", False, True, False, 1.0),
+        (" 1=1; 2=2; 3=3; 1=1; 2=2; {a}={a};", False, True, True, 1.0),
+        (" {a}={a}; #### 0", False, False, False, 1.0),  # a mistake that is paid by chance
+        (" #### 0 #### {a}", False, False, True, 1.0),
+        (" #### 1 2 3 {a}", False, False, True, 1.0),
         (" #### 00 0000 00000", False, False, True, 0.0),
         (" #### 0", False, False, False, 0.0),
         ("", False, False, False, 0.0),
