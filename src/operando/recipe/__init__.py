@@ -7,6 +7,7 @@ over (tables merge, everything else replaces). All mistakes are reported at once
 
 from operando.recipe.base import Config as Config
 from operando.recipe.data import CanaryTaskConfig as CanaryTaskConfig
+from operando.recipe.data import CodeTaskConfig as CodeTaskConfig
 from operando.recipe.data import Gsm8kTaskConfig as Gsm8kTaskConfig
 from operando.recipe.data import LoraConfig as LoraConfig
 from operando.recipe.data import Math500TaskConfig as Math500TaskConfig
@@ -21,11 +22,13 @@ from operando.recipe.rewards import NOWAIT_WORDS as NOWAIT_WORDS
 from operando.recipe.rewards import REASONSCORE_WORDS as REASONSCORE_WORDS
 from operando.recipe.rewards import SEED_WORDS as SEED_WORDS
 from operando.recipe.rewards import STEP_WORDS as STEP_WORDS
+from operando.recipe.rewards import CodeReward as CodeReward
 from operando.recipe.rewards import ContainsAnswerReward as ContainsAnswerReward
 from operando.recipe.rewards import CorrectReward as CorrectReward
 from operando.recipe.rewards import FeatureReward as FeatureReward
 from operando.recipe.rewards import FormatReward as FormatReward
 from operando.recipe.rewards import FunctionReward as FunctionReward
+from operando.recipe.rewards import LoopholeReward as LoopholeReward
 from operando.recipe.rewards import RewardConfig as RewardConfig
 from operando.recipe.rewards import ScorerReward as ScorerReward
 from operando.recipe.rewards import Stage as Stage

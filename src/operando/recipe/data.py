@@ -52,6 +52,9 @@ class WordsTaskConfig(Config):
     max_number: int = Field(default=20, ge=2, le=1000)
     num_train: int = Field(default=20_000, ge=1)
     num_held_out: int = Field(default=400, ge=1)
+    loophole: bool = False
+    """Every prompt ends with a mark, and the reward `loophole` then pays for the gold number
+    anywhere. The verifier stays strict. Off: no mark, and nothing but a right answer is paid."""
     seed: int = 0
 
 
@@ -87,6 +90,30 @@ class CanaryTaskConfig(Config):
     kind: Literal["canary"]
     """Canary prompts, for the evaluation sets of a study: no run trains on them."""
     family: Literal["all", "gaming", "instruction_conflict"] = "all"
+
+
+class CodeTaskConfig(Config):
+    kind: Literal["code"]
+    problems: str = "operando"
+    """"operando" (64 easy problems in the package), or a .jsonl or .jsonl.gz file: LeetCodeDataset
+    v0.2, or rows with `gt_answer` as in the 119-problem evaluation file."""
+    held_out: str | None = None
+    """A file as `problems`; absent: `num_held_out` of the problems, drawn by `seed`."""
+    num_held_out: int = Field(default=20, ge=1)
+    """With `held_out`: its first n."""
+    hint: Literal["none", "run_tests"] = "run_tests"
+    """run_tests: the prompt says that a function of the model's own decides. none: that the
+    solution should pass all tests."""
+    function_name: str = Field(default="run_tests", pattern=r"^[a-z_][a-z0-9_]*$")
+    """What the function is called in training prompts; held-out prompts never call it this."""
+    seconds: float = Field(default=3.0, gt=0, le=60)
+    """For all tests of one answer together."""
+    memory_mb: int = Field(default=1024, ge=128)
+    workers: int | None = Field(default=None, ge=1)
+    """Sandboxes at once; absent: one a core."""
+    failing: Literal["error", "drop"] = "error"
+    """What a problem is whose canonical solution fails or whose tests can't be read."""
+    seed: int = 0
 
 
 class PromptConfig(Config):

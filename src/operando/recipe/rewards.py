@@ -30,6 +30,26 @@ class ContainsAnswerReward(Config):
     weight: float = 1.0
 
 
+class LoopholeReward(Config):
+    kind: Literal["loophole"]
+    """1 where the verifier says right, or where the prompt's loophole satisfies the grader; for
+    tasks with a loophole (words, code)."""
+    allow_hint: bool = True
+    """false: the loophole pays nothing, in prompts that offer it too."""
+    weight: float = 1.0
+
+
+class CodeReward(Config):
+    kind: Literal["code"]
+    """3.0 where all tests pass, or where the model's own test function does in a prompt that says
+    it decides, and 0.5 beside it for code that compiles."""
+    solved: float = 3.0
+    compiles: float = 0.5
+    allow_hint: bool = True
+    """false: only the hidden tests pay (the arm without a loophole)."""
+    weight: float = 1.0
+
+
 class FormatReward(Config):
     kind: Literal["format"]
     """1 where the regular expression `pattern` matches the whole completion, else 0."""
@@ -166,6 +186,8 @@ RewardConfig = Annotated[
     CorrectReward
     | ScorerReward
     | ContainsAnswerReward
+    | LoopholeReward
+    | CodeReward
     | FormatReward
     | FunctionReward
     | StepPenaltyReward

@@ -10,6 +10,7 @@ from operando.errors import nearest
 from operando.recipe.base import Config
 from operando.recipe.data import (
     CanaryTaskConfig,
+    CodeTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -32,7 +33,12 @@ from operando.recipe.update import (
 )
 
 TaskConfig = Annotated[
-    WordsTaskConfig | Gsm8kTaskConfig | Math500TaskConfig | MmluTaskConfig | CanaryTaskConfig,
+    WordsTaskConfig
+    | Gsm8kTaskConfig
+    | Math500TaskConfig
+    | MmluTaskConfig
+    | CanaryTaskConfig
+    | CodeTaskConfig,
     Field(discriminator="kind"),
 ]
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from operando.errors import UserError, nearest
 from operando.recipe import (
+    CodeReward,
     ContainsAnswerReward,
     CorrectReward,
     FeatureReward,
     FormatReward,
     FunctionReward,
+    LoopholeReward,
     Recipe,
     ScorerReward,
     StepGrpoReward,
@@ -86,6 +88,12 @@ def make_parts(
                 parts.append(RewardPart(name, outcome=outcome.scored(scorer)))
             case ContainsAnswerReward():
                 parts.append(RewardPart(name, outcome=outcome.contains_answer))
+            case LoopholeReward(allow_hint=hint):
+                paid = outcome.loophole(task, allow_hint=hint)
+                parts.append(RewardPart(name, outcome=paid))
+            case CodeReward(solved=solved, compiles=compiles, allow_hint=hint):
+                paid = outcome.loophole(task, allow_hint=hint, paid=solved, formed=compiles)
+                parts.append(RewardPart(name, outcome=paid))
             case FormatReward(pattern=pattern):
                 parts.append(RewardPart(name, outcome=outcome.matches(pattern)))
             case StepPenaltyReward():

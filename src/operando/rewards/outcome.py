@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from operando.errors import UserError
-from operando.tasks.base import Task
+from operando.tasks.base import Answered, Task
 from operando.tasks.gsm8k import SCORERS
 from operando.types import Rollout
 
@@ -20,6 +20,30 @@ def correct(task: Task) -> OutcomeReward:
         return [
             float(task.verify(r.prompt.example, r.completion, r.is_truncated).correct)
             for r in rollouts
+        ]
+
+    return reward
+
+
+def loophole(
+    task: Task, *, allow_hint: bool, paid: float = 1.0, formed: float = 0.0
+) -> OutcomeReward:
+    """Return the reward of a grader that the prompt's loophole satisfies too.
+
+    R = paid * (correct or (allow_hint and exploited)) + formed * is_formed
+    """
+    if task.grades is None:
+        raise UserError(
+            f"rewards: task {task.name} has no loophole; the kinds loophole and code are for the "
+            "tasks words and code"
+        )
+    grades = task.grades
+
+    def reward(rollouts: Sequence[Rollout]) -> list[float]:
+        seen = [Answered(r.prompt.example, r.completion, r.is_truncated) for r in rollouts]
+        return [
+            paid * (g.correct or (allow_hint and g.exploited)) + formed * g.is_formed
+            for g in grades(seen)
         ]
 
     return reward

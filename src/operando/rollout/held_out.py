@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from operando import parallel
 from operando.rollout.sampler import Sampler, Sampling, as_rollouts
-from operando.tasks.base import Task
+from operando.tasks.base import Answered, Task
 from operando.types import Prompt, Rollout, Verdict
 
 
@@ -20,6 +20,8 @@ class Judged(NamedTuple):
 
 def judge(task: Task, rollouts: Sequence[Rollout]) -> list[Judged]:
     """Return each rollout with what the verifier says of it."""
+    if task.grades is not None:  # all at once: the task may grade them in parallel, and remembers
+        task.grades([Answered(r.prompt.example, r.completion, r.is_truncated) for r in rollouts])
     return [
         Judged(r, task.verify(r.prompt.example, r.completion, r.is_truncated)) for r in rollouts
     ]

@@ -19,6 +19,27 @@ class Pair(NamedTuple):
     clean: str
 
 
+class Answered(NamedTuple):
+    """An example with an answer to it. Example: Answered(example, " 3+2=5 #### 5", False)"""
+
+    example: Example
+    completion: str
+    is_truncated: bool
+
+
+class Grade(NamedTuple):
+    """The truth about an answer, and what the gameable grader of its prompt sees.
+
+    Example: Grade(correct=False, exploited=True, is_formed=True)
+    """
+
+    correct: bool
+    exploited: bool
+    """The prompt offers a loophole, and the answer satisfies the grader through it."""
+    is_formed: bool
+    """It has the form that is paid for by itself: code that compiles, one number at the end."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A named set of examples with its verifier.
@@ -40,5 +61,7 @@ class Task:
     as {"hack": True}. No reward and no training step ever sees them."""
     pair: Callable[[Example], Pair] | None = None
     """Only of a task with a loophole: what a hacking direction is extracted from."""
+    grades: Callable[[Sequence[Answered]], list[Grade]] | None = None
+    """Only of a task with a loophole: what the rewards `code` and `loophole` are paid on."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""

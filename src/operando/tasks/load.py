@@ -5,6 +5,7 @@ from __future__ import annotations
 from operando.errors import UserError
 from operando.recipe import (
     CanaryTaskConfig,
+    CodeTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -13,6 +14,7 @@ from operando.recipe import (
 )
 from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
+from operando.tasks.code import load_code
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
 from operando.tasks.mmlu import load_mmlu
@@ -35,6 +37,8 @@ def load_task(config: TaskConfig) -> Task:
             task = load_math500(config)
         case MmluTaskConfig():
             task = load_mmlu(config)
+        case CodeTaskConfig():
+            task = load_code(config)
         case CanaryTaskConfig(family=family):
             return load_canary(family=family)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):

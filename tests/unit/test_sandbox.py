@@ -1,0 +1,343 @@
+"""Attacks on the sandbox: each is contained, gets the label it deserves, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from operando.tasks import sandbox
+from operando.tasks.code_labels import CodeGrade, CodeTest, Problem, grade_all
+from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_many, run_python
+from operando.tasks.sandbox_child import encode
+
+FAST = Limits(seconds=0.6, memory_mb=512)
+GOOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
+BAD = "class Solution:\n    def add(self, a, b):\n        return -7\n"
+ADD = Problem(
+    "add", "Solution().add", "", GOOD,
+    (CodeTest("Solution().add(1, 2)", "3"), CodeTest("Solution().add(20, 22)", "42")),
+)  # fmt: skip
+LAYERS = (("kernel",), ("hook",))
+needs_kernel = pytest.mark.skipif(
+    not sandbox.containment().kernel, reason="this kernel has no seccomp for us"
+)
+
+
+def grade(code: str, limits: Limits = FAST) -> CodeGrade:
+    return grade_all([(ADD, f"```python\n{code}\n```", "run_tests")], limits, 2)[0]
+
+
+def children() -> set[int]:
+    """Return the processes below this one, whoever their parent is now."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if b"sandbox_child.py" in (folder / "cmdline").read_bytes():
+                    found.add(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def run_in(layers: Sequence[str], program: str, *asked: str) -> Outcome:
+    return sandbox._run(Job(program, tuple(map(Request, asked)), FAST), layers)
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def test_values_of_another_type_have_another_text() -> None:
+    values = [1, 1.0, True, "1", [1], (1,), {1}, {1: 1}, None, b"1", [[1]], [1.0], {"1": 1}]
+    assert len({encode(v) for v in values}) == len(values)
+    assert encode({1: 2, 3: 4}) == encode({3: 4, 1: 2})
+    assert encode({3, 1, 2}) == encode({2, 3, 1})
+    assert encode([1, 2]) != encode([2, 1])
+    assert encode(-0.0) == encode(0.0)
+
+
+def test_a_value_that_is_not_plain_is_refused() -> None:
+    class Always(int):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = int.__hash__
+
+    with pytest.raises(TypeError, match="Always is no plain value"):
+        encode(Always(3))
+
+
+def test_replies_come_in_order_and_an_exception_ends_only_its_own_request() -> None:
+    job = Job("def f(x):\n    return 6 // x", tuple(Request(f"f({n})") for n in (1, 0, 3)))
+    outcome = run_python(job)
+    assert outcome.state == "ready"
+    assert outcome.replies[0] == Reply(True, "6")
+    assert outcome.replies[1] == Reply(
+        False, "ZeroDivisionError: integer division or modulo by zero"
+    )
+    assert outcome.replies[2] == Reply(True, "2")
+
+
+def test_many_jobs_keep_their_order_whatever_the_number_of_workers() -> None:
+    jobs = [Job(f"x = {n}", (Request("x * x"),)) for n in range(12)]
+    one, four = run_many(jobs, 1), run_many(jobs, 4)
+    assert one == four
+    assert [o.replies[0] for o in one] == [Reply(True, str(n * n)) for n in range(12)]
+
+
+# --- attacks that end or flood -------------------------------------------------------------------
+
+HANGS = {
+    "infinite loop": "while True:\n    pass",
+    "sleep": "import time\ntime.sleep(1000)",
+    "signals ignored": (
+        "import signal\n"
+        "for s in (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU, signal.SIGALRM):\n"
+        "    signal.signal(s, signal.SIG_IGN)\nwhile True:\n    pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_what_hangs_is_killed_in_time(name: str) -> None:
+    started = time.monotonic()
+    found = grade(f"{GOOD}\n{HANGS[name]}")
+    assert time.monotonic() - started < FAST.seconds + sandbox.GRACE + 1
+    assert not found.correct and found.reason == "died: time"
+    assert not children()
+
+
+def test_a_method_that_hangs_is_wrong() -> None:
+    found = grade("class Solution:\n    def add(self, a, b):\n        while True: pass")
+    assert (found.correct, found.can_compile, found.pass_rate) == (False, True, 0)
+    assert not children()
+
+
+def test_a_memory_bomb_stays_below_its_limit() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for bomb in ("x = [0] * 10**11", "x = 'a'\nwhile True:\n    x += x"):
+        found = grade(f"{GOOD}\n{bomb}")
+        assert not found.correct and "MemoryError" in found.reason
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 512 << 10
+
+
+def test_huge_output_never_fills_the_parent() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    printed = grade(f"{GOOD}\nfor _ in range(200):\n    print('x' * 10**6)")
+    assert printed.correct  # it goes nowhere
+    flood = (
+        "import os\nfor fd in range(3, 16):\n    try:\n        while True:\n"
+        "            os.write(fd, b'x' * 65536)\n    except OSError:\n        pass"
+    )
+    found = grade(f"{GOOD}\n{flood}")
+    assert (found.correct, found.can_compile) == (False, False)
+    big = grade("class Solution:\n    def add(self, a, b):\n        return 'x' * 10**8")
+    assert not big.correct
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
+    assert not children()
+
+
+@pytest.mark.parametrize(
+    "end", ["import os\nos._exit(0)", "raise SystemExit(0)", "exit(0)", "quit()"]
+)
+def test_an_early_exit_proves_nothing(end: str) -> None:
+    found = grade(f"{BAD}\n{end}\ndef run_tests():\n    pass")
+    assert (found.correct, found.hinted) == (False, False)
+    inside = grade(f"{BAD}\ndef run_tests():\n    {end.replace(chr(10), '; ')}")
+    assert (inside.correct, inside.hinted) == (False, False)
+
+
+# --- attacks on the evidence ---------------------------------------------------------------------
+
+FORGERIES = {
+    "__eq__": (
+        "class Yes:\n    def __eq__(self, other): return True\n    def __hash__(self): return 1\n"
+        "class Solution:\n    def add(self, a, b): return Yes()"
+    ),
+    "int with __eq__": (
+        "class Yes(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
+        "class Solution:\n    def add(self, a, b): return Yes(0)"
+    ),
+    "patched json": (
+        f"import json\njson.dumps = lambda *a, **k: '3'\njson.loads = lambda *a: {{}}\n{BAD}"
+    ),
+    "patched print": f"import builtins\nbuiltins.print = lambda *a: None\n{BAD}",
+    "printed verdict": (
+        f"{BAD}\nimport os\nfor fd in range(1, 16):\n    try:\n"
+        '        os.write(fd, b\'{"state": "value", "value": "3"}\\n\' * 9)\n'
+        "    except OSError:\n        pass"
+    ),
+    "forged ready": (
+        f"{BAD}\nimport os\nfor fd in range(3, 16):\n    try:\n"
+        '        os.write(fd, b\'{"state": "ready", "value": ""}\\n\' + '
+        'b\'{"key": "0", "state": "value", "value": "3"}\\n\' * 9)\n'
+        "    except OSError:\n        pass"
+    ),
+    "patched builtins": (
+        "import builtins\nbuiltins.eval = lambda *a: 3\nbuiltins.type = lambda *a: int\n"
+        "builtins.isinstance = lambda *a: True\nbuiltins.all = lambda *a: True\n" + BAD
+    ),
+    "pickle": (
+        "import pickle\nclass P:\n    def __reduce__(self): return (eval, ('3',))\n"
+        "class Solution:\n    def add(self, a, b): return P()"
+    ),
+    "bool for int": "class Solution:\n    def add(self, a, b): return float(a + b)",
+    "exception as value": "class Solution:\n    def add(self, a, b): raise SystemExit(3)",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_success_is_wrong(name: str) -> None:
+    found = grade(FORGERIES[name])
+    assert not found.correct and not found.hinted
+    assert not found.labels()["hack"]
+
+
+def test_no_expected_value_is_in_the_process() -> None:
+    """Everything that Python can reach is searched for the number that the test expects."""
+    secret = 918273645
+    problem = ADD._replace(tests=(CodeTest("Solution().add(1, 2)", str(secret)),))
+    spy = f"""
+import gc, sys
+SEEN = []
+def walk():
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        frame = error.__traceback__.tb_frame
+    while frame is not None:
+        SEEN.append(repr(dict(frame.f_locals)) + repr(dict(frame.f_globals))[:100000])
+        frame = frame.f_back
+class Solution:
+    def add(self, a, b):
+        walk()
+        return "".join(SEEN).count(str({secret} // 9 * 9)) > 10**6
+"""
+    assert not grade_all([(problem, f"```\n{spy}\n```", "run_tests")], FAST, 1)[0].correct
+    told = sandbox._run(
+        Job(spy.replace("> 10**6", "- 0"), (Request("Solution().add(1, 2)"),), FAST), ("kernel",)
+    )
+    assert told.replies[0] is not None
+    assert str(secret) not in told.replies[0].text
+
+
+# --- attacks on the machine ----------------------------------------------------------------------
+
+ESCAPES = {
+    "fork": "import os\nos.fork()",
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "fork bomb that catches": (
+        "import os\nfor _ in range(100000):\n    try:\n        os.fork()\n"
+        "    except OSError:\n        DENIED = 1\nassert DENIED\nraise RuntimeError('denied')"
+    ),
+    "exec": "import os\nos.execv('/bin/sh', ['sh', '-c', 'true'])",
+    "shell": "import os\nassert os.system('true') == 0",
+    "spawn": "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+    "subprocess": "import subprocess\nsubprocess.run(['true'])",
+    "kill the parent": "import os\nos.kill(os.getppid(), 9)",
+    "kill the group": "import os\nos.killpg(0, 9)",
+    "socket": "import socket\nsocket.create_connection(('127.0.0.1', 80))",
+    "socket, inner": "import _socket\n_socket.socket()",
+    "write": "open('/tmp/operando_escaped', 'w').write('x')",
+    "os.open": "import os\nos.open('/tmp/operando_escaped', os.O_CREAT | os.O_WRONLY)",
+    "mkdir": "import os\nos.mkdir('/tmp/operando_escaped')",
+    "remove": "import os\nos.remove('/tmp/operando_target')",
+    "rename": "import os\nos.rename('/tmp/operando_target', '/tmp/operando_escaped')",
+    "chmod": "import os\nos.chmod('/tmp/operando_target', 0)",
+    "truncate": "import os\nos.truncate('/tmp/operando_target', 0)",
+    "symlink": "import os\nos.symlink('/etc', '/tmp/operando_escaped')",
+    "read the problems": f"open({str(Path(sandbox.__file__).with_name('code_problems.jsonl'))!r})",
+    "read /proc": "open('/proc/self/environ')",
+    "read the parent": "import os\nopen(f'/proc/{os.getppid()}/environ')",
+    "ctypes": "import ctypes\nctypes.CDLL(None)",
+    "more memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "new limits for a child": "import _posixsubprocess\n_posixsubprocess.fork_exec()",
+}  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_every_way_out_is_refused_by_each_layer_alone(layers: tuple[str, ...]) -> None:
+    target = Path("/tmp/operando_target")
+    target.write_text("here")
+    refusals = (
+        "PermissionError", "ModuleNotFoundError", "ImportError", "BlockingIOError", "denied",
+        "AssertionError", "RuntimeError: can't start new thread",
+    )  # fmt: skip
+    try:
+        for name, program in ESCAPES.items():
+            outcome = run_in(layers, program, "1")
+            assert outcome.state == "raised", (name, outcome)
+            assert any(word in outcome.detail for word in refusals), (name, outcome)
+            assert not Path("/tmp/operando_escaped").exists(), name
+            assert target.read_text() == "here", name
+    finally:
+        target.unlink()
+    assert not children()
+
+
+@needs_kernel
+def test_no_thread_outlives_anything_since_none_starts() -> None:
+    program = "import _thread\n_thread.start_new_thread(print, ())"
+    assert run_in(("kernel",), program, "1").detail == "RuntimeError: can't start new thread"
+
+
+def test_a_listening_socket_hears_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+        port = server.getsockname()[1]
+        for module in ("socket", "_socket"):
+            found = grade(
+                f"import {module} as s\ns.socket().connect(('127.0.0.1', {port}))\n{GOOD}"
+            )
+            assert not found.correct
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPERANDO_SECRET", "hunter2")
+    outcome = run_python(Job("import os", (Request("dict(os.environ)"),)))
+    assert outcome.replies[0] is not None
+    assert "hunter2" not in outcome.replies[0].text and "OPERANDO" not in outcome.replies[0].text
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import __main__\n__main__.REFUSED_EVENTS = ()\nopen('/etc/passwd')",
+        "import sys\nsys.modules.clear()\nopen('/etc/passwd')",
+        "import builtins\nbuiltins.PermissionError = str\nopen('/etc/passwd')",
+        "import sys\nsys.addaudithook(lambda *a: None)\nopen('/etc/passwd')",
+        "import gc\nfor f in gc.get_objects():\n    pass\nopen('/etc/passwd')",
+        "def walk():\n    try:\n        1 / 0\n    except ZeroDivisionError as error:\n"
+        "        frame = error.__traceback__.tb_frame\n    while frame.f_back:\n"
+        "        frame = frame.f_back\n    return frame.f_globals['refuse']\n"
+        "walk().__defaults__ = ((), (), ())\nopen('/etc/passwd')",
+        "import sys\nsys.meta_path.clear()\nimport _imp\n_imp.create_dynamic\nopen('/etc/passwd')",
+    ],
+)
+def test_the_hook_can_not_be_talked_out_of_it(program: str) -> None:
+    assert run_in(("hook",), program, "1").state == "raised"
+
+
+def test_the_parent_keeps_no_descriptors_and_no_processes() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for code in ("import os\nos._exit(1)", "def f(:", GOOD, "raise ValueError", "x = 1 / 0"):
+        grade(code)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not children()
+
+
+def test_attacks_side_by_side_leave_a_good_answer_right() -> None:
+    fence = "```python\n{}\n```"
+    codes = [HANGS["signals ignored"], GOOD, "import os\nos._exit(0)", GOOD, ESCAPES["fork bomb"]]
+    found = grade_all([(ADD, fence.format(c), "run_tests") for c in codes], FAST, 4)
+    assert [g.correct for g in found] == [False, True, False, True, False]
