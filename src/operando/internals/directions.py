@@ -50,8 +50,8 @@ class DirectionSet:
     model_sha256: str
     dtype: str
     accuracy: float  # share of held-out pairs that it orders rightly
-    modules: Mapping[str, Float[Tensor, "k d"]] = field(default_factory=dict)
-    inputs: Mapping[str, Float[Tensor, "d"]] = field(default_factory=dict)
+    modules: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict)
+    inputs: Mapping[str, Float[Tensor, "_"]] = field(default_factory=dict)
     evidence: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
