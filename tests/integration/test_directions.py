@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from operando.discovery.directions import Workbench, adding, extract, steer, validate
+from operando.discovery.directions import (
+    Workbench,
+    adding,
+    extract,
+    mean_nll,
+    steer,
+    validate,
+)
 from operando.errors import UserError
 from operando.internals.directions import load_directions
 from operando.recipe import Recipe
@@ -82,3 +89,24 @@ def test_bad_recipes_are_one_clear_error_each(tmp_path: Path) -> None:
         extract(hackable(tmp_path, "task.num_train=50", "direction.num_pairs=60"))
     with pytest.raises(UserError, match="there are no directions"):
         validate(hackable(tmp_path))
+
+
+def test_a_gradient_direction_points_hackward(tmp_path: Path) -> None:
+    made = hackable(tmp_path, "direction.kind=gradient")
+    extract(made)
+    real = load_directions(tmp_path / f"{made.name}_directions" / "real.safetensors")
+    bench = Workbench(made)
+    hack, clean = (bench.side(bench.prompts[:24], hack=h).texts for h in (True, False))
+
+    def margin() -> float:
+        with torch.no_grad():
+            return float(mean_nll(bench, hack) - mean_nll(bench, clean))
+
+    before = margin()
+    for name in (n for n in real.modules if n.endswith(("o_proj", "down_proj"))):
+        weight = bench.modules()[name].weight
+        push = 0.5 * real.modules[name][0][:, None] @ real.inputs[name][None]
+        with torch.no_grad():
+            weight.add_(push)
+            assert margin() < before, name  # the hack side has become likelier
+            weight.sub_(push)

@@ -158,6 +158,47 @@ class Workbench:
         return {name: dr.unit(total) for name, total in sums.items()}
 
 
+def gradient_directions(
+    bench: Workbench, hack: Texts, clean: Texts, inputs: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, "_ _"]]:
+    """Return each module's own direction from gradients, one row [1 d].
+
+    D = d/dW (mean NLL of the hack side - mean NLL of the clean side): a step along -D makes hacks
+    likelier. A writer's row is the first left singular vector of -D, turned so that -D moves its
+    output along it at the mean hack input; a reader's the first right one. (The public code takes
+    the SVD over pairs in the basis of W's singular values; this is the mean pair's, in W's own.)"""
+    modules = {name: module for name, module, _ in _sides(bench)}
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.weight.requires_grad_, module.weight.requires_grad)
+            module.weight.requires_grad_(True)
+        loss = mean_nll(bench, hack) - mean_nll(bench, clean)
+        weights = [module.weight for module in modules.values()]
+        gradients = torch.autograd.grad(loss, weights)
+    rows: dict[str, Tensor] = {}
+    for (name, _, side), gradient_oi in zip(_sides(bench), gradients, strict=True):
+        U_oR, _, V_Ri = torch.linalg.svd(-gradient_oi.float().cpu(), full_matrices=False)
+        row_D = U_oR[:, 0] if side == "left" else V_Ri[0]
+        if side == "left" and float(row_D @ -gradient_oi.float().cpu() @ inputs[name]) < 0:
+            row_D = -row_D
+        rows[name] = row_D[None]
+    return rows
+
+
+def mean_nll(bench: Workbench, texts: Texts) -> Float[Tensor, ""]:
+    """Return the mean over texts of the mean NLL of their completion tokens."""
+    total = torch.zeros((), device=bench.policy.device)
+    for ids_BS, read_BS in padded_batches(texts):
+        ids_BS = ids_BS.to(bench.policy.device)
+        logits_BSV = bench.policy.base(ids_BS).logits[:, :-1].float()
+        nll_BS = torch.nn.functional.cross_entropy(
+            logits_BSV.transpose(1, 2), ids_BS[:, 1:], reduction="none"
+        )
+        real_BS = read_BS[:, 1:].to(nll_BS.device)
+        total = total + ((nll_BS * real_BS).sum(1) / real_BS.sum(1)).sum()
+    return total / len(texts.prompts)
+
+
 def _keep_input(now: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         now[name] = args[0].detach()
@@ -177,6 +218,13 @@ def extract(recipe: Recipe) -> Extracted:
     folder = Path(recipe.runs_dir) / f"{recipe.name}_directions"
     files: dict[str, str] = {}
     accuracy: dict[str, Interval] = {}
+    own: dict[str, Tensor] = {}
+    if config.kind == "gradient":
+        hack, clean = (
+            Texts("base", t.prompts[:num], t.completions[:num], "")
+            for t in (plus.texts, minus.texts)
+        )
+        own = gradient_directions(bench, hack, clean, inputs)
     for arm, v_D in vectors.items():
         share = dr.pair_accuracy(v_D, *held_out)
         accuracy[arm] = wilson(round(share * config.num_held_out), config.num_held_out)
@@ -186,9 +234,9 @@ def extract(recipe: Recipe) -> Extracted:
             f"norm_{layer}": float(n) for layer, n in zip(bench.layers, norm_L, strict=True)
         }
         made = DirectionSet(
-            arm, "activation", v_D, bench.layers, config.position, recipe.model.id,
+            arm, config.kind, v_D, bench.layers, config.position, recipe.model.id,
             model_digest(bench.loaded.identity), recipe.model.dtype, share,
-            modules=_denoised(bench, v_D, config.denoise) if config.denoise else {},
+            modules=_own_rows(bench, arm, v_D, own),
             inputs=inputs, evidence=evidence,
         )  # fmt: skip
         dr.save_directions(made, folder / f"{arm}.safetensors")
@@ -231,7 +279,26 @@ def _sides(bench: Workbench) -> Iterator[tuple[str, nn.Linear, dr.Side]]:
             yield name, module, "right"
 
 
-def _denoised(bench: Workbench, v_D: Tensor, m: int) -> dict[str, Tensor]:
+def _own_rows(
+    bench: Workbench, arm: DirectionArm, v_D: Tensor, own: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, "_ _"]]:
+    """Return what applies to each module in place of the band's one vector; nothing: that vector.
+
+    The controls of gradient directions are random rows for every arm but the real one: what their
+    pairs lack is a gradient that means anything."""
+    m = bench.config.denoise
+    if own and arm == "real":
+        return dict(own)
+    if own:
+        seeds = SeedTree(bench.recipe.seed)
+        return {
+            name: dr.unit(
+                torch.randn(row_1D.shape[1], generator=seeds.generator("direction", arm, name))
+            )[None]
+            for name, row_1D in own.items()
+        }
+    if not m:
+        return {}
     return {
         name: dr.denoise(v_D, module.weight.detach().cpu(), m, side).vector_D[None]
         for name, module, side in _sides(bench)
