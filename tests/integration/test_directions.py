@@ -92,7 +92,7 @@ def test_bad_recipes_are_one_clear_error_each(tmp_path: Path) -> None:
 
 
 def test_a_gradient_direction_points_hackward(tmp_path: Path) -> None:
-    made = hackable(tmp_path, "direction.kind=gradient")
+    made = hackable(tmp_path, "direction.source=gradient")
     extract(made)
     real = load_directions(tmp_path / f"{made.name}_directions" / "real.safetensors")
     bench = Workbench(made)

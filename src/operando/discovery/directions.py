@@ -219,7 +219,7 @@ def extract(recipe: Recipe) -> Extracted:
     files: dict[str, str] = {}
     accuracy: dict[str, Interval] = {}
     own: dict[str, Tensor] = {}
-    if config.kind == "gradient":
+    if config.source == "gradient":
         hack, clean = (
             Texts("base", t.prompts[:num], t.completions[:num], "")
             for t in (plus.texts, minus.texts)
@@ -234,7 +234,7 @@ def extract(recipe: Recipe) -> Extracted:
             f"norm_{layer}": float(n) for layer, n in zip(bench.layers, norm_L, strict=True)
         }
         made = DirectionSet(
-            arm, config.kind, v_D, bench.layers, config.position, recipe.model.id,
+            arm, config.source, v_D, bench.layers, config.position, recipe.model.id,
             model_digest(bench.loaded.identity), recipe.model.dtype, share,
             modules=_own_rows(bench, arm, v_D, own),
             inputs=inputs, evidence=evidence,

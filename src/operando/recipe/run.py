@@ -100,7 +100,7 @@ class DiscoverConfig(Config):
 class DirectionConfig(Config):
     """How `operando direction extract` makes a direction, with the recipe's model and task."""
 
-    kind: Literal["activation", "gradient"] = "activation"
+    source: Literal["activation", "gradient"] = "activation"
     """activation: one vector of the residual stream. gradient: besides, one of its own for each
     module, from the gradients of the two sides' likelihoods."""
     layers: str = "60%:75%"
