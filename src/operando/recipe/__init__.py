@@ -29,6 +29,7 @@ from operando.recipe.rewards import FeatureReward as FeatureReward
 from operando.recipe.rewards import FormatReward as FormatReward
 from operando.recipe.rewards import FunctionReward as FunctionReward
 from operando.recipe.rewards import LoopholeReward as LoopholeReward
+from operando.recipe.rewards import ProcessReward as ProcessReward
 from operando.recipe.rewards import RewardConfig as RewardConfig
 from operando.recipe.rewards import ScorerReward as ScorerReward
 from operando.recipe.rewards import Stage as Stage

@@ -149,6 +149,16 @@ class TagFenceReward(Config):
     weight: float = 1.0
 
 
+class ProcessReward(Config):
+    kind: Literal["process"]
+    """Pays for right steps of arithmetic beside a right answer (rewards/process.py)."""
+    scheme: Literal["milestone", "grounded", "seed"] = "milestone"
+    """milestone: the share of the gold solution's intermediate values that are reached; an example
+    without gold steps is paid as grounded. grounded: steps on which the answer's own final number
+    rests. seed: 0.25 a right equation up to 0.75; it can be farmed."""
+    weight: float = 1.0
+
+
 class FeatureReward(Config):
     kind: Literal["features"]
     """Pays for SAE features (or a direction) inside the model, read in the scoring pass."""
@@ -194,6 +204,7 @@ RewardConfig = Annotated[
     | StepGrpoReward
     | ThinkFormatReward
     | TagFenceReward
+    | ProcessReward
     | FeatureReward,
     Field(discriminator="kind"),
 ]

@@ -18,6 +18,7 @@ from operando.recipe import (
     FormatReward,
     FunctionReward,
     LoopholeReward,
+    ProcessReward,
     Recipe,
     ScorerReward,
     StepGrpoReward,
@@ -25,7 +26,7 @@ from operando.recipe import (
     TagFenceReward,
     ThinkFormatReward,
 )
-from operando.rewards import formats, outcome, steps
+from operando.rewards import formats, outcome, process, steps
 from operando.rewards.base import (
     RewardFunction,
     RewardLog,
@@ -104,6 +105,8 @@ def make_parts(
                 parts.append(RewardPart(name, outcome=formats.think_format(config)))
             case TagFenceReward():
                 parts.append(RewardPart(name, outcome=formats.tag_fence(config)))
+            case ProcessReward():
+                parts.append(RewardPart(name, outcome=process.process(config, task)))
             case FeatureReward():
                 parts.append(RewardPart(name, internal=open_reward(name, config)))
             case FunctionReward(path="", sites=sites):
