@@ -14,14 +14,13 @@ from operando.internals.packs import (
     Feature,
     FeaturePack,
     Gate,
-    chosen_features,
     encoder_of,
     load_pack,
     model_digest,
     prompt_digest,
-    relu_columns,
     save_pack,
 )
+from operando.internals.readout import ChosenFeatures, relu_columns
 from operando.internals.sae import SAE
 from operando.internals.sae_formats import save_sae
 from operando.models.load import Loaded
@@ -112,9 +111,28 @@ def test_chosen_features_are_those_of_the_dense_encoding(activation: str) -> Non
     x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     ids = (20, 3, 39)
     dense_NF = sae.encode_dense(x_ND)[:, list(ids)]
-    assert torch.allclose(chosen_features(sae, x_ND, ids), dense_NF, atol=1e-5)
+    assert torch.allclose(ChosenFeatures(sae, ids)(x_ND), dense_NF, atol=1e-5)
     if activation == "topk_relu":  # mechreward validated with top-k and trained with this
         assert not torch.allclose(relu_columns(sae, x_ND, ids), dense_NF, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["topk", "topk_relu"])
+def test_a_bfloat16_pass_decides_as_float32_does(activation: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    D, M = 24, 5000
+    rows = [torch.randn(M, D, generator=generator) for _ in range(2)]
+    zeros = [torch.zeros(n) for n in (M, D, D)]
+    sae = SAE(rows[0], zeros[0], rows[1], zeros[1], zeros[2], activation, k=64)  # pyright: ignore[reportArgumentType]
+    x_ND = torch.randn(400, D, generator=generator)
+    ids = tuple(range(0, M, 50))  # a hundred: some lie next to the 64th largest
+    read = ChosenFeatures(sae, ids)
+    assert read.W_low_MD is not None
+    exact_NF = sae.encode_dense(x_ND)[:, list(ids)]
+    assert torch.allclose(read(x_ND), exact_NF, atol=1e-5)
+    low_NM = (x_ND.bfloat16() @ read.W_low_MD.T).float()
+    last_N1 = low_NM.topk(64, dim=1).values[:, -1:]
+    rough_NF = exact_NF.new_zeros(exact_NF.shape).masked_fill(low_NM[:, list(ids)] >= last_N1, 1.0)
+    assert not torch.equal(rough_NF > 0, exact_NF > 0)  # bfloat16 alone would not do
 
 
 def test_neither_padding_nor_micro_batches_nor_an_adapter_move_a_reward(tmp_path: Path) -> None:

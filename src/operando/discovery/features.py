@@ -28,13 +28,13 @@ from operando.internals.packs import (
     Feature,
     FeaturePack,
     Gate,
-    chosen_features,
     encoder_of,
     model_digest,
     prompt_digest,
     save_pack,
 )
 from operando.internals.probe import logistic_probe, mean_difference
+from operando.internals.readout import ChosenFeatures
 from operando.internals.sae import SAE, Origin, check_fits
 from operando.internals.sae_formats import load_sae, save_sae
 from operando.models.load import Loaded, load_model
@@ -233,7 +233,7 @@ def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> 
     scale: 99 % quantile of the feature over their tokens; its largest value where that is 0."""
     ids = tuple(signs)
     right = search.find.chosen(search.find.correct_R)
-    value_NF = chosen_features(search.sae, right.acts_ND, ids)
+    value_NF = ChosenFeatures(search.sae, ids)(right.acts_ND)
     high_F = _quantile(value_NF.abs(), HIGH)
     scale_F = torch.where(high_F > 0, high_F, value_NF.abs().amax(0))
     scale_F = torch.where(scale_F > 0, scale_F, 1.0)  # never seen in a right answer

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from operando.discovery.answers import Answers
 from operando.internals import contrast as ct
-from operando.internals.packs import FeaturePack, Gate, chosen_features
+from operando.internals.packs import FeaturePack, Gate
+from operando.internals.readout import ChosenFeatures
 from operando.internals.sae import SAE
 from operando.recipe import DiscoverConfig
 from operando.rewards.internal import pack_score
@@ -90,7 +91,7 @@ def answer_scores(pack: FeaturePack, sae: SAE | None, answers: Answers) -> Float
     if sae is None:
         read_NF = answers.acts_ND.float() @ torch.tensor(pack.direction)[:, None]
     else:
-        read_NF = chosen_features(sae, answers.acts_ND, tuple(f.id for f in pack.features))
+        read_NF = ChosenFeatures(sae, tuple(f.id for f in pack.features))(answers.acts_ND)
     score_1N = pack_score(pack, read_NF[None], saturate=True)
     return answers.mean_of(score_1N[0][:, None])[:, 0]
 

@@ -13,10 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from operando.errors import UserError
 from operando.internals.sae import SAE
@@ -159,39 +156,3 @@ def pack_sae(pack: FeaturePack, path: str | Path) -> SAE:
 def encoder_of(sae: SAE) -> str:
     """Return the words for an SAE's activation function. Example: "topk_relu k=16" """
     return sae.activation if sae.k is None else f"{sae.activation} k={sae.k}"
-
-
-def chosen_features(
-    sae: SAE, x_ND: Float[Tensor, "N D"], ids: tuple[int, ...]
-) -> Float[Tensor, "N F"]:
-    """Return chosen features of each token under the SAE's true activation function.
-
-    Where a feature does not depend on the others (relu, jumprelu, batchtopk at inference) only its
-    own row is multiplied. A top-k feature does: all are computed, a chunk of tokens at a time, and
-    never held for all.
-    """
-    id_F = torch.tensor(ids, device=sae.W_enc_MD.device)
-    if sae.activation not in ("topk", "topk_relu"):
-        z_NF = torch.addmm(sae.b_enc_M[id_F], x_ND.float() - sae.b_pre_D, sae.W_enc_MD[id_F].T)
-        if sae.activation == "relu":
-            return z_NF.relu()
-        assert sae.threshold_M is not None
-        return z_NF.relu() * (z_NF > sae.threshold_M[id_F])
-    column_M = torch.full((sae.d_sae,), len(ids), device=id_F.device)  # the last column: not chosen
-    column_M[id_F] = torch.arange(len(ids), device=id_F.device)
-    codes = sae.encode(x_ND)
-    chosen_NF = x_ND.new_zeros(x_ND.shape[0], len(ids) + 1, dtype=torch.float32)
-    chosen_NF.scatter_add_(1, column_M[codes.idx_Nk.long()], codes.value_Nk)
-    return chosen_NF[:, :-1]
-
-
-def relu_columns(
-    sae: SAE, x_ND: Float[Tensor, "N D"], ids: tuple[int, ...]
-) -> Float[Tensor, "N F"]:
-    """Return relu(z) of chosen features, whatever the SAE's activation function.
-
-    What mechreward's G3 trained with, though its features were found under top-k.
-    """
-    id_F = torch.tensor(ids, device=sae.W_enc_MD.device)
-    x_ND = x_ND.float() - sae.b_pre_D
-    return torch.addmm(sae.b_enc_M[id_F], x_ND, sae.W_enc_MD[id_F].T).relu()

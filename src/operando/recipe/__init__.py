@@ -7,7 +7,9 @@ over (tables merge, everything else replaces). All mistakes are reported at once
 
 from operando.recipe.base import Config as Config
 from operando.recipe.data import CanaryTaskConfig as CanaryTaskConfig
+from operando.recipe.data import ClrsTaskConfig as ClrsTaskConfig
 from operando.recipe.data import CodeTaskConfig as CodeTaskConfig
+from operando.recipe.data import GraphSearchTaskConfig as GraphSearchTaskConfig
 from operando.recipe.data import Gsm8kTaskConfig as Gsm8kTaskConfig
 from operando.recipe.data import LoraConfig as LoraConfig
 from operando.recipe.data import Math500TaskConfig as Math500TaskConfig

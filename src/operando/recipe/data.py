@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,6 +84,29 @@ class MmluTaskConfig(Config):
     source: str = "cais/mmlu"
     """A hub id, or the csv files of test and dev as a folder or .tar.gz. The 285 dev questions are
     the training split, the test questions are held out."""
+
+
+class ClrsTaskConfig(Config):
+    kind: Literal["clrs"]
+    """CLRS-Text depth-first search on adjacency matrices, generated."""
+    sizes: tuple[Annotated[int, Field(ge=2, le=64)], ...] = (4, 5)
+    """Nodes; each graph draws one of these."""
+    hints: bool = True
+    """Whether the answer holds the trace before pi. An answer of n nodes has about 200 (n = 4),
+    650 (8) or 2,500 (16) characters with it."""
+    num_train: int = Field(default=20_000, ge=1)
+    num_held_out: int = Field(default=400, ge=1)
+    seed: int = 0
+
+
+class GraphSearchTaskConfig(Config):
+    kind: Literal["graph_search"]
+    """Paths in small directed graphs, by a depth-first walk in words, generated."""
+    sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = (4, 5, 6)
+    """Nodes; each graph draws one of these."""
+    num_train: int = Field(default=20_000, ge=1)
+    num_held_out: int = Field(default=400, ge=1)
+    seed: int = 0
 
 
 class CanaryTaskConfig(Config):

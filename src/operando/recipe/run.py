@@ -10,7 +10,9 @@ from operando.errors import nearest
 from operando.recipe.base import Config
 from operando.recipe.data import (
     CanaryTaskConfig,
+    ClrsTaskConfig,
     CodeTaskConfig,
+    GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -38,7 +40,9 @@ TaskConfig = Annotated[
     | Math500TaskConfig
     | MmluTaskConfig
     | CanaryTaskConfig
-    | CodeTaskConfig,
+    | CodeTaskConfig
+    | ClrsTaskConfig
+    | GraphSearchTaskConfig,
     Field(discriminator="kind"),
 ]
 

@@ -23,11 +23,10 @@ from operando.errors import UserError
 from operando.internals.packs import (
     FeaturePack,
     check_pack,
-    chosen_features,
     load_pack,
     pack_sae,
-    relu_columns,
 )
+from operando.internals.readout import ChosenFeatures, relu_columns
 from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
 from operando.recipe import FeatureReward, PromptConfig
@@ -75,8 +74,9 @@ class InternalReward:
             return Tap(pack.site, lambda x_ND: x_ND.float() @ direction_D[:, None])
         sae = pack_sae(pack, path).to(policy.device)
         ids = tuple(f.id for f in pack.features)
-        encode = relu_columns if self.config.mode == "seed" else chosen_features
-        return Tap(pack.site, lambda x_ND: encode(sae, x_ND, ids))
+        if self.config.mode == "seed":
+            return Tap(pack.site, lambda x_ND: relu_columns(sae, x_ND, ids))
+        return Tap(pack.site, ChosenFeatures(sae, ids))
 
     def __call__(
         self, rollouts: Sequence[Rollout], trace: Trace | None, log: RewardLog

@@ -5,7 +5,9 @@ from __future__ import annotations
 from operando.errors import UserError
 from operando.recipe import (
     CanaryTaskConfig,
+    ClrsTaskConfig,
     CodeTaskConfig,
+    GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
@@ -14,7 +16,9 @@ from operando.recipe import (
 )
 from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
+from operando.tasks.clrs import load_clrs
 from operando.tasks.code import load_code
+from operando.tasks.graph_search import load_graph_search
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
 from operando.tasks.mmlu import load_mmlu
@@ -37,6 +41,10 @@ def load_task(config: TaskConfig) -> Task:
             task = load_math500(config)
         case MmluTaskConfig():
             task = load_mmlu(config)
+        case ClrsTaskConfig():
+            task = load_clrs(config)
+        case GraphSearchTaskConfig():
+            task = load_graph_search(config)
         case CodeTaskConfig():
             task = load_code(config)
         case CanaryTaskConfig(family=family):
