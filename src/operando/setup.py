@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 
 from operando import parallel
 from operando.errors import UserError
+from operando.internals.directions import DirectionSet, check_directions, load_directions
+from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
@@ -27,6 +29,7 @@ from operando.types import Batch, Prompt
 from operando.update import hygiene
 from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
+from operando.update.projector import Projector, literal_warning
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Setup:
     pad_id: int
     taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
     reference: bool  # whether the scoring pass runs the frozen base too
+    projector: Projector | None = None
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -103,6 +107,7 @@ def set_up(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
         Insulation(policy), pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded),
         reference,
+        projector=make_projector(recipe, run, policy, optimizer),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
@@ -115,6 +120,8 @@ def set_up(
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
                 run.warn(f"rewards.{part.name}: trained on a pack whose gate is closed: {why}")
+        if setup.projector is not None:
+            note_projector(run, setup.projector)
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
@@ -130,6 +137,64 @@ def make_taps(
         if part.internal is not None:
             taps[part.name] = part.internal.tap(policy, loaded.identity, recipe.prompt)
     return taps
+
+
+def make_projector(
+    recipe: Recipe,
+    run: Run,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    refresh: Callable[[], DirectionSet] | None = None,
+) -> Projector | None:
+    """Return the Projector of a recipe that has one; directions of another model are an error."""
+    config = recipe.projection
+    if config is None:
+        return None
+    directions = open_directions(config.directions, recipe, policy)
+    noise = run.seeds.generator("projection", "null")
+    folder = run.folder / "directions"
+    return Projector(config, policy, optimizer, directions, folder, noise, refresh)
+
+
+def open_directions(path: str, recipe: Recipe, policy: Policy) -> DirectionSet:
+    """Return the directions of a file, which must be of the recipe's model and dtype."""
+    directions = load_directions(path)
+    check_directions(directions, path, model_digest(policy.identity), recipe.model.dtype)
+    return directions
+
+
+def note_projector(run: Run, projector: Projector) -> None:
+    """Write to the manifest what is constrained, along which direction, with which sign."""
+    held = projector.directions
+    run.note(
+        projection={
+            "arm": held.arm, "accuracy": held.accuracy, "modules": len(projector.sites),
+            "layers": projector.layers(),
+            "convention": projector.config.convention,
+        }
+    )  # fmt: skip
+    for warning in literal_warning(projector.config):
+        run.warn(warning)
+    missing = sorted(set(held.layers) - set(projector.layers()))
+    if missing and not projector.config.layers:
+        run.warn(f"projection: layers {missing} of the direction's band have no trained module")
+
+
+def add_transforms(
+    setup: Setup, gradient: Sequence[GradientTransform], update: Sequence[UpdateTransform]
+) -> None:
+    """Set the transforms of the optimizer step: the watch, the caller's, then the Projector's."""
+    setup.gradient_transforms = (setup.insulation.watch, *gradient)
+    setup.update_transforms = tuple(update)
+    if setup.projector is not None:
+        setup.gradient_transforms = (*setup.gradient_transforms, setup.projector.on_gradient)
+        setup.update_transforms = (*setup.update_transforms, setup.projector.on_update)
+
+
+def begin_step(setup: Setup, step: int) -> None:
+    """Do what is due before a step: directions that follow the policy."""
+    if setup.projector is not None:
+        setup.projector.begin_step(step, save=parallel.rank() == 0)
 
 
 def make_prompt_sets(
@@ -173,6 +238,11 @@ def resume(setup: Setup) -> int:
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
         row = next(row for row in read_metrics(setup.run.folder) if row["step"] == done)
         setup.kl_coef = row.get("kl_coef", setup.kl_coef)
+    if setup.projector is not None:
+        if done:
+            setup.projector.resume(done)
+        else:
+            setup.projector.start()
     if parallel.rank() == 0:
         setup.run.rewind_to(done if done else -1)
     parallel.barrier()

@@ -34,7 +34,7 @@ from operando.rewards.compose import pay
 from operando.rollout.held_out import answer_greedily, judge
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
-from operando.setup import Setup, StepReport, resume, set_up
+from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up
 from operando.types import Batch, Rewards, Trace, make_batch
 from operando.update import hygiene
 from operando.update.card import draft_card
@@ -72,13 +72,13 @@ def train(
     setup = set_up(recipe, run, functions or {}, loaded)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
-    setup.gradient_transforms = (setup.insulation.watch, *gradient_transforms)
-    setup.update_transforms = update_transforms
+    add_transforms(setup, gradient_transforms, update_transforms)
     started = time.monotonic()
     done = resume(setup)
     if done == 0:
         report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
     for step in range(done + 1, recipe.steps + 1):
+        begin_step(setup, step)
         metrics, batch = train_step(setup, step)
         if step % recipe.eval.every == 0 or step == recipe.steps:
             metrics |= evaluate(setup, step)
