@@ -20,12 +20,13 @@ from operando.models.policy import Policy, Tap, whole_site
 from operando.recipe import GaeAdvantage, Recipe
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
+from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
 from operando.run import Run, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
-from operando.types import Batch, Prompt
+from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import hygiene
 from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
@@ -60,6 +61,7 @@ class Setup:
     taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
     reference: bool  # whether the scoring pass runs the frozen base too
     projector: Projector | None = None
+    shift: Shift | None = None
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -107,9 +109,12 @@ def set_up(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
         Insulation(policy), pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded),
         reference,
+        shift=open_shift(recipe, task, policy),
         projector=make_projector(recipe, run, policy, optimizer),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
+    if setup.shift is not None:
+        setup.taps = {**setup.taps, **setup.shift.taps(policy)}
     if parallel.rank() == 0:
         run.note(
             model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
@@ -161,6 +166,23 @@ def open_directions(path: str, recipe: Recipe, policy: Policy) -> DirectionSet:
     directions = load_directions(path)
     check_directions(directions, path, model_digest(policy.identity), recipe.model.dtype)
     return directions
+
+
+def open_shift(recipe: Recipe, task: Task, policy: Policy) -> Shift | None:
+    """Return the shift of a recipe that has one."""
+    config = recipe.shift
+    if config is None:
+        return None
+    path = config.directions
+    directions = open_directions(path, recipe, policy) if path else None
+    return make_shift(config, directions, task, recipe.rollout.num_generations)
+
+
+def shifted(
+    setup: Setup, paid: Rewards, rollouts: Sequence[Rollout], trace: Trace, step: int
+) -> Rewards:
+    """Return the rewards after the recipe's shift, or as they were paid."""
+    return paid if setup.shift is None else setup.shift.apply(paid, rollouts, trace, step)
 
 
 def note_projector(run: Run, projector: Projector) -> None:

@@ -18,11 +18,17 @@ from operando.recipe.data import (
     RolloutConfig,
     WordsTaskConfig,
 )
-from operando.recipe.projection import InterventionConfig, ProjectionConfig, ShiftConfig
+from operando.recipe.projection import (
+    InterventionConfig,
+    ProjectionConfig,
+    ScreeningShift,
+    ShiftConfig,
+)
 from operando.recipe.rewards import FeatureReward, RewardConfig, Stage
 from operando.recipe.update import (
     AdvantageConfig,
     ClipLoss,
+    GaeAdvantage,
     GroupAdvantage,
     KlConfig,
     OptimConfig,
@@ -202,6 +208,10 @@ class Recipe(Config):
             )
         if self.shift is not None and self.rollout.num_generations < 2:
             problems.append("shift compares siblings: rollout.num_generations must be at least 2")
+        if isinstance(self.shift, ScreeningShift) and isinstance(self.advantage, GaeAdvantage):
+            problems.append(
+                'shift.kind = "screening" leaves rollouts without a reward; not for gae'
+            )
         dense = [n for n, p in self.rewards.items() if isinstance(p, FeatureReward)]
         if self.shift is not None and dense:
             problems.append(

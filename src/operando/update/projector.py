@@ -98,7 +98,7 @@ class Projector:
             return
         assert self._refresh is not None
         found = self._refresh()
-        self.overlap = float(found.vector_D @ self.directions.vector_D.to(found.vector_D))
+        self.overlap = _overlap(found, self.directions)
         self._use(found)
         if save:
             save_directions(found, self.folder / f"step_{step - 1:05d}.safetensors")
@@ -114,7 +114,7 @@ class Projector:
         before = [load_directions(steps[step]) for step in used[-2:]]
         if before:
             former = before[0] if len(before) == 2 else self.directions
-            self.overlap = float(before[-1].vector_D @ former.vector_D)
+            self.overlap = _overlap(before[-1], former)
             self._use(before[-1])
 
     def on_gradient(self, parameters: Parameters) -> dict[str, float]:
@@ -371,6 +371,12 @@ class Projector:
         for site, new in zip(self.sites, found, strict=True):
             site.v_kD, site.x_i, site.gain = new.v_kD, new.x_i, new.gain
         self.directions = directions
+
+
+def _overlap(one: DirectionSet, other: DirectionSet) -> float:
+    """Return the cosine of two bands' vectors, rounded so that a file's alignment can't show."""
+    cosine = (one.vector_D.cpu().double() * other.vector_D.cpu().double()).sum()
+    return round(float(cosine), 9)
 
 
 def _push_square(

@@ -1,0 +1,149 @@
+"""Runs with a Projector, a shift or an intervention: nothing changed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from operando.errors import UserError
+from operando.internals.directions import DirectionSet, save_directions, unit
+from operando.internals.packs import model_digest
+from operando.models.load import load_model
+from operando.recipe import ModelConfig
+from operando.run import read_manifest
+from tests.integration.runs import adapter, metric_rows, tiny, trained
+
+STRICT = ("projection.preset=strict",)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> DirectionSet:
+    """A random direction of the starter model's last three layers, with random inputs."""
+    loaded = load_model(ModelConfig())
+    width = loaded.model.config.get_text_config().hidden_size
+    depth = loaded.model.config.get_text_config().num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: unit(torch.randn(module.in_features, generator=generator))
+        for name, module in loaded.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    layers = tuple(range(depth - 3, depth))
+    return DirectionSet(
+        "random", "activation", unit(torch.randn(width, generator=generator)), layers, "last",
+        "starter", model_digest(loaded.identity), "float32", 1.0, inputs=inputs,
+        evidence={"clean_q95": 0.0} | {f"norm_{layer}": 1.0 for layer in layers},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(made: DirectionSet, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("directions") / "random.safetensors"
+    save_directions(made, path)
+    return str(path)
+
+
+def with_directions(table: str, file: str, *overrides: str) -> tuple[str, ...]:
+    return (f"{table}.directions={json.dumps(file)}", *(f"{table}.{o}" for o in overrides))
+
+
+def same_adapter(one: Path, other: Path, step: int) -> bool:
+    left, right = adapter(one, step), adapter(other, step)
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_measured_run_is_the_plain_run_bit_by_bit(tmp_path: Path, file: str) -> None:
+    plain = trained(tiny(tmp_path / "plain"))
+    settings = with_directions("projection", file, "gate=measure", "stage=gradient", "mode=token")
+    for name, more in {"update": settings[:2], "token": settings}.items():
+        run = trained(tiny(tmp_path / name, *more))
+        assert same_adapter(plain, run, 4)
+        rows = metric_rows(run)
+        assert all(abs(r["projection/update_cos"]) < 1 for r in rows[1:])
+        kept = [{k: v for k, v in r.items() if k[:11] != "projection/"} for r in rows]
+        assert kept == metric_rows(plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("projection.preset=hard",),
+        ("projection.preset=seed",),
+        ("projection.gate=one_sided", "projection.stage=momentum"),
+    ],
+)
+def test_a_projected_run_resumes_bit_equal(
+    tmp_path: Path, file: str, settings: tuple[str, ...]
+) -> None:
+    overrides = (*with_directions("projection", file), *settings)
+    whole = trained(tiny(tmp_path / "a", *overrides))
+    half = trained(tiny(tmp_path / "b", *overrides))
+    shutil.rmtree(half / "checkpoints" / "step_00004")
+    (half / "results.json").unlink()
+    again = trained(tiny(tmp_path / "b", *overrides), resume=True)
+    assert metric_rows(again) == metric_rows(whole)
+    assert same_adapter(again, whole, 4)
+    plain = trained(tiny(tmp_path / "plain"))
+    assert not same_adapter(plain, whole, 4)
+    manifest = read_manifest(whole)
+    assert manifest["projection"]["arm"] == "random"  # pyright: ignore
+    assert ("literal_grad" in str(manifest["warnings"])) is ("seed" in settings[0])
+
+
+def test_the_micro_batch_split_does_not_change_a_projected_gradient(
+    tmp_path: Path, file: str
+) -> None:
+    token = with_directions("projection", file, "mode=token", "gate=one_sided", "stage=gradient")
+    rows = {}
+    for name, more in {
+        "whole": ["update.micro_tokens=100000"],
+        "split": ["update.micro_tokens=64"],
+        "checkpointing": ["update.micro_tokens=100000", "model.gradient_checkpointing=true"],
+    }.items():
+        run = trained(tiny(tmp_path / name, *token, "steps=1", *more))
+        rows[name] = metric_rows(run)[1]
+    for other in ("split", "checkpointing"):
+        assert rows[other]["grad_norm"] == pytest.approx(rows["whole"]["grad_norm"], rel=1e-4)
+        share = "projection/grad_share"
+        assert rows[other][share] == pytest.approx(rows["whole"][share], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rebound", "penalty", "screening"])
+def test_a_shift_changes_what_is_paid_and_says_for_whom(
+    tmp_path: Path, file: str, kind: str
+) -> None:
+    run = trained(tiny(tmp_path, *with_directions("shift", file, f"kind={kind}"), "steps=2"))
+    rows = metric_rows(run)[1:]
+    assert all(0 < r["shift/touched"] < 1 for r in rows)
+    assert rows[-1]["grad_norm"] > 0
+
+
+def test_directions_of_another_model_or_dtype_are_refused(
+    tmp_path: Path, made: DirectionSet
+) -> None:
+    for change, message in (
+        ({"model_sha256": "0" * 64}, "was made on model"),
+        ({"dtype": "bfloat16"}, "was extracted in bfloat16"),
+    ):
+        path = tmp_path / "other.safetensors"
+        save_directions(replace(made, **change), path)
+        for table in (("projection", *STRICT), ("shift", "shift.kind=rebound")):
+            settings = with_directions(table[0], str(path))
+            with pytest.raises(UserError, match=message):
+                trained(tiny(tmp_path / "runs", *settings, *table[1:]))
+
+
+def test_what_a_projection_cannot_be_combined_with(tmp_path: Path, file: str) -> None:
+    strict = with_directions("projection", file, "preset=strict")
+    for settings, message, lora in (
+        (("parallel.kind=fsdp",), "needs whole tensors", True),
+        (("projection.mode=token", "projection.stage=gradient"), "LoRA branch", False),
+        (("projection.purge=true",), "empties an adapter", False),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny(tmp_path, *strict, *settings, lora=lora)
