@@ -15,13 +15,16 @@ from operando.internals.directions import DirectionSet, check_directions, load_d
 from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
+from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
 from operando.models.policy import Policy, Tap, whole_site
-from operando.recipe import GaeAdvantage, Recipe
+from operando.models.steering import change_for, hook_blocks
+from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
+from operando.rollout.steered import SteeredSampler
 from operando.run import Run, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
@@ -104,6 +107,7 @@ def set_up(
         stop_ids(policy.base, loaded.tokenizer),
         recipe.rollout.max_batch,
     )
+    sampler = steered(recipe, policy, sampler)
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
         recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
@@ -183,6 +187,21 @@ def shifted(
 ) -> Rewards:
     """Return the rewards after the recipe's shift, or as they were paid."""
     return paid if setup.shift is None else setup.shift.apply(paid, rollouts, trace, step)
+
+
+def steered(recipe: Recipe, policy: Policy, sampler: Sampler) -> Sampler:
+    """Return the sampler with the recipe's intervention, whose hooks are on the policy's blocks."""
+    config = recipe.intervention
+    if config is None:
+        return sampler
+    directions = open_directions(config.directions, recipe, policy)
+    layers = directions.layers
+    if config.layers:
+        layers = parse_layer_set(config.layers, len(policy.blocks))
+    rows_kD = directions.vector_D[None].to(policy.device)
+    switch = hook_blocks(policy.blocks, layers, change_for(config.kind, rows_kD))
+    switch.on = not isinstance(config, SuppressIntervention)
+    return SteeredSampler(sampler, switch)
 
 
 def note_projector(run: Run, projector: Projector) -> None:

@@ -16,9 +16,7 @@ from operando.internals.packs import model_digest
 from operando.models.load import load_model
 from operando.recipe import ModelConfig
 from operando.run import read_manifest
-from tests.integration.runs import adapter, metric_rows, tiny, trained
-
-STRICT = ("projection.preset=strict",)
+from tests.integration.runs import adapter, metric_rows, rollout_rows, tiny, trained
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +115,20 @@ def test_the_micro_batch_split_does_not_change_a_projected_gradient(
 def test_a_shift_changes_what_is_paid_and_says_for_whom(
     tmp_path: Path, file: str, kind: str
 ) -> None:
-    run = trained(tiny(tmp_path, *with_directions("shift", file, f"kind={kind}"), "steps=2"))
+    shift = (f"shift.kind={kind}", *with_directions("shift", file))
+    run = trained(tiny(tmp_path, *shift, "steps=2"))
     rows = metric_rows(run)[1:]
     assert all(0 < r["shift/touched"] < 1 for r in rows)
-    assert rows[-1]["grad_norm"] > 0
+    for row in rollout_rows(run, 1):
+        parts = float(str(row["rewards/correct"])) + 0.1 * float(str(row["rewards/format"]))
+        if not row["shift_touched"]:
+            assert row["reward"] == pytest.approx(parts)
+        elif kind == "penalty":
+            assert row["reward"] == pytest.approx(parts - 3.0)
+        elif kind == "screening":
+            assert row["reward"] is None and row["advantage"] == 0
+        else:
+            assert parts == 0 or row["reward"] < 0 < parts  # alpha 2 turns the sign
 
 
 def test_directions_of_another_model_or_dtype_are_refused(
@@ -132,10 +140,10 @@ def test_directions_of_another_model_or_dtype_are_refused(
     ):
         path = tmp_path / "other.safetensors"
         save_directions(replace(made, **change), path)
-        for table in (("projection", *STRICT), ("shift", "shift.kind=rebound")):
-            settings = with_directions(table[0], str(path))
+        for table, kind in (("projection", "preset=strict"), ("shift", "kind=rebound")):
+            settings = (f"{table}.{kind}", *with_directions(table, str(path)))
             with pytest.raises(UserError, match=message):
-                trained(tiny(tmp_path / "runs", *settings, *table[1:]))
+                trained(tiny(tmp_path / "runs", *settings))
 
 
 def test_what_a_projection_cannot_be_combined_with(tmp_path: Path, file: str) -> None:
@@ -147,3 +155,25 @@ def test_what_a_projection_cannot_be_combined_with(tmp_path: Path, file: str) ->
     ):
         with pytest.raises(UserError, match=message):
             tiny(tmp_path, *strict, *settings, lora=lora)
+
+
+def test_interventions_act_in_training_and_not_in_evaluation(tmp_path: Path, file: str) -> None:
+    """No block is trained on anything (lr tiny): what differs is the intervention alone."""
+    hf = ("rollout.engine=hf", "steps=1", "optim.lr=1e-12")
+    plain = trained(tiny(tmp_path / "plain", *hf))
+    for kind in ("suppress", "ablate"):
+        table = (f"intervention.kind={kind}", *with_directions("intervention", file))
+        run = trained(tiny(tmp_path / kind, *hf, *table))
+        rows, plain_rows = rollout_rows(run, 1), rollout_rows(plain, 1)
+        assert [r["sampling_logp"] for r in rows] != [r["sampling_logp"] for r in plain_rows]
+        gap = [
+            abs(a - b)
+            for r in rows
+            for a, b in zip(r["sampling_logp"], r["old_logp"], strict=True)  # pyright: ignore
+        ]
+        assert (max(gap) < 1e-3) is (kind == "ablate")  # suppressed samples are off-policy
+        evals = [metric_rows(folder)[0]["eval/correct"] for folder in (run, plain)]
+        lengths = [metric_rows(folder)[0]["eval/mean_length"] for folder in (run, plain)]
+        assert evals[0] == evals[1] and lengths[0] == lengths[1]
+    with pytest.raises(UserError, match='rollout.engine = "hf"'):
+        tiny(tmp_path, *table)

@@ -44,7 +44,7 @@ def held(**evidence: float) -> DirectionSet:
 
 
 def rollouts(texts: list[str], lengths: list[int]) -> list[Rollout]:
-    prompt = Prompt(Example("e", "q", "7", {}), "q", (3,))
+    prompt = Prompt(Example("e", "q", "7"), "q", (3,))
     return [
         Rollout(prompt, 0, i, text, (5,) * n, (0.0,) * n, False)
         for i, (text, n) in enumerate(zip(texts, lengths, strict=True))

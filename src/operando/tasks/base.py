@@ -26,6 +26,7 @@ class Task:
     """verify(example, completion, is_truncated)"""
     labels: Callable[[Example, str, bool], Mapping[str, bool]] | None = None
     """labels(example, completion, is_truncated): what an audit names beside right and wrong, such
-    as {"hack": True}. No reward and no training step ever sees them."""
+    as {"hack": True}. No reward ever sees them; of training steps, only a [shift] whose monitor is
+    named "oracle"."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""
