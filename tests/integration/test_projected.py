@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import Optimizer
 
 from operando.errors import UserError
 from operando.internals.directions import DirectionSet, save_directions, unit
 from operando.internals.packs import model_digest
 from operando.models.load import load_model
-from operando.recipe import ModelConfig
-from operando.run import read_manifest
+from operando.models.policy import Policy
+from operando.recipe import ModelConfig, Recipe
+from operando.run import Run, read_manifest
+from operando.update.projector import Projector
 from tests.integration.runs import adapter, metric_rows, rollout_rows, tiny, trained
 
 
@@ -91,6 +95,38 @@ def test_a_projected_run_resumes_bit_equal(
     manifest = read_manifest(whole)
     assert manifest["projection"]["arm"] == "random"  # pyright: ignore
     assert ("literal_grad" in str(manifest["warnings"])) is ("seed" in settings[0])
+
+
+def test_a_run_that_follows_its_policy_resumes_bit_equal(
+    tmp_path: Path, file: str, made: DirectionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refreshed direction is any function of the policy: here, of one adapter's B."""
+    module = importlib.import_module("operando.setup")
+    real = module.make_projector
+
+    def following(recipe: Recipe, run: Run, policy: Policy, optimizer: Optimizer) -> Projector:
+        def refresh() -> DirectionSet:
+            adapters = policy.trainable().items()
+            B_or = next(p for name, p in adapters if "o_proj.lora_B" in name)
+            return replace(made, vector_D=unit(made.vector_D + 50 * B_or.detach().sum(1)))
+
+        return real(recipe, run, policy, optimizer, refresh)
+
+    monkeypatch.setattr(module, "make_projector", following)
+    settings = (*with_directions("projection", file, "stage=momentum", "refresh=2"), "steps=6")
+    whole = trained(tiny(tmp_path / "a", *settings))
+    overlaps = [r["projection/overlap"] for r in metric_rows(whole)[1:]]
+    assert overlaps[0] == overlaps[1] == 1.0 > overlaps[2] == overlaps[3] > overlaps[4]
+    saved = sorted(f.name for f in (whole / "directions").iterdir())
+    assert saved == ["step_00002.safetensors", "step_00004.safetensors"]
+    for last in (4, 2):
+        half = trained(tiny(tmp_path / f"b{last}", *settings))
+        for step in range(last + 2, 7, 2):
+            shutil.rmtree(half / "checkpoints" / f"step_{step:05d}")
+        (half / "results.json").unlink()
+        again = trained(tiny(tmp_path / f"b{last}", *settings), resume=True)
+        assert metric_rows(again) == metric_rows(whole)
+        assert same_adapter(again, whole, 6)
 
 
 def test_the_micro_batch_split_does_not_change_a_projected_gradient(
