@@ -107,18 +107,16 @@ def set_up(
         stop_ids(policy.base, loaded.tokenizer),
         recipe.rollout.max_batch,
     )
-    sampler = steered(recipe, policy, sampler)
+    shift = open_shift(recipe, task, policy)
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
-        recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
-        Insulation(policy), pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded),
-        reference,
-        shift=open_shift(recipe, task, policy),
+        recipe, run, task, train_prompts, held_out_prompts, policy,
+        steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
+        pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
+        shift=shift,
         projector=make_projector(recipe, run, policy, optimizer),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
-    if setup.shift is not None:
-        setup.taps = {**setup.taps, **setup.shift.taps(policy)}
     if parallel.rank() == 0:
         run.note(
             model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
@@ -129,23 +127,25 @@ def set_up(
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
                 run.warn(f"rewards.{part.name}: trained on a pack whose gate is closed: {why}")
-        if setup.projector is not None:
-            note_projector(run, setup.projector)
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
 
 
 def make_taps(
-    recipe: Recipe, parts: Sequence[RewardPart], policy: Policy, loaded: Loaded
+    recipe: Recipe,
+    parts: Sequence[RewardPart],
+    policy: Policy,
+    loaded: Loaded,
+    shift: Shift | None = None,
 ) -> dict[str, Tap]:
-    """Return what the rewards read inside the model; a pack of another model is an error."""
+    """Return what rewards and shift read in the model; a pack of another model is an error."""
     taps = {site: whole_site(site) for part in parts for site in part.sites}
     ActivationReader(policy.base, list(taps))
     for part in parts:
         if part.internal is not None:
             taps[part.name] = part.internal.tap(policy, loaded.identity, recipe.prompt)
-    return taps
+    return taps if shift is None else taps | shift.taps(policy)
 
 
 def make_projector(
@@ -162,7 +162,10 @@ def make_projector(
     directions = open_directions(config.directions, recipe, policy)
     noise = run.seeds.generator("projection", "null")
     folder = run.folder / "directions"
-    return Projector(config, policy, optimizer, directions, folder, noise, refresh)
+    projector = Projector(config, policy, optimizer, directions, folder, noise, refresh)
+    if parallel.rank() == 0:
+        note_projector(run, projector)
+    return projector
 
 
 def open_directions(path: str, recipe: Recipe, policy: Policy) -> DirectionSet:

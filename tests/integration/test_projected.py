@@ -18,9 +18,10 @@ from operando.internals.packs import model_digest
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.recipe import ModelConfig, Recipe
+from operando.recipe_io import to_toml
 from operando.run import Run, read_manifest
 from operando.update.projector import Projector
-from tests.integration.runs import adapter, metric_rows, rollout_rows, tiny, trained
+from tests.integration.runs import adapter, metric_rows, python, rollout_rows, tiny, trained
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,22 @@ def test_interventions_act_in_training_and_not_in_evaluation(tmp_path: Path, fil
         assert evals[0] == evals[1] and lengths[0] == lengths[1]
     with pytest.raises(UserError, match='rollout.engine = "hf"'):
         tiny(tmp_path, *table)
+
+
+def test_two_processes_project_and_shift_as_one_does(tmp_path: Path, file: str) -> None:
+    settings = (
+        *with_directions("projection", file, "mode=token", "gate=one_sided", "stage=gradient"),
+        "shift.kind=rebound", *with_directions("shift", file, "variant=additive"), "steps=2",
+    )  # fmt: skip
+    one = trained(tiny(tmp_path, "name=one", *settings))
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(to_toml(tiny(tmp_path, "name=two", *settings)))
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "operando")
+    done = python(*run, "train", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metric_rows(one), metric_rows(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for key in set(a) & {"reward", "shift/touched", "shift/score", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7), (key, a["step"])
+        for key in [k for k in a if k[:11] == "projection/" and k[-5:] in ("_cos", "share")]:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (key, a["step"])
