@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +11,29 @@ import torch
 
 from operando import parallel
 from operando.errors import UserError
+from operando.internals.directions import DirectionSet, check_directions, load_directions
+from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
+from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
 from operando.models.policy import Policy, Tap, whole_site
-from operando.recipe import GaeAdvantage, Recipe
+from operando.models.steering import change_for, hook_blocks
+from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
+from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
+from operando.rollout.steered import SteeredSampler
 from operando.run import Run, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
-from operando.types import Batch, Prompt
+from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import hygiene
 from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
+from operando.update.projector import Projector, literal_warning
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Setup:
     pad_id: int
     taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
     reference: bool  # whether the scoring pass runs the frozen base too
+    projector: Projector | None = None
+    shift: Shift | None = None
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
     gradient_transforms: Sequence[GradientTransform] = ()
     update_transforms: Sequence[UpdateTransform] = ()
@@ -98,11 +107,14 @@ def set_up(
         stop_ids(policy.base, loaded.tokenizer),
         recipe.rollout.max_batch,
     )
+    shift = open_shift(recipe, task, policy)
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
-        recipe, run, task, train_prompts, held_out_prompts, policy, sampler, parts, optimizer,
-        Insulation(policy), pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded),
-        reference,
+        recipe, run, task, train_prompts, held_out_prompts, policy,
+        steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
+        pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
+        shift=shift,
+        projector=make_projector(recipe, run, policy, optimizer),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:
@@ -121,15 +133,112 @@ def set_up(
 
 
 def make_taps(
-    recipe: Recipe, parts: Sequence[RewardPart], policy: Policy, loaded: Loaded
+    recipe: Recipe,
+    parts: Sequence[RewardPart],
+    policy: Policy,
+    loaded: Loaded,
+    shift: Shift | None = None,
 ) -> dict[str, Tap]:
-    """Return what the rewards read inside the model; a pack of another model is an error."""
+    """Return what rewards and shift read in the model; a pack of another model is an error."""
     taps = {site: whole_site(site) for part in parts for site in part.sites}
     ActivationReader(policy.base, list(taps))
     for part in parts:
         if part.internal is not None:
             taps[part.name] = part.internal.tap(policy, loaded.identity, recipe.prompt)
-    return taps
+    return taps if shift is None else taps | shift.taps(policy)
+
+
+def make_projector(
+    recipe: Recipe,
+    run: Run,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    refresh: Callable[[], DirectionSet] | None = None,
+) -> Projector | None:
+    """Return the Projector of a recipe that has one; directions of another model are an error."""
+    config = recipe.projection
+    if config is None:
+        return None
+    directions = open_directions(config.directions, recipe, policy)
+    noise = run.seeds.generator("projection", "null")
+    folder = run.folder / "directions"
+    projector = Projector(config, policy, optimizer, directions, folder, noise, refresh)
+    if parallel.rank() == 0:
+        note_projector(run, projector)
+    return projector
+
+
+def open_directions(path: str, recipe: Recipe, policy: Policy) -> DirectionSet:
+    """Return the directions of a file, which must be of the recipe's model and dtype."""
+    directions = load_directions(path)
+    check_directions(directions, path, model_digest(policy.identity), recipe.model.dtype)
+    return directions
+
+
+def open_shift(recipe: Recipe, task: Task, policy: Policy) -> Shift | None:
+    """Return the shift of a recipe that has one."""
+    config = recipe.shift
+    if config is None:
+        return None
+    path = config.directions
+    directions = open_directions(path, recipe, policy) if path else None
+    return make_shift(config, directions, task, recipe.rollout.num_generations)
+
+
+def shifted(
+    setup: Setup, paid: Rewards, rollouts: Sequence[Rollout], trace: Trace, step: int
+) -> Rewards:
+    """Return the rewards after the recipe's shift, or as they were paid."""
+    return paid if setup.shift is None else setup.shift.apply(paid, rollouts, trace, step)
+
+
+def steered(recipe: Recipe, policy: Policy, sampler: Sampler) -> Sampler:
+    """Return the sampler with the recipe's intervention, whose hooks are on the policy's blocks."""
+    config = recipe.intervention
+    if config is None:
+        return sampler
+    directions = open_directions(config.directions, recipe, policy)
+    layers = directions.layers
+    if config.layers:
+        layers = parse_layer_set(config.layers, len(policy.blocks))
+    rows_kD = directions.vector_D[None].to(policy.device)
+    switch = hook_blocks(policy.blocks, layers, change_for(config.kind, rows_kD))
+    switch.on = not isinstance(config, SuppressIntervention)
+    return SteeredSampler(sampler, switch)
+
+
+def note_projector(run: Run, projector: Projector) -> None:
+    """Write to the manifest what is constrained, along which direction, with which sign."""
+    held = projector.directions
+    run.note(
+        projection={
+            "arm": held.arm, "accuracy": held.accuracy, "modules": len(projector.sites),
+            "layers": projector.layers(),
+            "convention": projector.config.convention,
+        }
+    )  # fmt: skip
+    for warning in literal_warning(projector.config):
+        run.warn(warning)
+    missing = sorted(set(held.layers) - set(projector.layers()))
+    if missing and not projector.config.layers:
+        run.warn(f"projection: layers {missing} of the direction's band have no trained module")
+
+
+def add_transforms(
+    setup: Setup, gradient: Sequence[GradientTransform], update: Sequence[UpdateTransform]
+) -> None:
+    """Set the transforms of the optimizer step: the watch, the caller's, then the Projector's."""
+    setup.gradient_transforms = (setup.insulation.watch, *gradient)
+    setup.update_transforms = tuple(update)
+    if setup.projector is not None:
+        setup.gradient_transforms = (*setup.gradient_transforms, setup.projector.on_gradient)
+        setup.update_transforms = (*setup.update_transforms, setup.projector.on_update)
+
+
+def begin_step(setup: Setup, step: int) -> None:
+    """Do what is due before a step: directions that follow the policy."""
+    if setup.projector is not None:
+        setup.projector.begin_step(step, save=parallel.rank() == 0)
 
 
 def make_prompt_sets(
@@ -173,6 +282,11 @@ def resume(setup: Setup) -> int:
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
         row = next(row for row in read_metrics(setup.run.folder) if row["step"] == done)
         setup.kl_coef = row.get("kl_coef", setup.kl_coef)
+    if setup.projector is not None:
+        if done:
+            setup.projector.resume(done)
+        else:
+            setup.projector.start()
     if parallel.rank() == 0:
         setup.run.rewind_to(done if done else -1)
     parallel.barrier()

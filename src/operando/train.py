@@ -34,7 +34,7 @@ from operando.rewards.compose import pay
 from operando.rollout.held_out import answer_greedily, judge
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
-from operando.setup import Setup, StepReport, resume, set_up
+from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up, shifted
 from operando.types import Batch, Rewards, Trace, make_batch
 from operando.update import hygiene
 from operando.update.card import draft_card
@@ -72,13 +72,13 @@ def train(
     setup = set_up(recipe, run, functions or {}, loaded)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
-    setup.gradient_transforms = (setup.insulation.watch, *gradient_transforms)
-    setup.update_transforms = update_transforms
+    add_transforms(setup, gradient_transforms, update_transforms)
     started = time.monotonic()
     done = resume(setup)
     if done == 0:
         report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
     for step in range(done + 1, recipe.steps + 1):
+        begin_step(setup, step)
         metrics, batch = train_step(setup, step)
         if step % recipe.eval.every == 0 or step == recipe.steps:
             metrics |= evaluate(setup, step)
@@ -113,11 +113,9 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     check_finite(setup, step, batch, rewards, credited)
     judged = judge(setup.task, batch.rollouts)
     clock.lap("reward")
-    if step == 1 and parallel.rank() == 0:
-        for warning in hygiene.check_rollouts(setup.policy, batch, trace, rewards):
-            setup.run.warn(warning)
     if parallel.rank() == 0:
-        for warning in hygiene.check_range(rewards):
+        first = hygiene.check_rollouts(setup.policy, batch, trace, rewards) if step == 1 else []
+        for warning in [*first, *hygiene.check_range(rewards)]:
             setup.run.warn(warning)
     updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
     clock.lap("update")
@@ -186,6 +184,7 @@ def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace:
     own = trace.mapped(lambda x: x[list(mine)])
     state = TrainerState(step, recipe.steps)
     paid = pay(setup.parts, recipe.weights_at(step), rollouts, own, state, width_T)
+    paid = shifted(setup, paid, rollouts, own, step)
     return Rewards(
         parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
         weights=paid.weights,

@@ -20,6 +20,14 @@ from operando.recipe.data import RolloutConfig as RolloutConfig
 from operando.recipe.data import WordsTaskConfig as WordsTaskConfig
 from operando.recipe.pretrain import PretrainRecipe as PretrainRecipe
 from operando.recipe.pretrain import TinyModelConfig as TinyModelConfig
+from operando.recipe.projection import AblateIntervention as AblateIntervention
+from operando.recipe.projection import InterventionConfig as InterventionConfig
+from operando.recipe.projection import PenaltyShift as PenaltyShift
+from operando.recipe.projection import ProjectionConfig as ProjectionConfig
+from operando.recipe.projection import ReboundShift as ReboundShift
+from operando.recipe.projection import ScreeningShift as ScreeningShift
+from operando.recipe.projection import ShiftConfig as ShiftConfig
+from operando.recipe.projection import SuppressIntervention as SuppressIntervention
 from operando.recipe.rewards import NOWAIT_WORDS as NOWAIT_WORDS
 from operando.recipe.rewards import REASONSCORE_WORDS as REASONSCORE_WORDS
 from operando.recipe.rewards import SEED_WORDS as SEED_WORDS

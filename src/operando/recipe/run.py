@@ -21,10 +21,17 @@ from operando.recipe.data import (
     RolloutConfig,
     WordsTaskConfig,
 )
+from operando.recipe.projection import (
+    InterventionConfig,
+    ProjectionConfig,
+    ScreeningShift,
+    ShiftConfig,
+)
 from operando.recipe.rewards import FeatureReward, RewardConfig, Stage
 from operando.recipe.update import (
     AdvantageConfig,
     ClipLoss,
+    GaeAdvantage,
     GroupAdvantage,
     KlConfig,
     OptimConfig,
@@ -148,11 +155,17 @@ class Recipe(Config):
     """Named parts; what is paid is their weighted sum."""
     stages: tuple[Stage, ...] = ()
     """A curriculum: weights by step. Absent: each part's own `weight` throughout."""
+    shift: ShiftConfig | None = None
+    """What is added to the paid total by what a direction or a monitor says."""
     advantage: AdvantageConfig = GroupAdvantage()
     loss: PolicyLossConfig = ClipLoss()
     kl: KlConfig | None = None
     update: UpdateConfig = UpdateConfig()
     optim: OptimConfig = OptimConfig()
+    projection: ProjectionConfig | None = None
+    """Keeps updates off a direction."""
+    intervention: InterventionConfig | None = None
+    """Changes the residual stream along a direction, in sampling or in training too."""
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     discover: DiscoverConfig | None = None
@@ -165,6 +178,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         problems = [*self._check_groups(), *self._check_stages(), *self._check_features()]
+        problems += self._check_directions()
         if self.model.quantization != "none" and self.model.lora is None:
             problems.append("model.quantization needs model.lora: 4-bit weights can't be trained")
         if self.optim.warmup_steps >= self.steps:
@@ -207,6 +221,35 @@ class Recipe(Config):
             and part.mode == "seed"
             and not isinstance(self.advantage, GroupAdvantage)
         ]
+
+    def _check_directions(self) -> list[str]:
+        problems = []
+        if self.projection is not None and self.parallel.kind == "fsdp":
+            problems.append(
+                'projection needs whole tensors: parallel.kind = "fsdp" shards them; use "ddp"'
+            )
+        if self.projection is not None and self.model.lora is None:
+            if self.projection.mode == "token":
+                problems.append('projection.mode = "token" acts on the LoRA branch: add model.lora')
+            if self.projection.purge:
+                problems.append("projection.purge empties an adapter along v: add model.lora")
+        if self.intervention is not None and self.rollout.engine != "hf":
+            problems.append(
+                "intervention hooks the model's blocks, which operando's engine does not run: set "
+                'rollout.engine = "hf"'
+            )
+        if self.shift is not None and self.rollout.num_generations < 2:
+            problems.append("shift compares siblings: rollout.num_generations must be at least 2")
+        if isinstance(self.shift, ScreeningShift) and isinstance(self.advantage, GaeAdvantage):
+            problems.append(
+                'shift.kind = "screening" leaves rollouts without a reward; not for gae'
+            )
+        dense = [n for n, p in self.rewards.items() if isinstance(p, FeatureReward)]
+        if self.shift is not None and dense:
+            problems.append(
+                f"shift changes what a whole completion is paid; rewards.{dense[0]} pays by token"
+            )
+        return problems
 
     def _check_stages(self) -> list[str]:
         problems = []

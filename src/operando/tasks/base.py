@@ -58,7 +58,8 @@ class Task:
     """verify(example, completion, is_truncated)"""
     labels: Callable[[Example, str, bool], Mapping[str, bool]] | None = None
     """labels(example, completion, is_truncated): what an audit names beside right and wrong, such
-    as {"hack": True}. No reward and no training step ever sees them."""
+    as {"hack": True}. No reward ever sees them; of training steps, only a [shift] whose monitor is
+    named "oracle"."""
     pair: Callable[[Example], Pair] | None = None
     """Only of a task with a loophole: what a hacking direction is extracted from."""
     grades: Callable[[Sequence[Answered]], list[Grade]] | None = None
