@@ -16,6 +16,7 @@ from rich.console import Console
 
 from operando import parallel
 from operando.audit.doctor import diagnose, show_finding, shown_live
+from operando.discovery.directions import refresher
 from operando.display import RunDisplay, StudyDisplay
 from operando.models.load import count_layers
 from operando.recipe import Recipe
@@ -191,7 +192,7 @@ def _train_shown(
                         found.add(finding.name)
                         console.print(*show_finding(finding), sep="\n", soft_wrap=True)
 
-        train(recipe, run, functions=functions, on_step=on_step)
+        train(recipe, run, functions=functions, refresh=refresher(recipe), on_step=on_step)
 
 
 def dry_run(console: Console, recipe: Recipe) -> None:
@@ -205,7 +206,7 @@ def dry_run(console: Console, recipe: Recipe) -> None:
         trial = recipe.model_copy(update={"runs_dir": folder})
         run = Run.create(trial)
         try:
-            setup = set_up(trial, run, {})
+            setup = set_up(trial, run, {}, refresh=refresher(trial))
         finally:
             run.close()
     trainable = setup.policy.trainable()

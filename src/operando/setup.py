@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def set_up(
     run: Run,
     functions: Mapping[str, RewardFunction],
     loaded: Loaded | None = None,
+    refresh: Callable[[Policy], DirectionSet] | None = None,
 ) -> Setup:
     """Return the assembled run: data, model, sampler, rewards, optimizer, all checked."""
     if recipe.rollout.num_prompts % parallel.world_size():
@@ -114,7 +116,9 @@ def set_up(
         steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
         pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
         shift=shift,
-        projector=make_projector(recipe, run, policy, optimizer),
+        projector=make_projector(
+            recipe, run, policy, optimizer, partial(refresh, policy) if refresh else None
+        ),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )  # fmt: skip
     if parallel.rank() == 0:

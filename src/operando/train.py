@@ -14,6 +14,7 @@ from torch import Tensor
 
 from operando import parallel
 from operando.integrations.tracking import Tracker, open_tracker
+from operando.internals.directions import DirectionSet
 from operando.models.load import Loaded
 from operando.models.policy import Policy, Scoring, flat_rows
 from operando.models.prefix import Prefix
@@ -66,10 +67,11 @@ def train(
     gradient_transforms: Sequence[GradientTransform] = (),
     update_transforms: Sequence[UpdateTransform] = (),
     loaded: Loaded | None = None,
+    refresh: Callable[[Policy], DirectionSet] | None = None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> None:
     """Train as the recipe says and leave everything in the run folder; resume where it stopped."""
-    setup = set_up(recipe, run, functions or {}, loaded)
+    setup = set_up(recipe, run, functions or {}, loaded, refresh)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     add_transforms(setup, gradient_transforms, update_transforms)

@@ -18,7 +18,7 @@ from operando.discovery.directions import (
 from operando.errors import UserError
 from operando.internals.directions import load_directions
 from operando.recipe import Recipe
-from tests.integration.runs import tiny
+from tests.integration.runs import metric_rows, tiny, trained
 
 
 def hackable(folder: Path, *overrides: str) -> Recipe:
@@ -110,3 +110,20 @@ def test_a_gradient_direction_points_hackward(tmp_path: Path) -> None:
             weight.add_(push)
             assert margin() < before, name  # the hack side has become likelier
             weight.sub_(push)
+
+
+def test_a_projected_run_extracts_its_direction_again(tmp_path: Path, recipe: Recipe) -> None:
+    real = Path(recipe.runs_dir) / f"{recipe.name}_directions" / "real.safetensors"
+    projected = hackable(
+        tmp_path, "name=projected", f'projection.directions="{real}"', "projection.preset=strict",
+        "projection.refresh=2", "steps=4", "optim.lr=1e-2",
+        "rewards.correct.kind=loophole",
+    )  # fmt: skip
+    run = trained(projected)
+    files = sorted(file.name for file in (run / "directions").iterdir())
+    assert len(files) >= 1 and all(name.endswith(".safetensors") for name in files)
+    overlaps = [row["projection/overlap"] for row in metric_rows(run)[1:]]
+    assert 0.2 < min(overlaps) < 1.0 - 1e-6
+    newest = load_directions(run / "directions" / files[-1])
+    assert newest.model_sha256 == load_directions(real).model_sha256
+    assert not torch.equal(newest.vector_D, load_directions(real).vector_D)

@@ -24,7 +24,7 @@ from operando.internals.directions import DirectionArm, DirectionSet
 from operando.internals.packs import model_digest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
-from operando.models.load import load_model, stop_ids
+from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import Recipe
 from operando.rollout.hf import HfSampler
@@ -76,9 +76,9 @@ class Extracted:
 
 
 class Workbench:
-    """A recipe's base model with the pairs of its task."""
+    """A recipe's base model (or a policy as it stands) with the pairs of its task."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy | None = None) -> None:
         if recipe.direction is None:
             raise UserError(f"recipe {recipe.name!r} has no [direction] table; add one")
         self.recipe, self.config = recipe, recipe.direction
@@ -88,8 +88,10 @@ class Workbench:
                 f"task {self.task.name} has no contrastive pairs; words (with loophole = true) and "
                 "code have them"
             )
-        self.loaded = load_model(recipe.model)
-        self.policy = Policy(self.loaded, recipe.model, SeedTree(recipe.seed))
+        if policy is None:
+            policy = Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed))
+        self.policy = policy
+        self.loaded = Loaded(policy.base, policy.tokenizer, policy.identity)
         self.layers = parse_layer_set(self.config.layers, len(self.policy.blocks))
         wanted = self.config.num_pairs + self.config.num_held_out
         prompts, self.held_out = make_prompt_sets(recipe, self.task, self.loaded)
@@ -206,39 +208,57 @@ def _keep_input(now: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
-def extract(recipe: Recipe) -> Extracted:
-    """Extract the direction and its controls, judge them on held-out pairs, write the files."""
-    bench = Workbench(recipe)
-    config, num = bench.config, bench.config.num_pairs
+class _Read(NamedTuple):
+    """Both sides of all pairs, the layers' norms, and what each module gets."""
+
+    plus: Side
+    minus: Side
+    norm_L: Tensor
+    inputs: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+
+
+def _read(bench: Workbench) -> _Read:
     plus, minus = (bench.side(bench.prompts, hack=hack) for hack in (True, False))
-    vectors = _vectors(bench, plus.acts_NLD[:num], minus.acts_NLD[:num])
-    held_out = plus.acts_NLD[num:], minus.acts_NLD[num:]
     norm_L = torch.cat([plus.acts_NLD, minus.acts_NLD]).norm(dim=2).mean(dim=0)
     inputs = bench.mean_inputs(plus.texts)
-    folder = Path(recipe.runs_dir) / f"{recipe.name}_directions"
-    files: dict[str, str] = {}
-    accuracy: dict[str, Interval] = {}
     own: dict[str, Tensor] = {}
-    if config.source == "gradient":
+    if bench.config.source == "gradient":
+        num = bench.config.num_pairs
         hack, clean = (
             Texts("base", t.prompts[:num], t.completions[:num], "")
             for t in (plus.texts, minus.texts)
         )
         own = gradient_directions(bench, hack, clean, inputs)
+    return _Read(plus, minus, norm_L, inputs, own)
+
+
+def _made(bench: Workbench, read: _Read, arm: DirectionArm, v_D: Tensor) -> DirectionSet:
+    config, recipe, num = bench.config, bench.recipe, bench.config.num_pairs
+    share = dr.pair_accuracy(v_D, read.plus.acts_NLD[num:], read.minus.acts_NLD[num:])
+    clean_N = dr.pair_scores(v_D, read.minus.acts_NLD, read.norm_L)
+    evidence = {"gate": config.min_accuracy, "clean_q95": float(clean_N.quantile(0.95))}
+    norms = zip(bench.layers, read.norm_L, strict=True)
+    evidence |= {f"norm_{layer}": float(norm) for layer, norm in norms}
+    return DirectionSet(
+        arm, config.source, v_D, bench.layers, config.position, recipe.model.id,
+        model_digest(bench.loaded.identity), recipe.model.dtype, share,
+        modules=_own_rows(bench, arm, v_D, read.own), inputs=read.inputs, evidence=evidence,
+    )  # fmt: skip
+
+
+def extract(recipe: Recipe) -> Extracted:
+    """Extract the direction and its controls, judge them on held-out pairs, write the files."""
+    bench = Workbench(recipe)
+    config, num = bench.config, bench.config.num_pairs
+    read = _read(bench)
+    vectors = _vectors(bench, read.plus.acts_NLD[:num], read.minus.acts_NLD[:num])
+    folder = Path(recipe.runs_dir) / f"{recipe.name}_directions"
+    files: dict[str, str] = {}
+    accuracy: dict[str, Interval] = {}
     for arm, v_D in vectors.items():
-        share = dr.pair_accuracy(v_D, *held_out)
-        accuracy[arm] = wilson(round(share * config.num_held_out), config.num_held_out)
-        clean_N = dr.pair_scores(v_D, minus.acts_NLD, norm_L)
-        evidence = {"gate": config.min_accuracy, "clean_q95": float(clean_N.quantile(0.95))}
-        evidence |= {
-            f"norm_{layer}": float(n) for layer, n in zip(bench.layers, norm_L, strict=True)
-        }
-        made = DirectionSet(
-            arm, config.source, v_D, bench.layers, config.position, recipe.model.id,
-            model_digest(bench.loaded.identity), recipe.model.dtype, share,
-            modules=_own_rows(bench, arm, v_D, own),
-            inputs=inputs, evidence=evidence,
-        )  # fmt: skip
+        made = _made(bench, read, arm, v_D)
+        accuracy[arm] = wilson(round(made.accuracy * config.num_held_out), config.num_held_out)
         dr.save_directions(made, folder / f"{arm}.safetensors")
         files[arm] = str(folder / f"{arm}.safetensors")
     result = Extracted(
@@ -248,6 +268,21 @@ def extract(recipe: Recipe) -> Extracted:
     )  # fmt: skip
     write_json(folder / "directions.json", asdict(result))
     return result
+
+
+def refresher(recipe: Recipe) -> Callable[[Policy], DirectionSet] | None:
+    """Return what extracts a recipe's direction again from the policy; None if it never does."""
+    if recipe.projection is None or recipe.projection.refresh is None:
+        return None
+    arm = dr.load_directions(recipe.projection.directions).arm
+
+    def again(policy: Policy) -> DirectionSet:
+        bench = Workbench(recipe, policy)
+        read, num = _read(bench), bench.config.num_pairs
+        vectors = _vectors(bench, read.plus.acts_NLD[:num], read.minus.acts_NLD[:num])
+        return _made(bench, read, arm, vectors[arm])
+
+    return again
 
 
 def _vectors(
