@@ -316,13 +316,19 @@ class Policy:
 
 
 def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
-    """Return the final hidden state before each completion token."""
+    """Return the final hidden state before each completion token.
+
+    A recursive model takes the loops that each token took when it was sampled: a halt decision at
+    its threshold could fall otherwise here, and the log-prob would be another's.
+    """
+    replay = {} if packed.exit_bS is None else {"exit_loops": packed.exit_bS}
     with lora_in_model_dtype(model):
         out = model.get_decoder()(
             input_ids=packed.ids_bS,
             position_ids=packed.position_bS,
             attention_mask=packed.mask_b1SS,
             use_cache=False,
+            **replay,
         )
     return out.last_hidden_state[packed.pack_N, packed.before_N]
 
