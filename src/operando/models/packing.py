@@ -129,7 +129,8 @@ def pack_rows(batch: Batch, packs: Sequence[Pack]) -> Packed:
         causal_SS = torch.ones(width, width, dtype=torch.bool).tril()
         mask_b1SS = ((same_bSS | prompt_b1S) & causal_SS)[:, None]
     exit_bS = _exits(batch, packs, width) if batch.rollouts[packs[0][0]].exit_loops else None
-    return Packed(ids_bS, position_bS, mask_b1SS, *torch.cat(places, dim=1), exit_bS)
+    pack_N, before_N, at_N, row_N, t_N = torch.cat(places, dim=1)
+    return Packed(ids_bS, position_bS, mask_b1SS, pack_N, before_N, at_N, row_N, t_N, exit_bS)
 
 
 def _exits(batch: Batch, packs: Sequence[Pack], width: int) -> Int[Tensor, "b S"]:

@@ -76,7 +76,8 @@ class RecursiveConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         for key in ("num_hidden_layers", "head_dim", "model_type"):
             kwargs.pop(key, None)  # they follow from the others
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -23,20 +23,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from operando.models.recursive.cache import SlotCache
 from operando.models.recursive.configuration import MODULATED, RecursiveConfig
+from operando.models.recursive.positions import Past, positions_and_mask, rotate, split_heads
 
 GATE_INIT, GATE_LIMIT = 2.2, 6.0  # sigmoid(2.2) = 0.90; beyond 6.2 sigmoid is 1 in bfloat16
 COMPACT_BELOW = 0.85  # rows whose tokens have all exited leave the loop when this share is left
-
-Past = Cache | SlotCache | None
 
 
 @dataclass
@@ -62,19 +61,6 @@ class CausalOutput(ModelOutput):
     updates: tuple[Tensor, ...] | None = None
 
 
-def rotate(
-    x_BHTd: Float[Tensor, "B H T d"], position_BT: Int[Tensor, "#B T"], theta: float
-) -> Float[Tensor, "B H T d"]:
-    """Return x turned by its position in float32 (rotary embedding, 2104.09864, half-split)."""
-    d = x_BHTd.shape[-1]
-    rate_d = theta ** (-torch.arange(0, d, 2, device=x_BHTd.device).float() / d)
-    angle = position_BT[:, None, :, None].float() * rate_d
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x_BHTd.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x_BHTd.dtype)
-
-
 class SelfAttention(nn.Module):
     """Grouped-query causal attention of prelude and coda."""
 
@@ -89,9 +75,9 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Tensor, past: Past) -> Tensor:
-        q = rotate(_heads(self.q_proj(x_BTD), self.head_dim), position_BT, self.theta)
-        k = rotate(_heads(self.k_proj(x_BTD), self.head_dim), position_BT, self.theta)
-        v = _heads(self.v_proj(x_BTD), self.head_dim)
+        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), position_BT, self.theta)
+        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), position_BT, self.theta)
+        v = split_heads(self.v_proj(x_BTD), self.head_dim)
         if past is not None:
             k, v = past.update(k, v, self.layer)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -169,14 +155,14 @@ class AnchorAttention(nn.Module):
         self.v_up = nn.Linear(config.kv_lora_rank, d, bias=False)
 
     def anchor(self, latent_BSR: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-        k = rotate(_heads(self.k_up(latent_BSR), self.head_dim), position_BS, self.theta)
-        return k, _heads(self.v_up(latent_BSR), self.head_dim)
+        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), position_BS, self.theta)
+        return k, split_heads(self.v_up(latent_BSR), self.head_dim)
 
     def forward(
         self, x_bTD: Tensor, k: Tensor, v: Tensor, position_bT: Tensor, mask: Tensor,
         zq: Tensor, zo: Tensor,
     ) -> Tensor:  # fmt: skip
-        q = rotate(_heads(self.q_proj(x_bTD, zq), self.head_dim), position_bT, self.theta)
+        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), position_bT, self.theta)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2), zo)
 
@@ -302,13 +288,12 @@ class RecursiveModel(RecursivePreTrainedModel):
         """
         del kwargs  # what generate passes for other architectures
         if inputs_embeds is None:
-            assert input_ids is not None, "neither input_ids nor inputs_embeds"
             inputs_embeds = self.embed_tokens(input_ids)
-        assert isinstance(inputs_embeds, Tensor)
+        assert isinstance(inputs_embeds, Tensor), "neither input_ids nor inputs_embeds"
         past = past_key_values
         if past is None and use_cache:
             past = DynamicCache()
-        position_BT, mask = _positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
+        position_BT, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
         x_BTD = inputs_embeds
         for layer in self.prelude:
             x_BTD = layer(x_BTD, position_BT, mask, past)
@@ -340,7 +325,6 @@ class RecursiveModel(RecursivePreTrainedModel):
         blocks and loops. A SlotCache holds the keys and values themselves.
         """
         latent = self.latent_norm(self.kv_down(self.anchor_norm(e_BTD)))
-        attentions = [block.get_submodule("anchor_attn") for block in self.core]
         position = position_BT.expand(len(latent), -1)
         if isinstance(past, Cache):
             keys, values = past.update(
@@ -348,7 +332,8 @@ class RecursiveModel(RecursivePreTrainedModel):
             )
             latent, position = keys[:, 0], values[:, 0, :, 0]
         pairs = []
-        for number, attention in enumerate(attentions, start=self.num_prelude):
+        for number, block in enumerate(self.core, start=self.num_prelude):
+            attention = block.get_submodule("anchor_attn")
             assert isinstance(attention, AnchorAttention)
             k, v = attention.anchor(latent, position.long())
             pairs.append(past.update(k, v, number) if isinstance(past, SlotCache) else (k, v))
@@ -510,42 +495,6 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
         return hidden + F.silu(self.speculative_projs[head - 1](hidden))
 
 
-def _heads(x_BTD: Tensor, head_dim: int) -> Tensor:
-    return x_BTD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
 def _fresh(parameter: Tensor, value: float) -> None:
     """Fill a parameter, but not one that was loaded."""
-    from transformers import initialization
-
     initialization.constant_(parameter, value)
-
-
-def _positions_and_mask(
-    x_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Past
-) -> tuple[Tensor, Tensor]:
-    """Return positions [B T] and the bool mask [B 1 T S] of what each token sees."""
-    B, T, _ = x_BTD.shape
-    device = x_BTD.device
-    if isinstance(past, SlotCache):
-        assert position_ids is not None, "a SlotCache needs position_ids"
-        past.begin(position_ids)
-        seen = torch.arange(past.end, device=device) <= position_ids[:, :, None]
-        return position_ids, seen[:, None]
-    before = past.get_seq_length() if past is not None else 0
-    S = before + T
-    if attention_mask is not None and attention_mask.ndim == 4:
-        assert attention_mask.dtype == torch.bool, "a 4D attention_mask must be bool"
-        if position_ids is None:
-            position_ids = torch.arange(before, S, device=device)[None].expand(B, -1)
-        return position_ids, attention_mask
-    real_BS = torch.ones(B, S, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        real_BS = attention_mask.bool()
-    if position_ids is None:
-        position_ids = (real_BS.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
-    index_S = torch.arange(S, device=device)
-    at_T1 = index_S[before:, None]
-    # Padding sees itself, or its softmax would be over nothing.
-    mask = ((index_S <= at_T1) & real_BS[:, None, None]) | (index_S == at_T1)
-    return position_ids, mask
