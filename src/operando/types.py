@@ -71,6 +71,7 @@ class Rollout:
     completion_ids: tuple[int, ...]
     sampling_logp: tuple[float, ...]
     is_truncated: bool
+    exit_loops: tuple[int, ...] = ()  # loops of each token but the last; recursive models only
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -10,17 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import Optimizer
 
 from operando.errors import UserError
 from operando.internals.directions import DirectionSet, save_directions, unit
 from operando.internals.packs import model_digest
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.recipe import ModelConfig, Recipe
+from operando.recipe import ModelConfig
 from operando.recipe_io import to_toml
-from operando.run import Run, read_manifest
-from operando.update.projector import Projector
+from operando.run import read_manifest
 from tests.integration.runs import adapter, metric_rows, python, rollout_rows, tiny, trained
 
 
@@ -102,18 +99,13 @@ def test_a_run_that_follows_its_policy_resumes_bit_equal(
     tmp_path: Path, file: str, made: DirectionSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refreshed direction is any function of the policy: here, of one adapter's B."""
-    module = importlib.import_module("operando.setup")
-    real = module.make_projector
 
-    def following(recipe: Recipe, run: Run, policy: Policy, optimizer: Optimizer) -> Projector:
-        def refresh() -> DirectionSet:
-            adapters = policy.trainable().items()
-            B_or = next(p for name, p in adapters if "o_proj.lora_B" in name)
-            return replace(made, vector_D=unit(made.vector_D + 50 * B_or.detach().sum(1)))
+    def following(policy: Policy) -> DirectionSet:
+        adapters = policy.trainable().items()
+        B_or = next(p for name, p in adapters if "o_proj.lora_B" in name)
+        return replace(made, vector_D=unit(made.vector_D + 50 * B_or.detach().sum(1)))
 
-        return real(recipe, run, policy, optimizer, refresh)
-
-    monkeypatch.setattr(module, "make_projector", following)
+    monkeypatch.setattr("operando.launch.refresher", lambda _: following)
     settings = (*with_directions("projection", file, "stage=momentum", "refresh=2"), "steps=6")
     whole = trained(tiny(tmp_path / "a", *settings))
     overlaps = [r["projection/overlap"] for r in metric_rows(whole)[1:]]

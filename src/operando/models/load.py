@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from operando.errors import UserError, nearest
+from operando.models import recursive  # noqa: F401  # registers RecursiveCausalLM
 from operando.models.layers import is_multimodal
 from operando.recipe import ModelConfig
 from operando.run import hash_file

@@ -38,6 +38,7 @@ class Packed(NamedTuple):
     at_N: Int[Tensor, " N"]
     row_N: Int[Tensor, " N"]
     t_N: Int[Tensor, " N"]
+    exit_bS: Int[Tensor, "b S"] | None  # loops to replay in a recursive model; None: no exits
 
     def to(self, device: torch.device) -> Packed:
         mask = self.mask_b1SS
@@ -50,6 +51,7 @@ class Packed(NamedTuple):
             at_N=self.at_N.to(device),
             row_N=self.row_N.to(device),
             t_N=self.t_N.to(device),
+            exit_bS=None if self.exit_bS is None else self.exit_bS.to(device),
         )
 
 
@@ -126,4 +128,20 @@ def pack_rows(batch: Batch, packs: Sequence[Pack]) -> Packed:
         prompt_b1S = segment_bS[:, None, :] == 0
         causal_SS = torch.ones(width, width, dtype=torch.bool).tril()
         mask_b1SS = ((same_bSS | prompt_b1S) & causal_SS)[:, None]
-    return Packed(ids_bS, position_bS, mask_b1SS, *torch.cat(places, dim=1))
+    exit_bS = _exits(batch, packs, width) if batch.rollouts[packs[0][0]].exit_loops else None
+    pack_N, before_N, at_N, row_N, t_N = torch.cat(places, dim=1)
+    return Packed(ids_bS, position_bS, mask_b1SS, pack_N, before_N, at_N, row_N, t_N, exit_bS)
+
+
+def _exits(batch: Batch, packs: Sequence[Pack], width: int) -> Int[Tensor, "b S"]:
+    """Return the loops that each token took when it was sampled; a row's last token took none."""
+    exit_bS = torch.ones(len(packs), width, dtype=torch.long)
+    for b, pack in enumerate(packs):
+        at = int(batch.prompt_len_B[pack[0]])
+        exit_bS[b, :at] = torch.tensor(batch.rollouts[pack[0]].exit_loops[:at])
+        for row in pack:
+            rollout = batch.rollouts[row]
+            loops = rollout.exit_loops[len(rollout.prompt.ids) :]
+            exit_bS[b, at : at + len(loops)] = torch.tensor(loops, dtype=torch.long)
+            at += len(rollout.completion_ids)
+    return exit_bS

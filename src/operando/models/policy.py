@@ -30,6 +30,7 @@ from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_mod
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.models.prefix import Prefix, starting_at
+from operando.models.recursive import RecursiveCausalLM
 from operando.recipe import ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Trace
@@ -113,7 +114,7 @@ class Policy:
             base.activation_checkpointing_enable({"use_reentrant": False})
         self.base = base
         # Packs need an attention mask of their own; plain causal attention is sure to obey it.
-        self.shares_prompts = is_llama_like(base)
+        self.shares_prompts = is_llama_like(base) or isinstance(base, RecursiveCausalLM)
         self.device = base.device
         self.value_head: nn.Linear | None = None
         if value_head:
@@ -315,13 +316,19 @@ class Policy:
 
 
 def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
-    """Return the final hidden state before each completion token."""
+    """Return the final hidden state before each completion token.
+
+    A recursive model takes the loops that each token took when it was sampled: a halt decision at
+    its threshold could fall otherwise here, and the log-prob would be another's.
+    """
+    replay = {} if packed.exit_bS is None else {"exit_loops": packed.exit_bS}
     with lora_in_model_dtype(model):
         out = model.get_decoder()(
             input_ids=packed.ids_bS,
             position_ids=packed.position_bS,
             attention_mask=packed.mask_b1SS,
             use_cache=False,
+            **replay,
         )
     return out.last_hidden_state[packed.pack_N, packed.before_N]
 

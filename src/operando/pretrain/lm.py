@@ -1,4 +1,4 @@
-"""Plain language-model training of a small Qwen2 on generated word problems: the starter model.
+"""Plain language-model training of a small model on generated word problems: the starter model.
 
 Three kinds of text are mixed, so that RL later has something to find. Most answers come at once
 and are often wrong; some show the steps;
@@ -22,6 +22,8 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from operando.errors import UserError
+from operando.models.recursive import RecursiveCausalLM, preset
 from operando.recipe import PretrainRecipe
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example
@@ -93,11 +95,25 @@ def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(
+    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2ForCausalLM | RecursiveCausalLM:
     """Return the untrained model."""
     m = recipe.model
     pad, eos = tokenizer.convert_tokens_to_ids(PAD), tokenizer.convert_tokens_to_ids(EOS)
     assert isinstance(pad, int) and isinstance(eos, int), (pad, eos)
+    torch.manual_seed(recipe.seed)
+    if m.recursive is not None:
+        return RecursiveCausalLM(
+            preset(
+                m.recursive,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=m.max_length,
+                pad_token_id=pad,
+                eos_token_id=eos,
+                bos_token_id=None,
+            )
+        )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=m.hidden_size,
@@ -111,8 +127,22 @@ def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> Q
         eos_token_id=eos,
         bos_token_id=None,
     )
-    torch.manual_seed(recipe.seed)
     return Qwen2ForCausalLM(config)
+
+
+def draw_loops(
+    recipe: PretrainRecipe, model: torch.nn.Module, rng: random.Random
+) -> dict[str, int]:
+    """Return how many loops a step takes, as the model's argument; nothing for another model."""
+    if not isinstance(model, RecursiveCausalLM) or recipe.model.min_loops is None:
+        return {}
+    most = model.config.num_loops
+    if recipe.model.min_loops > most:
+        raise UserError(
+            f"model.min_loops = {recipe.model.min_loops}: the preset "
+            f"{recipe.model.recursive!r} has {most} loops"
+        )
+    return {"num_loops": rng.randint(recipe.model.min_loops, most)}
 
 
 def learning_rate(recipe: PretrainRecipe, step: int) -> float:
@@ -139,7 +169,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    rng = random.Random(f"{recipe.seed}/texts")
+    rng, loops_rng = random.Random(f"{recipe.seed}/texts"), random.Random(f"{recipe.seed}/loops")
     started, tokens, losses = time.monotonic(), 0, []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -149,7 +179,9 @@ def pretrain(
         )
         # Right padding under causal attention needs no attention mask.
         labels_BS = ids_BS.masked_fill(~mask_BS, -100)
-        loss = model(input_ids=ids_BS, labels=labels_BS).loss
+        loss = model(
+            input_ids=ids_BS, labels=labels_BS, **draw_loops(recipe, model, loops_rng)
+        ).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from operando.recipe.base import Config
 
 
 class TinyModelConfig(Config):
+    recursive: Literal["tiny", "200m"] | None = None
+    """A RecursiveCausalLM of this preset; of the keys below only vocab_size and max_length count
+    then. Absent: a Qwen2 of the shape below."""
+    min_loops: int | None = Field(default=None, ge=1)
+    """With `recursive`: a step draws its loops from here to the preset's. Absent: all, always."""
     vocab_size: int = Field(default=512, ge=300)
     hidden_size: int = Field(default=128, ge=16)
     num_layers: int = Field(default=6, ge=1)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from operando.errors import UserError
 from operando.models.prefix import Prefix
+from operando.models.recursive import RecursiveCausalLM
 from operando.run import SeedTree
 from operando.types import Prompt, Rollout
 
@@ -25,12 +26,17 @@ class Sampling(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """One completion: ids (with the end token), their log-probs, text, whether it was cut."""
+    """One completion: ids (with the end token), their log-probs, text, whether it was cut.
+
+    `exit_loops`, of a recursive model only: the loops of every token that was read, so of the
+    prompt and of the completion but its last token.
+    """
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     text: str
     is_truncated: bool
+    exit_loops: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -65,7 +71,16 @@ def make_sampler(
     from operando.models.load import LLAMA_LIKE
     from operando.rollout.engine import Engine, serves
     from operando.rollout.hf import HfSampler
+    from operando.rollout.recursive import RecursiveEngine
 
+    if isinstance(model, RecursiveCausalLM):
+        if kind == "hf" and (model.config.halt_threshold is not None or model.config.draft_tokens):
+            raise UserError(
+                'rollout.engine = "hf" keeps no exits and drafts nothing, but this recursive model '
+                'halts or drafts; use "auto"'
+            )
+        if kind != "hf":
+            return RecursiveEngine(model, tokenizer, stop_ids, max_batch)
     if kind == "hf" or (kind == "auto" and not serves(model)):
         return HfSampler(model, tokenizer, stop_ids, max_batch)
     if not serves(model):
@@ -101,6 +116,7 @@ def as_rollouts(
             completion_ids=one.ids,
             sampling_logp=one.logp,
             is_truncated=one.is_truncated,
+            exit_loops=one.exit_loops,
         )
         for row, one in enumerate(sampled)
     ]

@@ -1,0 +1,60 @@
+"""Where the tokens stand and what each sees. Dims: B rows, T new tokens, S all so far, H heads."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from operando.models.recursive.cache import SlotCache
+
+Past = Cache | SlotCache | None
+
+
+def rotate(
+    x_BHTd: Float[Tensor, "B H T d"], position_BT: Int[Tensor, "#B T"], theta: float
+) -> Float[Tensor, "B H T d"]:
+    """Return x turned by its position in float32 (rotary embedding, 2104.09864, half-split)."""
+    d = x_BHTd.shape[-1]
+    rate_d = theta ** (-torch.arange(0, d, 2, device=x_BHTd.device).float() / d)
+    angle = position_BT[:, None, :, None].float() * rate_d
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x_BHTd.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x_BHTd.dtype)
+
+
+def positions_and_mask(
+    x_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Past
+) -> tuple[Tensor, Tensor]:
+    """Return positions [B T] and the bool mask [B 1 T S] of what each token sees."""
+    B, T, _ = x_BTD.shape
+    device = x_BTD.device
+    if isinstance(past, SlotCache):
+        assert position_ids is not None, "a SlotCache needs position_ids"
+        past.begin(position_ids)
+        seen = torch.arange(past.end, device=device) <= position_ids[:, :, None]
+        return position_ids, seen[:, None]
+    before = past.get_seq_length() if past is not None else 0
+    S = before + T
+    if attention_mask is not None and attention_mask.ndim == 4:
+        assert attention_mask.dtype == torch.bool, "a 4D attention_mask must be bool"
+        if position_ids is None:
+            position_ids = torch.arange(before, S, device=device)[None].expand(B, -1)
+        return position_ids, attention_mask
+    real_BS = torch.ones(B, S, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        real_BS = attention_mask.bool()
+    if position_ids is None:
+        position_ids = (real_BS.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+    index_S = torch.arange(S, device=device)
+    at_T1 = index_S[before:, None]
+    # Padding sees itself, or its softmax would be over nothing.
+    mask = ((index_S <= at_T1) & real_BS[:, None, None]) | (index_S == at_T1)
+    return position_ids, mask
+
+
+def split_heads(x_BTD: Tensor, head_dim: int) -> Tensor:
+    """Return [B T H*d] as [B H T d]."""
+    return x_BTD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
