@@ -22,7 +22,7 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from operando.recipe import PretrainRecipe
+from operando.recipe import MixtureRecipe, PretrainRecipe
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example
 
@@ -93,7 +93,9 @@ def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(
+    recipe: PretrainRecipe | MixtureRecipe, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2ForCausalLM:
     """Return the untrained model."""
     m = recipe.model
     pad, eos = tokenizer.convert_tokens_to_ids(PAD), tokenizer.convert_tokens_to_ids(EOS)
