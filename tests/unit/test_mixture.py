@@ -182,7 +182,23 @@ def test_instructions_come_with_input_and_instances_and_empty_answers_are_counte
         Document("Q: Say hi.\nA:", " hi"),
         Document("Q: Name.\nA:", " Ann"),
     }
-    assert facts["rows_without_answer"] == 1 and facts["file_rows"] == 3
+    assert facts["rows_empty"] == 1 and facts["file_rows"] == 3
+    tables["i"]["max_chars"] = 15
+    reader = open_source("i", mixture(tmp_path, tables).mixture.sources["i"], "sources.i", 0)
+    found, facts = take_pairs(reader, 1)
+    assert found == [Document("Q: Name.\nA:", " Ann")] and facts["rows_too_long"] == 2
+
+
+def test_empty_rows_of_a_text_column_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": ""}\n{"text": "one"}\n')
+    source = {"kind": "text", "weight": 1.0, "path": str(file)}
+    reader = open_source("t", mixture(tmp_path, {"t": source}).mixture.sources["t"], "t", 0)
+    found, facts = take_pairs(reader, 1)
+    assert found == [Document("", "one")] and facts["rows_empty"] == 1
+    source["column"] = "txt"
+    with pytest.raises(UserError, match="no `txt`. Did you mean 'text'"):
+        open_source("t", mixture(tmp_path, {"t": source}).mixture.sources["t"], "t", 0)
 
 
 @pytest.mark.skipif(not (WIKI.is_file() and ALPACA.is_file()), reason=f"needs {DATA}")

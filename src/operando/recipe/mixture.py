@@ -81,6 +81,8 @@ class PairsSource(Config):
     """Column of the answer."""
     hub_file: str | None = None
     """With a hub id: the file in it, e.g. "data/train-00000-of-00001.parquet"."""
+    max_chars: int | None = Field(default=None, ge=1)
+    """Longer pairs are left out, and counted in the manifest. Absent: all are kept."""
     max_passes: int = Field(default=1, ge=1)
     """How often every row may be used; a budget that needs more is an error."""
 
@@ -95,6 +97,8 @@ class InstructionsSource(Config):
     """A .jsonl, .jsonl.gz or .parquet file, or a hub id."""
     hub_file: str | None = None
     """With a hub id: the file in it."""
+    max_chars: int | None = Field(default=None, ge=1)
+    """Longer pairs are left out, and counted in the manifest. Absent: all are kept."""
     max_passes: int = Field(default=1, ge=1)
     """How often every row may be used; a budget that needs more is an error."""
 

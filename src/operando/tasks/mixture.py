@@ -77,12 +77,12 @@ def open_source(name: str, config: SourceConfig, key: str, seed: int) -> Reader:
         documents = _generate(config, random.Random(f"{seed}/sources/{name}"))
         return Reader(name, documents, {"kind": config.kind, "path": "generated"}, "")
     file = _find(config, f"{key}.path")
-    documents, num_empty = _read(config, file)
+    documents, left_out = _read(config, file)
     if not documents:
         raise UserError(f"{key}.path = {config.path!r}: {file} has no documents")
     facts: dict[str, str | int] = {
         "kind": config.kind, "path": config.path, "file_sha256": hash_file(file),
-        "file_rows": len(documents), "rows_without_answer": num_empty,
+        "file_rows": len(documents), **left_out,
     }  # fmt: skip
     limit = (
         f"{file} has {len(documents)} documents, and {key}.max_passes = {config.max_passes}. "
@@ -131,13 +131,17 @@ def _find(config: FileSource, key: str) -> Path:
     return Source(config.path, key, config.hub_file or "", f"{key}=PATH", suffixes).find()
 
 
-def _read(config: FileSource, file: Path) -> tuple[list[Document], int]:
-    """Return the documents of a file, and how many of its rows have an empty answer."""
+def _read(config: FileSource, file: Path) -> tuple[list[Document], Mapping[str, int]]:
+    """Return the documents of a file, and how many of its rows are empty or too long."""
     if file.name.endswith(TEXT_SUFFIXES):
-        return [Document("", block) for block in _blocks(file)], 0
+        return [Document("", block) for block in _blocks(file)], {}
     found = [document for row in read_rows(file) for document in _of_row(config, row)]
-    kept = [document for document in found if document.answer.strip()]
-    return kept, len(found) - len(kept)
+    full = [document for document in found if document.answer.strip()]
+    left_out = {"rows_empty": len(found) - len(full)}
+    if not isinstance(config, PairsSource | InstructionsSource) or config.max_chars is None:
+        return full, left_out
+    short = [document for document in full if len(document.text) <= config.max_chars]
+    return short, {**left_out, "rows_too_long": len(full) - len(short)}
 
 
 def _blocks(file: Path) -> list[str]:
@@ -161,6 +165,8 @@ def _of_row(config: FileSource, row: Row) -> list[Document]:
             e = to_example(row, "train", 0)
             return [Document(f"Q: {e.question}\nA:", f" {e.solution} #### {e.answer}")]
         case TextSource():
+            if row.values.get(config.column) == "":
+                return [Document("", "")]  # WikiText has such rows between its paragraphs
             return [Document("", row.text(config.column))]
         case PairsSource():
             question, answer = row.text(config.question), row.text(config.answer)
