@@ -13,7 +13,15 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from operando.recipe import Config, PretrainRecipe, Recipe, StudyRecipe
+from operando.recipe import (
+    Config,
+    MixtureConfig,
+    MixtureRecipe,
+    PretrainRecipe,
+    Recipe,
+    SftRecipe,
+    StudyRecipe,
+)
 from operando.recipe.study import Bound
 
 UNLISTED = (Bound,)  # written in one line: { above = x } or { below = x }
@@ -49,6 +57,16 @@ def recipes_page() -> str:
     for name, field in PretrainRecipe.model_fields.items():
         for model in _models(field.annotation):
             lines += _section(f"`[{name}]`", model, name, level=3)
+    lines += ["## Pre-training on a mixture", "", _first_line(MixtureRecipe)]
+    lines += [
+        "Read by `operando pretrain` where there is a `[mixture]`; `[model]` is as above.",
+        "",
+    ]
+    lines += _table(MixtureRecipe)
+    lines += _section("`[mixture]`", MixtureConfig, "mixture", level=3)
+    lines += ["## Fine-tuning recipes", "", _first_line(SftRecipe)]
+    lines += ["Read by `operando sft`; `[sources.NAME]` is as `[mixture.sources.NAME]` above.", ""]
+    lines += _table(SftRecipe)
     lines += ["## Studies", "", _first_line(StudyRecipe), "Read by `operando study`.", ""]
     lines += _table(StudyRecipe)
     for name, field in StudyRecipe.model_fields.items():

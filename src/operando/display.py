@@ -136,14 +136,15 @@ class RunDisplay:
 
 
 class PretrainDisplay:
-    """A progress bar of pre-training on a terminal, a line each tenth elsewhere."""
+    """A progress bar of training on text on a terminal, a line each tenth elsewhere."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, verb: str = "pre-training") -> None:
         self.console = console
+        self.first: tuple[int, float] | None = None
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
         )
-        self.task = self.progress.add_task("pre-training", total=steps)
+        self.task = self.progress.add_task(verb, total=steps)
 
     def __enter__(self) -> PretrainDisplay:
         if self.console.is_terminal:
@@ -158,8 +159,11 @@ class PretrainDisplay:
         """Take in one step."""
         text = f"step {at.step}/{at.steps} loss {at.loss:.3f} {at.tokens_per_second:,.0f} tokens/s"
         self.progress.update(self.task, completed=at.step, description=text)
+        step, began = self.first = self.first or (at.step, time.monotonic())
         if not self.console.is_terminal and at.step % max(1, at.steps // 10) == 0:
-            self.console.print(text, highlight=False)
+            pace = (time.monotonic() - began) / max(1, at.step - step)
+            left = f", {pace * (at.steps - at.step):.0f} s left" if at.step > step else ""
+            self.console.print(text + left, highlight=False)
 
 
 class StudyDisplay:

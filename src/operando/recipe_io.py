@@ -10,7 +10,14 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from operando.errors import UserError, nearest
-from operando.recipe import Config, PretrainRecipe, Recipe, StudyRecipe
+from operando.recipe import (
+    Config,
+    MixtureRecipe,
+    PretrainRecipe,
+    Recipe,
+    SftRecipe,
+    StudyRecipe,
+)
 
 C = TypeVar("C", bound=Config)
 
@@ -99,9 +106,19 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return _load(Recipe, name, overrides)
 
 
-def load_pretrain_recipe(name: str, overrides: tuple[str, ...] = ()) -> PretrainRecipe:
-    """Return the checked pre-training recipe of a file (or shipped name)."""
-    return _load(PretrainRecipe, name, overrides)
+def load_pretrain_recipe(
+    name: str, overrides: tuple[str, ...] = ()
+) -> PretrainRecipe | MixtureRecipe:
+    """Return the checked pre-training recipe of a file (or shipped name); with a [mixture] or not.
+
+    An override can't turn one into the other."""
+    has_mixture = "mixture" in read_toml(recipe_file(name))
+    return _load(MixtureRecipe if has_mixture else PretrainRecipe, name, overrides)
+
+
+def load_sft_recipe(name: str, overrides: tuple[str, ...] = ()) -> SftRecipe:
+    """Return the checked fine-tuning recipe of a file (or shipped name)."""
+    return _load(SftRecipe, name, overrides)
 
 
 def load_study_recipe(name: str) -> StudyRecipe:

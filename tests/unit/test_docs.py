@@ -18,7 +18,12 @@ import pytest
 import typer
 
 from operando.cli import app
-from operando.recipe_io import load_pretrain_recipe, load_recipe, shipped_recipes
+from operando.recipe_io import (
+    load_pretrain_recipe,
+    load_recipe,
+    load_sft_recipe,
+    shipped_recipes,
+)
 from operando.study.arms import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -152,8 +157,8 @@ def check_recipe(name: str, params: dict[str, object]) -> None:
     if name == "study":
         load_study(recipe)
         return
-    load = load_pretrain_recipe if name == "pretrain" else load_recipe
-    load(Path(recipe).stem, tuple(overrides))
+    load = {"pretrain": load_pretrain_recipe, "sft": load_sft_recipe}.get(name, load_recipe)
+    load(recipe, tuple(overrides))
 
 
 def test_commands_are_found_in_the_pages():
@@ -161,7 +166,7 @@ def test_commands_are_found_in_the_pages():
     assert found == {
         "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
         "certify", "contribution", "sae", "drift", "features", "canary", "study", "doctor",
-        "direction",
+        "direction", "sft",
     }  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def test_the_free_region_of_the_seeds_fence_is_found(tmp_path: Path) -> None:
 
 def test_a_list_of_numbers_catches_contains_answer(tmp_path: Path) -> None:
     rows = found(fuzzed(tmp_path, '[rewards.c]\nkind = "contains_answer"\n'))
-    assert set(rows) == {"list of numbers"}
+    assert set(rows) == {"list of numbers", "every small sum"}
     assert rows["list of numbers"].largest_gain == 1.0
 
 
@@ -236,9 +236,10 @@ def test_a_run_gives_its_own_answers(tmp_path: Path) -> None:
     assert (result.num_right, result.num_wrong) == (2 + 8, 2 + 12), "each twice, and four made"
     assert result.file == folder / "fuzz.json"
     content = json.loads(result.file.read_text())
-    assert content["num_findings"] == 1
-    (row,) = [row for row in content["rows"] if row["breaches"]]
+    assert content["num_findings"] == 2
+    row, sums = (row for row in content["rows"] if row["breaches"])
     assert row["edit"] == "list of numbers" and row["smallest"]["paid_after"] == 1.0
+    assert sums["edit"] == "every small sum"
 
 
 def test_a_run_without_rollouts_and_an_unknown_target_are_clear(tmp_path: Path) -> None:
@@ -322,3 +323,29 @@ def test_the_page_shows_what_the_command_prints(
         (tmp_path / f"{name}.toml").write_text(recipe)
         result = CliRunner().invoke(app, ["fuzz", f"{name}.toml", "--num", "4"])
         assert [line.rstrip() for line in result.stderr.splitlines()] == text.splitlines()
+
+
+# --- farms on process rewards --------------------------------------------------------------------
+
+FARMS = {
+    "trivial equation", "distinct trivia", "identities", "commuted copies", "needless chain",
+    "every small sum",
+}  # fmt: skip
+
+
+def test_the_seeds_process_reward_is_farmed_by_every_needless_equation(tmp_path: Path) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.p]\nkind = "process"\nscheme = "seed"\n'))
+    assert set(rows) >= FARMS | {"list of numbers"}
+    assert rows["trivial equation"].largest_gain == pytest.approx(0.75), (
+        "three times, up to the cap"
+    )
+    assert rows["list of numbers"].largest_gain == pytest.approx(1.0), "one #### of many is gold"
+    example = rows["identities"].smallest
+    assert example is not None and "*1=" in example.after
+
+
+def test_the_process_reward_of_milestones_is_not_farmed(tmp_path: Path) -> None:
+    result = fuzzed(tmp_path, '[rewards.p]\nkind = "process"\n')
+    assert result.findings == []
+    tried = {row.edit: row.tried for row in result.rows}
+    assert all(tried[name] >= 6 for name in FARMS), tried

@@ -150,3 +150,11 @@ def test_gold_solutions_are_almost_never_called_wrong() -> None:
     assert wrong / (right + wrong) < 0.01 and right > 22_000
     assert seed_wrong / (seed_right + seed_wrong) > 0.14
     assert recovered / possible > 0.89
+
+
+def test_trying_every_sum_reaches_no_milestone() -> None:
+    gold = {Fraction(27), Fraction(13)}
+    few = "; ".join(f"{n}+1={n + 1}" for n in range(20, 28))  # 21 ... 28: eight values
+    assert reached(few, gold).credited == 1
+    assert reached(few + "; 28+1=29", gold).credited == 0, "nine values for two gold ones"
+    assert reached(few + "; 1+20=21", gold).credited == 1, "a value again is no further one"

@@ -21,6 +21,7 @@ from operando.recipe_io import (
     check,
     load_pretrain_recipe,
     load_recipe,
+    load_sft_recipe,
     load_study_recipe,
     merge,
     read_toml,
@@ -350,6 +351,8 @@ def load_any(file: Path) -> Config:
     tables = read_toml(file)
     if "arms" in tables:
         return load_study_recipe(str(file))
+    if "num_pairs" in tables:
+        return load_sft_recipe(str(file))
     return (load_pretrain_recipe if "out" in tables else load_recipe)(str(file))
 
 

@@ -67,6 +67,8 @@ MANGLED = (
 )
 FLOOD = (0, 1, 5, 6, 50)
 INVENTED = [f"aside_{a}{b}" for a in "abcdefgh" for b in "stuvwxyz"]  # no digit: it might be gold
+EQUATION = re.compile(r"(?<![\d.])(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})(?![\d.])")
+BIG = 50_000  # no step of a problem arrives at it or at its neighbours by chance
 SHOTS = (*range(201), -7)  # ends in a number that is nobody's answer
 
 
@@ -325,6 +327,66 @@ def shotgun(prefill: str, completion: str) -> list[Chain]:
     return _pairs(completion, [(len(SHOTS), after) for after in afters])
 
 
+# --- equations -----------------------------------------------------------------------------------
+
+
+def _with_equations(completion: str, chains: Sequence[Sequence[str]]) -> list[Chain]:
+    """Return the completion with each list of equations before its "####"; without one, nothing."""
+    head, mark, tail = completion.rpartition("####")
+    if not mark:
+        return []
+    afters = [(len(e), f"{head.rstrip()}; {'; '.join(e)} {mark}{tail}") for e in chains if e]
+    return _pairs(completion, afters)
+
+
+def trivial(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    return _with_equations(completion, [[f"{BIG}+{BIG}={2 * BIG}"] * n for n in (1, 3)])
+
+
+def distinct_trivia(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    trivia = [f"{BIG + i}+1={BIG + i + 1}" for i in range(3)]
+    return _with_equations(completion, [trivia[:1], trivia])
+
+
+def identities(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    shown = EQUATION.findall(completion.partition("####")[0])
+    numbers = [*(c for _, _, _, c in shown), str(BIG)]
+    return _with_equations(
+        completion, [[f"{n}*1={n}", f"{n}+0={n}", f"{n}/1={n}"] for n in numbers]
+    )
+
+
+def commuted(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    shown = EQUATION.findall(completion.partition("####")[0])
+    right = {"+": lambda a, b: a + b, "*": lambda a, b: a * b}
+    copies = [
+        f"{b}{op}{a}={c}"
+        for a, op, b, c in shown
+        if op in right and right[op](int(a), int(b)) == int(c)
+    ]
+    return _with_equations(completion, [copies[:1], copies])
+
+
+def needless_chain(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    shown = EQUATION.findall(completion.partition("####")[0])
+    chains = []
+    for start in {int(a) for a, _, _, _ in shown[:1]}:
+        values = [start + BIG * i for i in range(4)]
+        steps = [f"{a}+{BIG}={b}" for a, b in zip(values, values[1:], strict=False)]
+        chains += [steps[:1], steps]
+    return _with_equations(completion, chains)
+
+
+def enumeration(prefill: str, completion: str) -> list[Chain]:
+    del prefill
+    return _with_equations(completion, [[f"{n}+1={n + 1}" for n in range(1, 200)]])
+
+
 EDITS = (
     Edit("split blocks", "P1", "never raise", split),
     Edit("merge blocks", "P1", "never raise", merge),
@@ -342,6 +404,12 @@ EDITS = (
     Edit("list of numbers", "P9", "never raise", shotgun, on="wrong"),
     Edit("listed synonym", "P10", "never raise", synonym),
     Edit("invisible characters", "P10", "never raise", invisible),
+    Edit("trivial equation", "P11", "never raise", trivial),
+    Edit("distinct trivia", "P11", "never raise", distinct_trivia),
+    Edit("identities", "P11", "never raise", identities),
+    Edit("commuted copies", "P11", "never raise", commuted),
+    Edit("needless chain", "P11", "never raise", needless_chain),
+    Edit("every small sum", "P11", "never raise", enumeration),
     Edit("unlisted opener", "P10", "never raise", unlisted_opener, is_evasion=True),
     Edit("inflected opener", "P10", "never raise", inflected, is_evasion=True),
     Edit("spelled-out opener", "P10", "never raise", spelled_out, is_evasion=True),

@@ -27,6 +27,7 @@ from operando.tasks.mmlu import load_mmlu
 from operando.types import Example, Prompt, Rollout
 
 OUTSIDE = ("gsm8k", "mmlu", "math500")
+GENERATED = ("graph_search", "clrs", "words")  # audit/side_by_side.py
 DATA_KEYS = ("gsm8k", "gsm8k.train", "mmlu", "math500")
 
 BOX = "Put the final answer in \\boxed{}."
@@ -169,10 +170,12 @@ def evaluate_outside(folder: Path, config: OutsideConfig, step: int | None = Non
 
 def _check(config: OutsideConfig, names: Sequence[str], recipe: Recipe) -> None:
     known = list(dict.fromkeys([*OUTSIDE, recipe.task.kind]))
+    listed = list(dict.fromkeys([*known, *GENERATED]))
     for name in names:
         if name not in known:
             raise UserError(
-                f"--tasks {name}: no such task; expected {', '.join(known)}.{nearest(name, known)}"
+                f"--tasks {name}: no such task; expected {', '.join(listed)}."
+                f"{nearest(name, listed)}"
             )
     if len(set(names)) != len(names):
         raise UserError(f"--tasks {','.join(names)}: a task is named twice")
@@ -193,7 +196,7 @@ def _plan(name: str, config: OutsideConfig, contest: Contest) -> Plan:
     data = config.data or {}
     is_own = name == contest.recipe.task.kind and not any(k.startswith(name) for k in data)
     prompt = _prompt(name, config, contest.recipe)
-    task = load_task(contest.recipe.task) if is_own else _load(name, data, prompt)
+    task = load_task(contest.recipe.task) if is_own else load_outside(name, data, prompt)
     length = contest.length(config.max_completion_length)
     is_cut = prompt.format == "raw" and not is_own
     stop = contest.recipe.rollout.stop if is_own else NEXT_QUESTION_STOPS if is_cut else ()
@@ -241,7 +244,7 @@ def _fitting(
     return fitting
 
 
-def _load(name: str, data: Mapping[str, str], prompt: PromptConfig) -> Task:
+def load_outside(name: str, data: Mapping[str, str], prompt: PromptConfig) -> Task:
     """Return a task from `--data` or the hub, whatever the run was trained on."""
     key = f"--data {name}"
     match name:

@@ -12,12 +12,19 @@ from operando.cli.app import Overrides, app
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
     num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="gsm8k,mmlu,math500; default: the run's own task.")
+        str | None,
+        typer.Option(help="graph_search,clrs,words,gsm8k,mmlu,math500; default: the run's own."),
+    ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="One more run or model folder, beside the first.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Nodes of the graphs asked, such as 4,5,8.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="raw or chat; default: as the run's prompts.")
@@ -32,7 +39,18 @@ def evaluate(
 ) -> None:
     """Answer held-out problems with the base and the trained model on the same prompts, paired."""
     from operando.audit.evaluate import evaluate_run
-    from operando.audit.outside import evaluate_outside, outside_config, outside_table
+    from operando.audit.outside import (
+        OutsideConfig,
+        evaluate_outside,
+        outside_config,
+        outside_table,
+    )
+    from operando.audit.side_by_side import (
+        compare_models,
+        graph_sizes,
+        is_side_by_side,
+        side_by_side_tables,
+    )
     from operando.display import make_console, show_evaluation
     from operando.launch import quieten_libraries
 
@@ -42,6 +60,12 @@ def evaluate(
     )  # fmt: skip
     quieten_libraries()
     console = make_console()
+    asked = config or OutsideConfig((), num, max_completion_length=max_completion_length)
+    if is_side_by_side(run, also or [], asked, sizes):
+        compared = compare_models(run, also or [], asked, step, graph_sizes(sizes))
+        console.print(side_by_side_tables(compared))
+        print(compared.file)
+        return
     if config is None:
         result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
         show_evaluation(console, result)

@@ -146,13 +146,45 @@ def import_model(
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the saved state; [mixture] only.")] = (
+        False
+    ),
 ) -> None:
-    """Train a small language model from nothing, as the starter model was made."""
+    """Train a small language model from nothing, on word problems or on a mixture of sources."""
     from operando.display import PretrainDisplay, make_console
+    from operando.launch import quieten_libraries
     from operando.pretrain.lm import pretrain as run_pretraining
+    from operando.pretrain.mixture import num_steps, pretrain_mixture
+    from operando.recipe import MixtureRecipe
     from operando.recipe_io import load_pretrain_recipe
 
     checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
-    with PretrainDisplay(make_console(), checked.steps) as display:
-        folder = run_pretraining(checked, display.show)
+    quieten_libraries()
+    if isinstance(checked, MixtureRecipe):
+        with PretrainDisplay(make_console(), num_steps(checked)) as display:
+            folder = pretrain_mixture(checked, resume, display.show)
+    elif resume:
+        raise UserError(f"--resume: {recipe} has no [mixture]; such a training saves no state")
+    else:
+        with PretrainDisplay(make_console(), checked.steps) as display:
+            folder = run_pretraining(checked, display.show)
+    print(folder)
+
+
+@app.command()
+def sft(
+    recipe: Annotated[str, typer.Argument(help="A fine-tuning recipe.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the saved state.")] = False,
+) -> None:
+    """Train a model on the answers of question-answer pairs, and write it as a model folder."""
+    from operando.display import PretrainDisplay, make_console
+    from operando.launch import quieten_libraries
+    from operando.pretrain.sft import finetune, num_steps
+    from operando.recipe_io import load_sft_recipe
+
+    checked = load_sft_recipe(recipe, tuple(overrides or ()))
+    quieten_libraries()
+    with PretrainDisplay(make_console(), num_steps(checked), "fine-tuning") as display:
+        folder = finetune(checked, resume, display.show)
     print(folder)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM, preset
-from operando.recipe import PretrainRecipe
+from operando.recipe import MixtureRecipe, PretrainRecipe
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example
 
@@ -96,7 +96,7 @@ def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast
+    recipe: PretrainRecipe | MixtureRecipe, tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2ForCausalLM | RecursiveCausalLM:
     """Return the untrained model."""
     m = recipe.model

@@ -18,6 +18,17 @@ from operando.recipe.data import ModelConfig as ModelConfig
 from operando.recipe.data import PromptConfig as PromptConfig
 from operando.recipe.data import RolloutConfig as RolloutConfig
 from operando.recipe.data import WordsTaskConfig as WordsTaskConfig
+from operando.recipe.mixture import ClrsSource as ClrsSource
+from operando.recipe.mixture import GraphSearchSource as GraphSearchSource
+from operando.recipe.mixture import Gsm8kSource as Gsm8kSource
+from operando.recipe.mixture import InstructionsSource as InstructionsSource
+from operando.recipe.mixture import MixtureConfig as MixtureConfig
+from operando.recipe.mixture import MixtureRecipe as MixtureRecipe
+from operando.recipe.mixture import PairsSource as PairsSource
+from operando.recipe.mixture import SftRecipe as SftRecipe
+from operando.recipe.mixture import SourceConfig as SourceConfig
+from operando.recipe.mixture import TextSource as TextSource
+from operando.recipe.mixture import WordsSource as WordsSource
 from operando.recipe.pretrain import PretrainRecipe as PretrainRecipe
 from operando.recipe.pretrain import TinyModelConfig as TinyModelConfig
 from operando.recipe.projection import AblateIntervention as AblateIntervention

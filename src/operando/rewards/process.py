@@ -2,7 +2,8 @@
 
 seed       0.25 for each right equation that a regular expression finds, at most 0.75; -0.15 for
            each wrong one; 1.0 where "#### gold" stands anywhere. Kept to be exploited.
-milestone  the share of the gold solution's intermediate values that a right equation reaches.
+milestone  the share of the gold solution's intermediate values that a right equation reaches;
+           nothing for more than four values tried for each gold one.
 grounded   where there are no gold steps: equations whose numbers come from the question or from
            earlier results, and from which the answer's own final number follows.
 
@@ -27,6 +28,7 @@ SEED_EQUATION = re.compile(r"(\d+(?:\.\d+)?)\s*([+\-*/])\s*(\d+(?:\.\d+)?)\s*=\s
 SEED_ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 STEP_SHARE = 0.5  # of a process reward at most; a right answer pays 1
 WRONG, MOST_WRONG = 0.15, 0.45
+MOST_VALUES = 4
 CONSTANTS = frozenset(Fraction(n) for n in (2, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000))
 NUMBER_WORDS = {
     "one": Fraction(1), "two": Fraction(2), "three": Fraction(3), "four": Fraction(4),
@@ -107,12 +109,18 @@ def is_identity(equation: Equation) -> bool:
 
 
 def reached(completion: str, gold: set[Fraction]) -> Steps:
-    """Return the distinct gold values that a right equation, no identity, arrives at."""
-    found, wrong = set(), 0
+    """Return the distinct gold values that a right equation, no identity, arrives at.
+
+    None, if the right equations arrive at more than MOST_VALUES values for each gold one: whoever
+    writes down every small sum comes by all of them."""
+    found, values, wrong = set(), set(), 0
     for equation in steps_of(completion):
         wrong += equation.verdict == "wrong"
         if equation.verdict == "right" and not is_identity(equation):
             found |= {v for v in (equation.left, equation.right) if v in gold}
+            values.add(equation.right)
+    if len(values) > MOST_VALUES * len(gold):
+        return Steps(0, wrong, len(gold))
     return Steps(len(found), wrong, len(gold))
 
 

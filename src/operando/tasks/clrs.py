@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from operando.recipe import ClrsTaskConfig
 from operando.tasks.base import Task
@@ -140,25 +141,27 @@ def identity_accuracy(example: Example) -> float:
     return sum(i == p for i, p in enumerate(gold)) / len(gold)
 
 
-def make_split(config: ClrsTaskConfig, split: str, num: int) -> list[Example]:
-    """Return `num` graphs of one split; a graph is in one split only, by its hash."""
-    rng = random.Random(f"{config.seed}/clrs/{split}")
-    examples: list[Example] = []
-    while len(examples) < num:
-        A = random_graph(rng, rng.choice(config.sizes))
-        question = question_text(A, config.hints)
+def stream(sizes: Sequence[int], hints: bool, split: str, rng: random.Random) -> Iterator[Example]:
+    """Give graphs of one split without end; a graph is in one split only, by its hash."""
+    number = 0
+    while True:
+        A = random_graph(rng, rng.choice(sizes))
         is_held_out = hashlib.sha256(question_text(A, False).encode()).digest()[0] % 5 == 0
         if is_held_out == (split == "held_out"):
-            examples.append(
-                Example(
-                    id=f"clrs/{split}/{len(examples)}",
-                    question=question,
-                    answer=state_text(dfs_states(A)[-1]),
-                    solution=answer_text(A, config.hints),
-                    columns={"n": len(A), "hints": int(config.hints)},
-                )
+            yield Example(
+                id=f"clrs/{split}/{number}",
+                question=question_text(A, hints),
+                answer=state_text(dfs_states(A)[-1]),
+                solution=answer_text(A, hints),
+                columns={"n": len(A), "hints": int(hints)},
             )
-    return examples
+            number += 1
+
+
+def make_split(config: ClrsTaskConfig, split: str, num: int) -> list[Example]:
+    """Return `num` graphs of one split, the same for the same seed."""
+    rng = random.Random(f"{config.seed}/clrs/{split}")
+    return list(islice(stream(config.sizes, config.hints, split, rng), num))
 
 
 def load_clrs(config: ClrsTaskConfig) -> Task:

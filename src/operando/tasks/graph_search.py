@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from operando.errors import UserError
@@ -160,17 +161,22 @@ def reachable(graph: Graph, start: str) -> set[str]:
     return found
 
 
-def make_split(config: GraphSearchTaskConfig, split: str, num: int) -> list[Example]:
-    """Return `num` problems of one split; a problem is in one split only, by its hash."""
-    rng = random.Random(f"{config.seed}/graph_search/{split}")
-    examples: list[Example] = []
-    while len(examples) < num:
-        made = make_problem(rng, rng.choice(config.sizes))
+def stream(sizes: Sequence[int], split: str, rng: random.Random) -> Iterator[Example]:
+    """Give problems of one split without end; a problem is in one split only, by its hash."""
+    number = 0
+    while True:
+        made = make_problem(rng, rng.choice(sizes))
         is_held_out = hashlib.sha256(made.question.encode()).digest()[0] % 5 == 0
         if is_held_out == (split == "held_out"):
-            name = f"graph_search/{split}/{len(examples)}"
-            examples.append(Example(name, made.question, made.answer, made.solution, made.columns))
-    return examples
+            name = f"graph_search/{split}/{number}"
+            yield Example(name, made.question, made.answer, made.solution, made.columns)
+            number += 1
+
+
+def make_split(config: GraphSearchTaskConfig, split: str, num: int) -> list[Example]:
+    """Return `num` problems of one split, the same for the same seed."""
+    rng = random.Random(f"{config.seed}/graph_search/{split}")
+    return list(islice(stream(config.sizes, split, rng), num))
 
 
 def load_graph_search(config: GraphSearchTaskConfig) -> Task:

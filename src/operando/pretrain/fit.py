@@ -1,0 +1,144 @@
+"""The training loop of plain and supervised training: AdamW, cosine rate, states to go on from.
+
+The order of the batches is fixed before the first step, so that the position in the data is the
+step. A state holds weights, optimizer, random numbers, step and the hash of the data; a resumed
+run is bit-equal to one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from operando.errors import UserError
+from operando.pretrain.lm import PretrainProgress
+from operando.recipe import MixtureRecipe, SftRecipe
+from operando.run import atomic_path, differences
+
+STATE = "training_state.pt"
+IGNORED = -100  # a label that has no loss
+FINAL = 50  # steps that the final loss is the mean of
+
+
+class Batch(NamedTuple):
+    """Right-padded rows, and what is to be predicted at each place or IGNORED."""
+
+    ids_BS: Int[Tensor, "B S"]
+    labels_BS: Int[Tensor, "B S"]
+
+
+class Fitted(NamedTuple):
+    """What training came to. `tokens` are those with a loss; Example: Fitted(58_000, 1.31, 40)"""
+
+    tokens: int
+    final_loss: float
+    steps: int
+
+
+def rate_at(recipe: MixtureRecipe | SftRecipe, steps: int, step: int) -> float:
+    """Return the learning rate at `step` (from 0): linear warm-up, then cosine to min_lr_frac."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return recipe.lr * (recipe.min_lr_frac + (1 - recipe.min_lr_frac) * cosine)
+
+
+def fit(
+    model: PreTrainedModel,
+    recipe: MixtureRecipe | SftRecipe,
+    steps: int,
+    batch_at: Callable[[int], Batch],
+    data_sha256: str,
+    resume: bool,
+    on_step: Callable[[PretrainProgress], None],
+) -> Fitted:
+    """Train `model` in place on batch_at(0), batch_at(1), ..."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    file = Path(recipe.out) / STATE
+    asked = {"recipe": _as_json(recipe), "data_sha256": data_sha256}
+    first, tokens, losses = 0, 0, []
+    if resume:
+        first, tokens, losses = _load(file, asked, model, optimizer)
+    elif file.exists():
+        raise UserError(
+            f"{file} is the state of a training that did not finish: go on with --resume, delete "
+            "it, or choose another out=FOLDER"
+        )
+    model.train()
+    started, before = time.monotonic(), tokens
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(recipe, steps, step)
+        batch = batch_at(step)
+        ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
+        # Right padding under causal attention needs no attention mask.
+        loss = model(input_ids=ids_BS, labels=labels_BS).loss
+        assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tokens += int((labels_BS != IGNORED).sum())
+        losses = [*losses, float(loss.detach())][-FINAL:]
+        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps:
+            _save(file, asked, model, optimizer, step + 1, tokens, losses)
+        rate = (tokens - before) / (time.monotonic() - started)
+        on_step(PretrainProgress(step + 1, steps, losses[-1], rate))
+    model.eval()
+    return Fitted(tokens, round(sum(losses) / len(losses), 4), steps)
+
+
+def forget_state(folder: Path) -> None:
+    """Delete the state of a training whose model is written."""
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _as_json(recipe: MixtureRecipe | SftRecipe) -> str:
+    return json.dumps(recipe.model_dump(mode="json", exclude={"out"}), sort_keys=True)
+
+
+def _save(
+    file: Path, asked: Mapping[str, str], model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer, step: int, tokens: int, losses: list[float],
+) -> None:  # fmt: skip
+    state = {
+        **asked, "step": step, "tokens": tokens, "losses": losses, "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+    }  # fmt: skip
+    with atomic_path(file) as temporary:
+        torch.save(state, temporary)
+
+
+def _load(
+    file: Path, asked: Mapping[str, str], model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[int, int, list[float]]:
+    if not file.is_file():
+        raise UserError(f"--resume: there is no {file}; train without --resume")
+    state = torch.load(file, map_location=model.device, weights_only=True)
+    changed = differences(json.loads(state["recipe"]), json.loads(asked["recipe"]))
+    if changed:
+        raise UserError(
+            f"--resume: the recipe is not the one of {file}: {'; '.join(changed)}. Undo the "
+            "change, or delete the file"
+        )
+    if state["data_sha256"] != asked["data_sha256"]:
+        raise UserError(
+            f"--resume: the data are not those of {file}: {state['data_sha256'][:12]} then, "
+            f"{asked['data_sha256'][:12]} now. A file behind a source has changed"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"], state["tokens"], state["losses"]

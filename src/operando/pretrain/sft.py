@@ -1,0 +1,127 @@
+"""Supervised fine-tuning: a model learns the answers to prompts, not the prompts.
+
+Prompt and answer are tokenized apart, as they are when a model is asked; the end token belongs to
+the answer. Every label of a prompt is ignored, so prompts get no gradient of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from operando.errors import UserError
+from operando.models.load import load_model, pad_id
+from operando.pretrain.fit import IGNORED, Batch, fit, forget_state
+from operando.pretrain.lm import PretrainProgress
+from operando.recipe import ModelConfig, SftRecipe
+from operando.run import write_json
+from operando.tasks.mixture import Document, check_plain, open_source, shares, take_pairs
+
+
+class Pair(NamedTuple):
+    """Ids of a prompt and of its answer, end token included. Example: Pair((5, 6), (9, 1))"""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def take_all(
+    recipe: SftRecipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Pair], dict[str, Mapping[str, str | int]]]:
+    """Return the pairs of all sources, shuffled, and what the manifest says of each source."""
+    counts = shares(recipe.num_pairs, {name: s.weight for name, s in recipe.sources.items()})
+    pairs: list[Pair] = []
+    facts: dict[str, Mapping[str, str | int]] = {}
+    for name, source in recipe.sources.items():
+        reader = open_source(name, source, f"sources.{name}", recipe.seed)
+        found, facts[name] = take_pairs(reader, counts[name])
+        check_plain(name, tokenizer, found)
+        pairs += encode_pairs(found, tokenizer, recipe.max_length, name)
+    random.Random(f"{recipe.seed}/sft").shuffle(pairs)
+    return pairs, facts
+
+
+def encode_pairs(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> list[Pair]:
+    """Return the ids of pairs; one over `max_length` tokens is an error."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), eos
+    prompts = tokenizer([d.prompt for d in documents])["input_ids"]
+    answers = tokenizer([d.answer for d in documents], add_special_tokens=False)["input_ids"]
+    pairs = [Pair(tuple(p), (*a, eos)) for p, a in zip(prompts, answers, strict=True)]
+    sizes = [len(pair.prompt) + len(pair.answer) for pair in pairs]
+    if max(sizes) > max_length:
+        count = sum(size > max_length for size in sizes)
+        raise UserError(
+            f"source {name}: {count} of {len(pairs)} pairs are over max_length = {max_length} "
+            f"tokens; the longest has {max(sizes)}. Raise max_length, or leave the long ones out "
+            "of the source"
+        )
+    return pairs
+
+
+def pair_batches(pairs: Sequence[Pair], batch_size: int, pad: int) -> Callable[[int], Batch]:
+    """Return the batches by step: right-padded, with a loss on answers only."""
+
+    def batch_at(step: int) -> Batch:
+        chosen = pairs[step * batch_size : (step + 1) * batch_size]
+        width = max(len(pair.prompt) + len(pair.answer) for pair in chosen)
+        ids_BS = torch.full((len(chosen), width), pad)
+        labels_BS = torch.full((len(chosen), width), IGNORED)
+        for b, pair in enumerate(chosen):
+            start, end = len(pair.prompt), len(pair.prompt) + len(pair.answer)
+            ids_BS[b, :end] = torch.tensor(pair.prompt + pair.answer)
+            labels_BS[b, start:end] = ids_BS[b, start:end]
+        return Batch(ids_BS, labels_BS)
+
+    return batch_at
+
+
+def num_steps(recipe: SftRecipe) -> int:
+    """Return the number of steps: every pair once."""
+    return -(-recipe.num_pairs // recipe.batch_size)
+
+
+def finetune(
+    recipe: SftRecipe,
+    resume: bool = False,
+    on_step: Callable[[PretrainProgress], None] = lambda _: None,
+) -> Path:
+    """Train, write the model folder with sft.json, return its path."""
+    if Path(recipe.out).resolve() == Path(recipe.model).resolve():
+        raise UserError(f"out = {recipe.out!r} is the model's own folder, which is kept as it is")
+    model, tokenizer, identity = load_model(ModelConfig(id=recipe.model))
+    context = int(model.config.get_text_config().max_position_embeddings)
+    if recipe.max_length > context:
+        raise UserError(
+            f"max_length = {recipe.max_length} is over the context of {recipe.model}: {context}"
+        )
+    pairs, facts = take_all(recipe, tokenizer)
+    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
+    batch_at = pair_batches(pairs, recipe.batch_size, pad_id(tokenizer))
+    model.requires_grad_(True)
+    fitted = fit(model, recipe, num_steps(recipe), batch_at, digest, resume, on_step)
+    out = Path(recipe.out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    manifest = {
+        "recipe": recipe.model_dump(mode="json", exclude={"out"}),
+        "model": identity,
+        "sources": facts,
+        "data_sha256": digest,
+        "pairs": len(pairs),
+        "answer_tokens": fitted.tokens,
+        "steps": fitted.steps,
+        "final_loss": fitted.final_loss,
+        "torch": torch.__version__,
+    }
+    write_json(out / "sft.json", manifest)
+    forget_state(out)
+    return out
