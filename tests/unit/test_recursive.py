@@ -14,8 +14,9 @@ from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks
 from operando.models.recursive import RecursiveCausalLM, count_parameters, preset
+from operando.models.recursive.blocks import ModulatedLinear
 from operando.models.recursive.cache import SlotCache
-from operando.models.recursive.modeling import ModulatedLinear, RecursiveModel
+from operando.models.recursive.modeling import RecursiveModel
 
 from .recursive_models import random_recursive
 

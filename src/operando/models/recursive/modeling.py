@@ -11,8 +11,8 @@ Deviations: CART drops rotary positions in the core and leaks e[t+1] through an 
 here the queries and keys are rotated and the mask is causal. Ouroboros pools h over the sequence,
 which leaks the future and breaks cached decoding; here every token has its own z.
 
-Dims: B rows, T new tokens, S all tokens so far, D d_model, H heads, K key-value heads, d head_dim,
-r basis rank, s width of the controller, b rows still looping.
+Dims: B rows, T new tokens, S all tokens so far, D d_model, H heads, d head_dim, s width of the
+controller, b rows still looping.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
+from operando.models.recursive.blocks import AnchorAttention, CoreBlock, Layer, ModulatedLinear
 from operando.models.recursive.cache import SlotCache
-from operando.models.recursive.configuration import MODULATED, RecursiveConfig
-from operando.models.recursive.positions import Past, positions_and_mask, rotate, split_heads
+from operando.models.recursive.configuration import RecursiveConfig
+from operando.models.recursive.positions import Past, positions_and_mask
 
 GATE_INIT, GATE_LIMIT = 2.2, 6.0  # sigmoid(2.2) = 0.90; beyond 6.2 sigmoid is 1 in bfloat16
 COMPACT_BELOW = 0.85  # rows whose tokens have all exited leave the loop when this share is left
@@ -59,148 +59,6 @@ class CausalOutput(ModelOutput):
     exit_loops: Tensor | None = None
     loop_states: tuple[Tensor, ...] | None = None
     updates: tuple[Tensor, ...] | None = None
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query causal attention of prelude and coda."""
-
-    def __init__(self, config: RecursiveConfig, layer: int) -> None:
-        super().__init__()
-        d, self.layer, self.head_dim = config.hidden_size, layer, config.head_dim
-        self.theta = config.rope_theta
-        narrow = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, narrow, bias=False)
-        self.v_proj = nn.Linear(d, narrow, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
-
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Tensor, past: Past) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), position_BT, self.theta)
-        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), position_BT, self.theta)
-        v = split_heads(self.v_proj(x_BTD), self.head_dim)
-        if past is not None:
-            k, v = past.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: RecursiveConfig) -> None:
-        super().__init__()
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=False)
-        self.up_proj = nn.Linear(d, f, bias=False)
-        self.down_proj = nn.Linear(f, d, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
-class Layer(GradientCheckpointingLayer):
-    """A layer of prelude or coda."""
-
-    def __init__(self, config: RecursiveConfig, layer: int) -> None:
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config)
-
-    def forward(
-        self, hidden_states: Tensor, position_BT: Tensor, mask: Tensor, past: Past
-    ) -> Tensor:
-        x_BTD = hidden_states + self.self_attn(
-            self.attn_norm(hidden_states), position_BT, mask, past
-        )
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
-
-
-class ModulatedLinear(nn.Linear):
-    """y = W x + B diag(z) A x, with A and B frozen at the leading singular vectors of the first W.
-
-    A = V_r^T and B = U_r S_r; they are buffers, so that no optimizer and no adapter finds them.
-    """
-
-    def __init__(self, size_in: int, size_out: int, rank: int) -> None:
-        super().__init__(size_in, size_out, bias=False)
-        self.basis_in: Tensor
-        self.basis_out: Tensor
-        self.register_buffer("basis_in", torch.zeros(rank, size_in))
-        self.register_buffer("basis_out", torch.zeros(size_out, rank))
-
-    @torch.no_grad()
-    def fit_bases(self) -> None:
-        """Set the bases to the leading singular directions of the weight as it is now."""
-        rank = len(self.basis_in)
-        left, values, right = torch.linalg.svd(self.weight.float(), full_matrices=False)
-        self.basis_in.copy_(right[:rank])
-        self.basis_out.copy_(left[:, :rank] * values[:rank])
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(x) + F.linear(F.linear(x, self.basis_in) * z, self.basis_out)
-
-
-class AnchorAttention(nn.Module):
-    """Queries of the loop's state against keys and values of the prelude, computed once."""
-
-    def __init__(self, config: RecursiveConfig) -> None:
-        super().__init__()
-        d, r = config.hidden_size, config.mod_rank
-        self.head_dim, self.theta = config.head_dim, config.rope_theta
-        self.q_proj = ModulatedLinear(d, d, r)
-        self.o_proj = ModulatedLinear(d, d, r)
-        self.k_up = nn.Linear(config.kv_lora_rank, d, bias=False)
-        self.v_up = nn.Linear(config.kv_lora_rank, d, bias=False)
-
-    def anchor(self, latent_BSR: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), position_BS, self.theta)
-        return k, split_heads(self.v_up(latent_BSR), self.head_dim)
-
-    def forward(
-        self, x_bTD: Tensor, k: Tensor, v: Tensor, position_bT: Tensor, mask: Tensor,
-        zq: Tensor, zo: Tensor,
-    ) -> Tensor:  # fmt: skip
-        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), position_bT, self.theta)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2), zo)
-
-
-class ModulatedMlp(nn.Module):
-    """SwiGLU with modulated matrices."""
-
-    def __init__(self, config: RecursiveConfig) -> None:
-        super().__init__()
-        d, f, r = config.hidden_size, config.core_intermediate_size, config.mod_rank
-        self.gate_proj = ModulatedLinear(d, f, r)
-        self.up_proj = ModulatedLinear(d, f, r)
-        self.down_proj = ModulatedLinear(f, d, r)
-
-    def forward(self, x_bTD: Tensor, zg: Tensor, zu: Tensor, zd: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_bTD, zg)) * self.up_proj(x_bTD, zu), zd)
-
-
-class CoreBlock(GradientCheckpointingLayer):
-    """A block of the core: the same weights in every loop, modulated by `style` [b T s]."""
-
-    def __init__(self, config: RecursiveConfig) -> None:
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.anchor_attn = AnchorAttention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = ModulatedMlp(config)
-        self.modulation = nn.Linear(config.mod_dim, MODULATED * config.mod_rank, bias=False)
-
-    def forward(
-        self, hidden_states: Tensor, k: Tensor, v: Tensor, position_bT: Tensor, mask: Tensor,
-        style_bTs: Tensor,
-    ) -> Tensor:  # fmt: skip
-        zq, zo, zg, zu, zd = self.modulation(style_bTs).chunk(MODULATED, dim=-1)
-        x_bTD = hidden_states + self.anchor_attn(
-            self.attn_norm(hidden_states), k, v, position_bT, mask, zq, zo
-        )
-        return x_bTD + self.mlp(self.mlp_norm(x_bTD), zg, zu, zd)
 
 
 class RecursivePreTrainedModel(PreTrainedModel):
