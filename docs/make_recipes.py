@@ -17,6 +17,7 @@ from operando.recipe import (
     Config,
     MixtureConfig,
     MixtureRecipe,
+    PipelineRecipe,
     PretrainRecipe,
     Recipe,
     SftRecipe,
@@ -67,6 +68,9 @@ def recipes_page() -> str:
     lines += ["## Fine-tuning recipes", "", _first_line(SftRecipe)]
     lines += ["Read by `operando sft`; `[sources.NAME]` is as `[mixture.sources.NAME]` above.", ""]
     lines += _table(SftRecipe)
+    lines += ["## Pipelines", "", _first_line(PipelineRecipe)]
+    lines += ["Read by `operando pipeline`; `[[tasks]]` are as `[task]` above.", ""]
+    lines += _table(PipelineRecipe)
     lines += ["## Studies", "", _first_line(StudyRecipe), "Read by `operando study`.", ""]
     lines += _table(StudyRecipe)
     for name, field in StudyRecipe.model_fields.items():

@@ -13,6 +13,7 @@ from operando.errors import UserError, nearest
 from operando.recipe import (
     Config,
     MixtureRecipe,
+    PipelineRecipe,
     PretrainRecipe,
     Recipe,
     SftRecipe,
@@ -126,11 +127,18 @@ def load_study_recipe(name: str) -> StudyRecipe:
     return _load(StudyRecipe, name, ())
 
 
+def load_pipeline_recipe(name: str, overrides: tuple[str, ...] = ()) -> PipelineRecipe:
+    """Return the checked pipeline of a file (or shipped name)."""
+    return _load(PipelineRecipe, name, overrides)
+
+
 def _load(kind: type[C], name: str, overrides: tuple[str, ...]) -> C:
     file = recipe_file(name)
     tables = read_toml(file)
     if "arms" in tables and kind is not StudyRecipe:
         raise UserError(f"{file} is a study: operando study {name}")
+    if "rl" in tables and kind is not PipelineRecipe:
+        raise UserError(f"{file} is a pipeline: operando pipeline {name}")
     for override in overrides:
         tables = apply_override(tables, override)
     return check(kind, tables, str(file))

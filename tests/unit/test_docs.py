@@ -18,6 +18,7 @@ import pytest
 import typer
 
 from operando.cli import app
+from operando.pipeline import load_pipeline
 from operando.recipe_io import (
     load_pretrain_recipe,
     load_recipe,
@@ -157,6 +158,9 @@ def check_recipe(name: str, params: dict[str, object]) -> None:
     if name == "study":
         load_study(recipe)
         return
+    if name == "pipeline":
+        load_pipeline(recipe, tuple(overrides))
+        return
     load = {"pretrain": load_pretrain_recipe, "sft": load_sft_recipe}.get(name, load_recipe)
     load(recipe, tuple(overrides))
 
@@ -166,7 +170,7 @@ def test_commands_are_found_in_the_pages():
     assert found == {
         "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
         "certify", "contribution", "sae", "drift", "features", "canary", "study", "doctor",
-        "direction", "sft",
+        "direction", "sft", "pipeline",
     }  # fmt: skip
 
 

@@ -95,8 +95,12 @@ def test_packing_keeps_every_token_once_and_pads_only_the_end() -> None:
     assert num == sum(map(len, documents)) == len(flat) - flat.count(0)
     assert flat[num:] == [0] * (len(flat) - num)
     assert Counter(flat[:num]) == Counter(i for one in documents for i in one)
-    runs = [a for a, b in zip(flat, [None, *flat[:-1]], strict=True) if a != b and a]
-    assert len(runs) == len(documents) and runs != sorted(runs), "whole documents, shuffled"
+    whole = [row for row in rows_RS.tolist() if len(set(row)) > 1]
+    runs = [[a for a, b in zip(r, [None, *r[:-1]], strict=True) if a != b and a] for r in whole]
+    assert sum(map(len, runs)) <= len(documents) + len(rows_RS), "cut at the ends of rows only"
+    assert sum(runs, []) != sorted(sum(runs, [])), "shuffled"
+    long_one, _ = pm.pack([[1] * 40, [2] * 40], 4, pad=0, seed=3)
+    assert long_one[:10, 0].tolist() not in ([1] * 10, [2] * 10), "rows are shuffled too"
     batch_at = pm.row_batches(rows_RS, num, batch_size=3)
     labels = [
         i for step in range(-(-len(rows_RS) // 3)) for i in batch_at(step).labels_BS.flatten()

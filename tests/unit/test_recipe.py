@@ -19,6 +19,7 @@ from operando.recipe import (
 from operando.recipe_io import (
     apply_override,
     check,
+    load_pipeline_recipe,
     load_pretrain_recipe,
     load_recipe,
     load_sft_recipe,
@@ -351,6 +352,8 @@ def load_any(file: Path) -> Config:
     tables = read_toml(file)
     if "arms" in tables:
         return load_study_recipe(str(file))
+    if "rl" in tables:
+        return load_pipeline_recipe(str(file))
     if "num_pairs" in tables:
         return load_sft_recipe(str(file))
     return (load_pretrain_recipe if "out" in tables else load_recipe)(str(file))

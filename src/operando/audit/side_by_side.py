@@ -23,6 +23,7 @@ from operando.errors import UserError, nearest
 from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import (
+    AskedTask,
     ClrsTaskConfig,
     GraphSearchTaskConfig,
     ModelConfig,
@@ -136,14 +137,22 @@ def compare_models(
     config: OutsideConfig,
     step: int | None = None,
     sizes: Sequence[int] = (),
+    given: Sequence[AskedTask] = (),
 ) -> SideBySide:
-    """Ask all models the same problems; write every answer to FOLDER/evals/side_by_side_*."""
+    """Ask all models the same problems; write every answer to FOLDER/evals/side_by_side_*.
+
+    A task that is `given` is asked as it says; another one of its kind as by default.
+    """
     models = [model for one in (folder, *also) for model in _models(one, step, one == folder)]
     names = [model.name for model in models]
     if len(set(names)) != len(names):
         raise UserError(f"--also: two models are called alike: {', '.join(names)}")
     recipe = read_recipe(folder) if _is_run(folder) else None
-    questions = [_question(name, config, recipe, sizes) for name in _tasks(config, recipe)]
+    settings = {task.kind: task for task in given}
+    questions = [
+        _question(name, config, recipe, sizes, settings.get(name))
+        for name in _tasks(config, recipe)
+    ]
     answers = {
         model.name: _answers(model, questions, config.max_completion_length) for model in models
     }
@@ -201,9 +210,13 @@ def _models(folder: Path, step: int | None, is_first: bool) -> list[Model]:
 
 
 def _question(
-    name: str, config: OutsideConfig, recipe: Recipe | None, sizes: Sequence[int]
+    name: str,
+    config: OutsideConfig,
+    recipe: Recipe | None,
+    sizes: Sequence[int],
+    given: AskedTask | None,
 ) -> Question:
-    is_own = recipe is not None and recipe.task.kind == name and not sizes
+    is_own = given is None and recipe is not None and recipe.task.kind == name and not sizes
     if is_own and recipe is not None and recipe.prompt.format == "raw":
         prompt = recipe.prompt.model_copy(update={"few_shot": 0, "max_prompt_length": None})
         task = load_task(recipe.task)
@@ -211,7 +224,10 @@ def _question(
         prompt = PromptConfig(template=RAW[name] if name in RAW else TEMPLATES[name]["raw"])
         is_own = False
         num = config.num or NUM
-        task = _generated(name, num, sizes) or load_outside(name, config.data or {}, prompt)
+        if given is not None:
+            task = load_task(given)
+        else:
+            task = _generated(name, num, sizes) or load_outside(name, config.data or {}, prompt)
     count = config.num or len(task.held_out)
     if count > len(task.held_out):
         raise UserError(f"--num {count}: {name} has {len(task.held_out)} held-out problems")

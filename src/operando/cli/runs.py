@@ -188,3 +188,37 @@ def sft(
     with PretrainDisplay(make_console(), num_steps(checked), "fine-tuning") as display:
         folder = finetune(checked, resume, display.show)
     print(folder)
+
+
+@app.command()
+def pipeline(
+    recipe: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="STAGE.a.b=value, or a key of its own, as seeds=[0]")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds at once, in a process each.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Only this seed's stages, without the table.")
+    ] = None,
+) -> None:
+    """Pre-train, fine-tune, train by RL, calibrate, audit and ask every stage the same problems."""
+    from operando.display import make_console
+    from operando.launch import quieten_libraries
+    from operando.pipeline import load_pipeline, run_chain, run_seeds, stage_cells, stages_table
+
+    given = tuple(overrides or ())
+    checked, chains = load_pipeline(recipe, given)
+    quieten_libraries()
+    console = make_console()
+    if seed is not None:
+        if seed not in checked.seeds:
+            raise UserError(f"--seed {seed}: the pipeline has {', '.join(map(str, checked.seeds))}")
+        chains = [chain for chain in chains if chain.seed == seed]
+    if jobs > 1 and len(chains) > 1:
+        run_seeds(console, recipe, given, chains, jobs)
+    else:
+        for chain in chains:
+            run_chain(console, checked, chain)
+    if seed is None:
+        console.print(stages_table(stage_cells(checked, chains), len(chains)))
+        print(Path(checked.out) / "stages.json")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from operando.errors import UserError
-from operando.pretrain.lm import PretrainProgress
+from operando.pretrain.lm import PretrainProgress, draw_loops
 from operando.recipe import MixtureRecipe, SftRecipe
 from operando.run import atomic_path, differences
 
@@ -61,8 +61,13 @@ def fit(
     data_sha256: str,
     resume: bool,
     on_step: Callable[[PretrainProgress], None],
+    min_loops: int | None = None,
 ) -> Fitted:
-    """Train `model` in place on batch_at(0), batch_at(1), ..."""
+    """Train `model` in place on batch_at(0), batch_at(1), ...
+
+    With `min_loops`, each step draws how many loops a recursive model takes: from it to all.
+    """
+    draw_loops(min_loops, model, recipe.seed, 0)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
@@ -84,7 +89,8 @@ def fit(
         batch = batch_at(step)
         ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
         # Right padding under causal attention needs no attention mask.
-        loss = model(input_ids=ids_BS, labels=labels_BS).loss
+        loops = draw_loops(min_loops, model, recipe.seed, step)
+        loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
         assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

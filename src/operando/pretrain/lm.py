@@ -131,18 +131,19 @@ def build_model(
 
 
 def draw_loops(
-    recipe: PretrainRecipe, model: torch.nn.Module, rng: random.Random
+    min_loops: int | None, model: torch.nn.Module, seed: int, step: int
 ) -> dict[str, int]:
-    """Return how many loops a step takes, as the model's argument; nothing for another model."""
-    if not isinstance(model, RecursiveCausalLM) or recipe.model.min_loops is None:
+    """Return how many loops a step takes, as the model's argument; None: nothing, so all."""
+    if min_loops is None:
         return {}
-    most = model.config.num_loops
-    if recipe.model.min_loops > most:
+    if not isinstance(model, RecursiveCausalLM):
         raise UserError(
-            f"model.min_loops = {recipe.model.min_loops}: the preset "
-            f"{recipe.model.recursive!r} has {most} loops"
+            f"min_loops = {min_loops} is for a recursive model; this is a {type(model).__name__}"
         )
-    return {"num_loops": rng.randint(recipe.model.min_loops, most)}
+    most = model.config.num_loops
+    if min_loops > most:
+        raise UserError(f"min_loops = {min_loops}: the model has {most} loops")
+    return {"num_loops": random.Random(f"{seed}/loops/{step}").randint(min_loops, most)}
 
 
 def learning_rate(recipe: PretrainRecipe, step: int) -> float:
@@ -169,7 +170,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    rng, loops_rng = random.Random(f"{recipe.seed}/texts"), random.Random(f"{recipe.seed}/loops")
+    rng = random.Random(f"{recipe.seed}/texts")
     started, tokens, losses = time.monotonic(), 0, []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -179,9 +180,8 @@ def pretrain(
         )
         # Right padding under causal attention needs no attention mask.
         labels_BS = ids_BS.masked_fill(~mask_BS, -100)
-        loss = model(
-            input_ids=ids_BS, labels=labels_BS, **draw_loops(recipe, model, loops_rng)
-        ).loss
+        loops = draw_loops(recipe.model.min_loops, model, recipe.seed, step)
+        loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

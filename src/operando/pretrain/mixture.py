@@ -2,8 +2,8 @@
 
 Documents of all sources are shuffled and written one after the other, each with its end token, and
 cut into rows of `length` tokens. Attention is plain causal attention over a row, so it crosses the
-documents in it; a document that a row's end cuts goes on in the next row. Only the last row is
-padded.
+documents in it; a document that a row's end cuts goes on in another row. The rows are shuffled too,
+so that a long document does not fill a batch. Only the last row is padded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -44,11 +44,13 @@ def open_sources(mixture: MixtureConfig, seed: int) -> dict[str, Reader]:
 def train_tokenizer(recipe: MixtureRecipe) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on the mixture's first texts, by weight.
 
-    Digits are single; <search> and <backtrack> are one token each, and ordinary text."""
+    Digits and capital letters, which name nodes, are single tokens; <search> and <backtrack> are
+    one token each, and ordinary text."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
+    letters = pre_tokenizers.Split(Regex("[A-Z]"), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.model.vocab_size - len(TAGS),
@@ -87,13 +89,19 @@ def take_all(recipe: MixtureRecipe, tokenizer: PreTrainedTokenizerFast) -> dict[
 def pack(
     documents: Sequence[Sequence[int]], length: int, pad: int, seed: int
 ) -> tuple[Int[Tensor, "R S"], int]:
-    """Return shuffled documents as rows of `length` ids, and how many ids are no padding."""
+    """Return shuffled documents as rows of `length` ids, and how many ids are no padding.
+
+    The rows are shuffled as well, but for the last, which may be padded."""
+    rng = random.Random(f"{seed}/pack")
     order = list(range(len(documents)))
-    random.Random(f"{seed}/pack").shuffle(order)
+    rng.shuffle(order)
     flat = np.concatenate([np.asarray(documents[i], dtype=np.int32) for i in order])
     num = len(flat)
     flat = np.pad(flat, (0, -num % length), constant_values=pad)
-    return torch.from_numpy(flat.reshape(-1, length)), num
+    rows_RS = torch.from_numpy(flat.reshape(-1, length))
+    place = list(range(len(rows_RS) - 1))
+    rng.shuffle(place)
+    return rows_RS[[*place, len(rows_RS) - 1]], num
 
 
 def row_batches(
@@ -127,7 +135,8 @@ def pretrain_mixture(
     digest = hashlib.sha256(rows_RS.numpy().tobytes() + texts.encode()).hexdigest()
     batch_at = row_batches(rows_RS, num, recipe.batch_size)
     steps = num_steps(recipe)
-    fitted = fit(model, recipe, steps, batch_at, digest, resume, on_step)
+    min_loops = recipe.model.min_loops
+    fitted = fit(model, recipe, steps, batch_at, digest, resume, on_step, min_loops)
     out = Path(recipe.out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

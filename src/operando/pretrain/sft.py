@@ -107,7 +107,8 @@ def finetune(
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     batch_at = pair_batches(pairs, recipe.batch_size, pad_id(tokenizer))
     model.requires_grad_(True)
-    fitted = fit(model, recipe, num_steps(recipe), batch_at, digest, resume, on_step)
+    steps, min_loops = num_steps(recipe), recipe.min_loops
+    fitted = fit(model, recipe, steps, batch_at, digest, resume, on_step, min_loops)
     out = Path(recipe.out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

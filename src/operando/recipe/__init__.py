@@ -29,6 +29,8 @@ from operando.recipe.mixture import SftRecipe as SftRecipe
 from operando.recipe.mixture import SourceConfig as SourceConfig
 from operando.recipe.mixture import TextSource as TextSource
 from operando.recipe.mixture import WordsSource as WordsSource
+from operando.recipe.pipeline import AskedTask as AskedTask
+from operando.recipe.pipeline import PipelineRecipe as PipelineRecipe
 from operando.recipe.pretrain import PretrainRecipe as PretrainRecipe
 from operando.recipe.pretrain import TinyModelConfig as TinyModelConfig
 from operando.recipe.projection import AblateIntervention as AblateIntervention

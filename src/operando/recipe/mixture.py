@@ -159,8 +159,6 @@ class MixtureRecipe(Config):
 
     @model_validator(mode="after")
     def _check(self) -> MixtureRecipe:
-        if self.model.min_loops is not None:
-            raise ValueError("model.min_loops is for recipes without a mixture; here it is inert")
         if self.mixture.length > self.model.max_length:
             raise ValueError(
                 f"mixture.length = {self.mixture.length} is over model.max_length = "
@@ -186,6 +184,8 @@ class SftRecipe(Config):
     """Pairs a step."""
     sources: dict[str, SourceConfig]
     """By a name of your own; their weights sum to 1. A source that can't be had is an error."""
+    min_loops: int | None = Field(default=None, ge=1)
+    """Of a recursive model: a step draws its loops from here to the model's. Absent: all."""
     lr: float = Field(default=5e-4, gt=0)
     warmup_steps: int = Field(default=10, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
