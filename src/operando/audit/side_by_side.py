@@ -225,7 +225,7 @@ def _question(
         is_own = False
         num = config.num or NUM
         if given is not None:
-            task = load_task(given)
+            task = load_task(given.model_copy(update={"num_train": 1}))
         else:
             task = _generated(name, num, sizes) or load_outside(name, config.data or {}, prompt)
     count = config.num or len(task.held_out)

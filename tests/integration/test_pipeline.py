@@ -1,0 +1,133 @@
+"""A whole pipeline at a very small size: every stage is made once, asked the same, and resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from operando.errors import UserError
+from operando.pipeline import Chain, load_pipeline, run_chain, stage_cells
+from operando.recipe import PipelineRecipe
+from operando.run import read_recipe
+
+RECIPES = {
+    "pretrain.toml": """
+name = "p"
+out = "unused"
+batch_size = 8
+[model]
+recursive = "tiny"
+min_loops = 1
+vocab_size = 400
+[mixture]
+tokens = 8000
+length = 64
+[mixture.sources.graphs]
+kind = "clrs"
+weight = 0.5
+sizes = [3]
+[mixture.sources.search]
+kind = "graph_search"
+weight = 0.5
+sizes = [3]
+""",
+    "sft.toml": """
+name = "s"
+out = "unused"
+model = "unused"
+num_pairs = 32
+[sources.search]
+kind = "graph_search"
+weight = 1.0
+sizes = [3]
+""",
+    "outcome.toml": """
+name = "o"
+steps = 1
+[task]
+kind = "graph_search"
+sizes = [3]
+num_train = 8
+num_held_out = 4
+[rollout]
+num_prompts = 2
+num_generations = 2
+max_completion_length = 8
+[rewards.correct]
+kind = "correct"
+[eval]
+num = 4
+""",
+    "pipeline.toml": """
+out = "chain"
+pretrain = "pretrain.toml"
+sft = "sft.toml"
+[rl]
+outcome = "outcome.toml"
+[[tasks]]
+kind = "graph_search"
+sizes = [3]
+num_held_out = 8
+[[tasks]]
+kind = "clrs"
+sizes = [3]
+num_held_out = 6
+""",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in RECIPES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*overrides: str) -> tuple[PipelineRecipe, list[Chain]]:
+    recipe, chains = load_pipeline("pipeline.toml", overrides)
+    for chain in chains:
+        run_chain(Console(quiet=True), recipe, chain)
+    return recipe, chains
+
+
+def test_a_pipeline_makes_every_stage_once_and_asks_all_the_same(here: Path) -> None:
+    recipe, chains = run("seeds=[0,3]")
+    cells = stage_cells(recipe, chains)
+    assert [(c.task, c.stage, c.n) for c in cells] == [
+        (task, stage, n)
+        for task, n in (("graph_search", 8), ("clrs", 6))
+        for stage in ("base", "sft", "outcome")
+    ]
+    rows = json.loads((here / "chain" / "stages.json").read_text())
+    assert [row["seeds"] for row in rows] == [2] * 6
+    assert rows[0]["since_last"] is None and rows[1]["since_last"] is not None
+    model = read_recipe(here / "chain/seed_3/outcome").model
+    assert model.id == "chain/seed_3/sft" and model.lora is None
+    weights = [chain.folder / "base" / "model.safetensors" for chain in chains]
+    assert weights[0].read_bytes() != weights[1].read_bytes(), "seeds differ"
+    before = {file: file.stat().st_mtime_ns for file in here.rglob("*.safetensors")}
+    run("seeds=[0,3]")
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
+    with pytest.raises(UserError, match=r"seed_0/sft was made by another recipe; changed: lr"):
+        run("sft.lr=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("oucome.steps=2", r"no stage 'oucome'\. Did you mean 'outcome'\? .*pretrain, sft, outcome"),
+        ("sft.seed=2", r"seed of a stage is set by the pipeline"),
+        ("outcome.model.lora.rank=4", r"rl.outcome: .* trains an adapter"),
+        ('heads="words"', r"heads = 'words': none of the tasks: graph_search, clrs"),
+        ("seeds=[1,1]", r"seeds: one is named twice"),
+        ("pretrain.mixture.sources.graphs.weight=0.6", r"must sum to 1"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_one_error(here: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pipeline("pipeline.toml", (override,))
+    assert not (here / "chain").exists()
