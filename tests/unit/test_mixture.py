@@ -146,6 +146,18 @@ def graph_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] % 5 == 0
 
 
+def test_a_graph_may_be_answered_with_or_without_its_walk(tmp_path: Path) -> None:
+    found = []
+    for trace in (True, False):
+        table = {"kind": "graph_search", "weight": 1.0, "sizes": [4], "trace": trace}
+        source = mixture(tmp_path, {"s": table}).mixture.sources["s"]
+        found.append(take_pairs(open_source("s", source, "sources.s", 0), 20)[0])
+    for walked, direct in zip(*found, strict=True):
+        assert walked.prompt == direct.prompt and walked.answer.startswith(" <search> ")
+        assert walked.answer.endswith(f"\n{direct.answer.strip()}")
+        assert direct.answer.startswith(" Answer: Path is [")
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 

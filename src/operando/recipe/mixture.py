@@ -30,6 +30,8 @@ class GraphSearchSource(Config):
     """Share of the tokens or of the pairs."""
     sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = (4, 5, 6)
     """Nodes; each graph draws one of these."""
+    trace: bool = True
+    """Whether the walk stands before the answer. Off: the path at once."""
 
 
 class WordsSource(Config):

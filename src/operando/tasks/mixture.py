@@ -100,7 +100,9 @@ def _generate(
                 yield Document(e.question, e.solution)
         case GraphSearchSource():
             for e in graph_search.stream(config.sizes, "train", rng):
-                yield Document(f"Q: {e.question}\nA:", f" {e.solution}")
+                walk, mark, path = e.solution.partition("Answer:")
+                answer = f"{walk}{mark}{path}" if config.trace else f"{mark}{path}"
+                yield Document(f"Q: {e.question}\nA:", f" {answer}")
         case WordsSource():
             while True:
                 e = words.make_problem(rng, rng.choice(config.num_steps), config.max_number)
