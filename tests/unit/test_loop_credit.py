@@ -97,7 +97,9 @@ def test_the_last_loops_credit_is_the_policy_as_it_was_bit_for_bit() -> None:
 
 
 def test_what_is_read_inside_the_coda_is_the_last_loops() -> None:
-    taps = {site: whole_site(site) for site in ("blocks.9.hook_resid_post", "blocks.6.hook_mlp_out")}
+    taps = {
+        site: whole_site(site) for site in ("blocks.9.hook_resid_post", "blocks.6.hook_mlp_out")
+    }
     plain, credited = policy_of("last"), policy_of("uniform")
     batch = sampled_batch(plain)
     a, b = plain.score(batch, taps=taps).trace, credited.score(batch, taps=taps).trace
@@ -169,4 +171,6 @@ def test_a_model_without_loops_is_refused() -> None:
     loaded = Loaded(tiny_model("qwen2"), byte_tokenizer(), {})
     with pytest.raises(UserError, match='loop_credit = "?.uniform.*Qwen2ForCausalLM has no loops'):
         Policy(loaded, ModelConfig(), SeedTree(0), loop_credit="uniform")
-    assert Policy(loaded, ModelConfig(), SeedTree(0)).score(random_batch(2, 2)).trace.credit_BT is None
+    assert (
+        Policy(loaded, ModelConfig(), SeedTree(0)).score(random_batch(2, 2)).trace.credit_BT is None
+    )

@@ -213,9 +213,14 @@ def leaks(
     return [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-        and (is_apart(model, name) if whole_model else layer_of(name, blocks_name) not in layers)
+        if parameter.requires_grad and _is_outside(model, name, blocks_name, layers, whole_model)
     ]
+
+
+def _is_outside(
+    model: nn.Module, name: str, blocks_name: str, layers: Sequence[int], whole_model: bool
+) -> bool:
+    return is_apart(model, name) if whole_model else layer_of(name, blocks_name) not in layers
 
 
 def expected_count(
@@ -270,10 +275,12 @@ def check_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Check:
     extra, missing = len(held - wanted), len(wanted - held)
     outside = sum(
         id(p) in held
+        and _is_outside(
+            policy.model, name, policy.blocks_name, policy.layers, policy.trains_everything()
+        )
         for name, p in policy.model.named_parameters()
-        if layer_of(name, policy.blocks_name) not in policy.layers
     )
-    passed = not extra and not missing and (policy.trains_everything() or not outside)
+    passed = not extra and not missing and not outside
     detail = f"{len(held)} tensors, {extra} too many, {missing} missing, {outside} outside the set"
     return Check("optimizer", passed, detail)
 

@@ -106,7 +106,7 @@ class Policy:
         if loop_credit != "last" and not isinstance(base, RecursiveCausalLM):
             raise UserError(
                 f"update.loop_credit = {loop_credit!r} needs a recursive model; "
-                f"{type(base).__name__} has no loops. Leave it out, or \"last\""
+                f'{type(base).__name__} has no loops. Leave it out, or "last"'
             )
         self.blocks_name, self.blocks = decoder_blocks(base)
         self.layers = parse_layer_set(config.layers, len(self.blocks))
