@@ -1,17 +1,20 @@
-"""The pathology audit: hand-worked measures, planted ailments, and random models that say nothing."""
+"""The pathology audit: hand-worked measures, planted ailments, random models that say nothing."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from operando import cli
 from operando.audit import loop_measures as measures
+from operando.audit import loop_verdicts
 from operando.audit.loop_reading import (
     Texts,
     at_depth,
@@ -22,18 +25,11 @@ from operando.audit.loop_reading import (
     shuffled,
     twin,
 )
-from operando.audit.pathology import (
-    Pathology,
-    Subject,
-    audit_pathology,
-    depth_meets,
-    judge_model,
-    verdict,
-)
-from operando.audit.side_by_side import RAW, Question
+from operando.audit.loop_verdicts import depth_meets, verdict
+from operando.audit.pathology import Pathology, Subject, audit_pathology, judge_model
+from operando.audit.side_by_side import Question
 from operando.errors import UserError
-from operando.models.recursive import RecursiveCausalLM
-from operando.models.recursive import modeling
+from operando.models.recursive import RecursiveCausalLM, modeling
 from operando.recipe import PromptConfig
 from operando.study.stats import Interval
 from operando.tasks.base import Task
@@ -57,7 +53,9 @@ def test_steps_and_bends_by_hand() -> None:
 
 def test_shock_by_hand() -> None:
     size_NT = torch.tensor([[0.1, 0.1, 0.7], [0.1, 0.3, 0.1]])  # means 0.1, 0.2, 0.4
-    found = measures.shock(size_NT, torch.tensor([[0.2, 0.5], [0.2, 0.7]]), torch.tensor([1.0, 2.0]))
+    found = measures.shock(
+        size_NT, torch.tensor([[0.2, 0.5], [0.2, 0.7]]), torch.tensor([1.0, 2.0])
+    )
     assert found.jitter == pytest.approx(np.std([0.1, 0.2, 0.4]))
     assert found.spike == pytest.approx(2.0)
     assert (found.bend, found.drift) == (pytest.approx(0.6), 1.5)
@@ -107,7 +105,11 @@ def test_bootstrap_is_of_the_mean_over_prompts_and_the_same_for_a_seed() -> None
 
 
 def test_a_depth_passes_fails_or_stays_open() -> None:
-    same, worse, unsure = Interval(0, 0, 0), Interval(-0.5, -0.6, -0.4), Interval(-0.01, -0.03, 0.01)
+    same, worse, unsure = (
+        Interval(0, 0, 0),
+        Interval(-0.5, -0.6, -0.4),
+        Interval(-0.01, -0.03, 0.01),
+    )
     assert depth_meets(Interval(0.0, -0.01, 0.01), same) is True
     assert depth_meets(Interval(0.05, 0.03, 0.07), same) is False
     assert depth_meets(Interval(0.0, -0.01, 0.01), worse) is False
@@ -156,7 +158,9 @@ def test_shuffling_keeps_each_rows_tokens_and_its_padding() -> None:
     other = shuffled(texts, 1)
     assert not torch.equal(other.ids_PS, texts.ids_PS)
     for p, length in enumerate(texts.length_P.tolist()):
-        assert sorted(other.ids_PS[p, :length].tolist()) == sorted(texts.ids_PS[p, :length].tolist())
+        assert sorted(other.ids_PS[p, :length].tolist()) == sorted(
+            texts.ids_PS[p, :length].tolist()
+        )
         assert torch.equal(other.ids_PS[p, length:], texts.ids_PS[p, length:])
 
 
@@ -267,33 +271,29 @@ def test_a_trained_model_passes_what_a_random_one_cannot(
         "loops used": "PASS",
         "2 loops for 4": "PASS",
         "6 loops for 4": "PASS",
-        "update shock": "SAYS NOTHING",
+        "update shock": "WARN",  # loops that do something move
         "gradient starvation": "SAYS NOTHING",
         "cached decode": "SAYS NOTHING",
     }, [(t.name, t.verdict, t.why, t.numbers[:2]) for t in result.tests]
     written = json.loads((tmp_path / "audits" / "pathology.json").read_text())
     assert written["n"] == 24 and written["twin_seeds"] == [0, 1] and written["depths"] == [2, 6]
     assert [t["name"] for t in written["tests"]] == [t.name for t in result.tests]
-    assert sum(written["right"]["4"]) > 22
+    assert sum(written["right"]["4"]) >= 20
 
 
 def test_a_depth_that_breaks_the_answers_fails_though_the_states_look_alike(
     echo: RecursiveCausalLM, tmp_path: Path
 ) -> None:
-    kept = echo.model.step_embed.weight.detach().clone()
-    scale = 1.0
-    with torch.no_grad():
-        echo.model.step_embed.weight[5].copy_(-200 * scale * torch.ones(8))
-    try:
-        result = audited(echo, tmp_path, 6)
-    finally:
-        with torch.no_grad():
-            echo.model.step_embed.weight.copy_(kept)
+    model = twin(echo, 0)
+    model.load_state_dict(echo.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # loops 5 and 6 get embeddings that training never saw
+        model.model.step_embed.weight[4:6] = 25 * torch.randn(2, 8, generator=generator)
+    result = audited(model, tmp_path, 6)
     test = next(t for t in result.tests if t.name == "6 loops for 4")
     cosine = next(n for n in test.numbers if n.name.startswith("cosine"))
-    print(test.verdict, test.why, test.numbers)
     assert test.verdict == "FAIL" and result.failed
-    assert cosine.value > 0.735  # what the seed's test asked for
+    assert cosine.value is not None and cosine.value > 0.735  # all that the seed's test asked for
 
 
 def test_loops_that_do_nothing_are_found(echo: RecursiveCausalLM, tmp_path: Path) -> None:
@@ -363,3 +363,30 @@ def test_a_model_without_loops_and_a_folder_without_a_model_are_refused(tmp_path
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="Qwen2ForCausalLM has no loops to audit"):
         audit_pathology(tmp_path, task="words", num=2)
+
+
+def test_the_command_prints_the_file_and_says_failure_by_its_exit_code(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["operando", "audit", "pathology", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    shutil.copytree(folder, tmp_path / "m")
+    asked = (str(tmp_path / "m"), "task.max_number=5", "--task", "words", "--twins", "1")
+    assert run(*asked, "--num", "2", "--depths", "2") == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(tmp_path / "m" / "audits" / "pathology.json")
+    assert "SAYS NOTHING: loops used" in shown.err and "without a control" in shown.err
+    assert run(*asked, "--depths", "2,x") == 2
+    assert "--depths 2,x" in capsys.readouterr().err
+    bad = Pathology(
+        "m", "t", 2, 4, (2,), (0,), 0.5, [loop_verdicts.Test("x", "FAIL", "", [])], "", tmp_path
+    )
+    monkeypatch.setattr("operando.audit.pathology.audit_pathology", lambda *_, **__: bad)
+    assert run(*asked) == 3

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from operando.audit.loop_measures import (
     Likeness,
@@ -28,7 +28,7 @@ from operando.audit.loop_measures import (
 )
 from operando.models.hooks import ActivationReader
 from operando.models.load import head_weight
-from operando.models.recursive import RecursiveCausalLM
+from operando.models.recursive import RecursiveCausalLM, RecursiveConfig
 from operando.models.recursive.cache import SlotCache
 from operando.models.recursive.positions import positions_and_mask
 
@@ -248,7 +248,9 @@ def at_depth(model: RecursiveCausalLM, loops: int) -> Iterator[None]:
 
 def twin(model: RecursiveCausalLM, seed: int) -> RecursiveCausalLM:
     """Return an untrained model of the same config."""
+    assert isinstance(model.config, RecursiveConfig), type(model.config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = RecursiveCausalLM(model.config)
-    return fresh.to(model.device).float().eval()
+        fresh = RecursiveCausalLM(model.config).float().eval()
+    nn.Module.to(fresh, model.device)
+    return fresh

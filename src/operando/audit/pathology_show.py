@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from operando.audit.pathology import Number, Pathology
-
+from operando.audit.loop_verdicts import Number
+from operando.audit.pathology import Pathology
 
 COLUMNS = (("", 27), ("model", 9), ("95 %", 18), ("random", 18), ("shuffled", 8))
 
