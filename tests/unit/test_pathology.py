@@ -99,9 +99,12 @@ def test_gradient_classes_and_what_fails() -> None:
 def test_bootstrap_is_of_the_mean_over_prompts_and_the_same_for_a_seed() -> None:
     value_PK = [[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]]
     spread = lambda x_bK: x_bK[:, 1] - x_bK[:, 0]  # noqa: E731
-    found = measures.bootstrap(value_PK, spread, 0)
+    found = measures.bootstrap(value_PK, spread, [0, 1, 2], 0)
     assert found.value == 2.0 and found.low == 1.0 and found.high == 3.0
-    assert measures.bootstrap(value_PK, spread, 0) == found
+    assert measures.bootstrap(value_PK, spread, [0, 1, 2], 0) == found
+    copies = measures.bootstrap(value_PK * 50, spread, [0, 1, 2] * 50, 0)
+    assert copies == found  # fifty copies of a problem are one problem
+    assert measures.bootstrap(value_PK * 50, spread, range(150), 0).low > 1.5
 
 
 def test_a_depth_passes_fails_or_stays_open() -> None:
@@ -212,7 +215,7 @@ def test_twins_are_of_the_config_and_leave_the_random_state_alone() -> None:
 # --- verdicts ------------------------------------------------------------------------------------
 
 PROBLEMS = [
-    Example(f"e{i}", chr(97 + i % 20) + chr(97 + i // 20), chr(97 + i % 20), solution="x")
+    Example(f"e{i}", chr(97 + i % 20) + chr(97 + i // 20), chr(97 + i % 20), solution=str(i))
     for i in range(24)
 ]
 

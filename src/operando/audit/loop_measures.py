@@ -139,18 +139,23 @@ def starvation(norms: Sequence[float | None]) -> tuple[bool | None, str]:
 
 
 def bootstrap(
-    value_PK: Sequence[Sequence[float]] | Float[Tensor, "P K"],
+    value_PK: Sequence[Sequence[float]],
     statistic: Callable[[np.ndarray], np.ndarray],
+    alike: Sequence[int],
     seed: int,
 ) -> Interval:
     """Return a statistic of the mean over prompts, with its 95 % percentile interval.
 
-    Prompts are drawn with replacement (Efron 1979), 2000 times; `statistic` maps means [b K] to b
-    numbers.
+    Prompts are drawn with replacement (Efron 1979), 2000 times, and those with the same number in
+    `alike` together: the same sum about other apples is no new problem. `statistic` maps means
+    [b K] to b numbers.
     """
     data_PK = np.asarray(value_PK, dtype=np.float64)
-    P = len(data_PK)
-    counts_bP = np.random.default_rng(seed).multinomial(P, [1 / P] * P, size=RESAMPLES)
-    drawn_b = statistic(counts_bP @ data_PK / P)
+    _, group_P = np.unique(np.asarray(alike), return_inverse=True)
+    C = int(group_P.max()) + 1
+    sum_CK, size_C = np.zeros((C, data_PK.shape[1])), np.bincount(group_P)
+    np.add.at(sum_CK, group_P, data_PK)
+    counts_bC = np.random.default_rng(seed).multinomial(C, [1 / C] * C, size=RESAMPLES)
+    drawn_b = statistic(counts_bC @ sum_CK / (counts_bC @ size_C)[:, None])
     low, high = np.quantile(drawn_b, [0.025, 0.975])
     return Interval(float(statistic(data_PK.mean(0, keepdims=True))[0]), float(low), float(high))

@@ -57,6 +57,7 @@ class Read(NamedTuple):
     twins_noise: list[Reading]
     right: Mapping[int, Sequence[bool]]  # the model's greedy answers, by depth
     twin_right: Sequence[bool]  # one twin's, at depth R
+    alike: Sequence[int]  # problems with one number have one solution
     R: int
     seed: int
 
@@ -78,7 +79,7 @@ class Read(NamedTuple):
         return [float(b) - float(a) for a, b in pairs]
 
     def mean(self, values: Sequence[float]) -> Interval:
-        return bootstrap([[v] for v in values], lambda x_bK: x_bK[:, 0], self.seed)
+        return bootstrap([[v] for v in values], lambda x_bK: x_bK[:, 0], self.alike, self.seed)
 
     def tells(self, reading: Reading, noise: Reading, loops: int) -> bool:
         """Return whether texts are told from their own tokens in random order."""
@@ -121,9 +122,9 @@ def judge_shock(r: Read) -> Test:
 
     numbers = [
         r.number(f"jitter J, at most {MOST_JITTER}", lambda x: x.shock.jitter,
-                 bootstrap(r.own.steps, jitter, r.seed)),
+                 bootstrap(r.own.steps, jitter, r.alike, r.seed)),
         r.number(f"spike S, at most {MOST_SPIKE:g}", lambda x: x.shock.spike,
-                 bootstrap(r.own.steps, spike, r.seed)),
+                 bootstrap(r.own.steps, spike, r.alike, r.seed)),
         r.number(f"drift D, {DRIFT[0]:g} to {DRIFT[1]:g}", lambda x: x.shock.drift),
         r.number("bend a", lambda x: x.shock.bend),
         r.number("p99 of a step", lambda x: x.shock.p99),

@@ -64,6 +64,8 @@ class Pathology:
     model: str
     task: str
     n: int
+    distinct: int
+    """Solutions; problems that share one are drawn together for the intervals."""
     loops: int
     depths: Sequence[int]
     twin_seeds: Sequence[int]
@@ -129,9 +131,11 @@ def judge_model(
         sense.append(read(one, shuffled(texts, seed), depths, seed))
         gaps.append(cache_gap(one, texts))
     R, gap = model.config.num_loops, cache_gap(model, texts)
+    solutions = [(e.solution, e.answer) for e in subject.question.examples]
+    alike = [solutions.index(one) for one in solutions]
     right = {t: greedy(subject, model, t) for t in sorted({1, R, *depths})}
     twin_right = greedy(subject, twin(model, seed), R)
-    read_all = Read(own, noise, others, sense, right, twin_right, R, seed)
+    read_all = Read(own, noise, others, sense, right, twin_right, alike, R, seed)
     gain = judge_gain(read_all)
     depth_tests = [judge_depth(read_all, t) for t in depths]
     tests = [
@@ -142,8 +146,8 @@ def judge_model(
         judge_cache(gap, gaps),
     ]
     result = Pathology(
-        subject.name, subject.question.task.name, len(texts.ids_PS), R, tuple(depths), tuple(seeds),
-        gap.threshold, tests, seeds_way(read_all), folder / "audits" / "pathology.json",
+        subject.name, subject.question.task.name, len(alike), len(set(alike)), R,
+        tuple(depths), tuple(seeds), gap.threshold, tests, seeds_way(read_all), folder / "audits" / "pathology.json",
     )  # fmt: skip
     document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}
     write_json(result.file, _plain(document))

@@ -17,7 +17,8 @@ COLUMNS = (("", 27), ("model", 9), ("95 %", 18), ("random", 18), ("shuffled", 8)
 def pathology_tables(result: Pathology) -> Group:
     """Return every test with its verdict and its numbers beside the random models'."""
     head = (
-        f"{result.model}: {result.loops} loops, {result.n} held-out problems of {result.task}; "
+        f"{result.model}: {result.loops} loops, {result.n} held-out problems of {result.task} "
+        f"({result.distinct} solutions); "
         f"random: {len(result.twin_seeds)} untrained models of this config (seeds "
         f"{result.twin_seeds[0]} to {result.twin_seeds[-1]})"
     )
