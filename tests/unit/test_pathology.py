@@ -388,8 +388,7 @@ def test_the_command_prints_the_file_and_says_failure_by_its_exit_code(
     assert "SAYS NOTHING: loops used" in shown.err and "without a control" in shown.err
     assert run(*asked, "--depths", "2,x") == 2
     assert "--depths 2,x" in capsys.readouterr().err
-    bad = Pathology(
-        "m", "t", 2, 4, (2,), (0,), 0.5, [loop_verdicts.Test("x", "FAIL", "", [])], "", tmp_path
-    )
+    failed = loop_verdicts.Test("x", "FAIL", "", [])
+    bad = Pathology("m", "t", 2, 2, 4, (2,), (0,), 0.5, [failed], "", tmp_path)
     monkeypatch.setattr("operando.audit.pathology.audit_pathology", lambda *_, **__: bad)
     assert run(*asked) == 3

@@ -147,7 +147,8 @@ def judge_model(
     ]
     result = Pathology(
         subject.name, subject.question.task.name, len(alike), len(set(alike)), R,
-        tuple(depths), tuple(seeds), gap.threshold, tests, seeds_way(read_all), folder / "audits" / "pathology.json",
+        tuple(depths), tuple(seeds), gap.threshold, tests, seeds_way(read_all),
+        folder / "audits" / "pathology.json",
     )  # fmt: skip
     document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}
     write_json(result.file, _plain(document))
