@@ -251,7 +251,8 @@ def judge_cache(gap: CacheGap, twins: Sequence[CacheGap]) -> Test:
 
 def seeds_way(r: Read) -> str:
     """Return the three numbers that were once printed without a control, with the control."""
-    deep = max(r.own.likeness)
+    beyond = [t for t in r.own.likeness if t > r.R]
+    deep = min(beyond) if beyond else min(r.own.likeness)
 
     def three(reading: Reading) -> tuple[float, float, float]:
         return reading.shock.jitter, reading.likeness[deep].cosine, reading.carry[-1] or 0.0
