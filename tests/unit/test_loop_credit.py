@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from operando.errors import UserError
 from operando.models.load import Loaded
-from operando.models.policy import Policy, flat_rows, whole_site
+from operando.models.policy import Policy, Scored, flat_rows, whole_site
 from operando.models.recursive.credit import composite, loop_weights
-from operando.recipe import LoraConfig, ModelConfig
+from operando.recipe import LoraConfig, ModelConfig, Recipe
+from operando.recipe_io import check
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree
 from operando.types import Batch, Example, Prompt, make_batch
+from operando.update.objective import Targets, micro_objective
 from tests.unit.recursive_models import random_recursive
 from tests.unit.tiny import byte_tokenizer, random_batch, tiny_model
 
@@ -174,3 +178,27 @@ def test_a_model_without_loops_is_refused() -> None:
     assert (
         Policy(loaded, ModelConfig(), SeedTree(0)).score(random_batch(2, 2)).trace.credit_BT is None
     )
+
+
+def test_the_ratio_is_of_the_credit_and_the_kl_of_the_last_loop() -> None:
+    recipe = check(Recipe, {
+        "name": "x", "steps": 1, "task": {"kind": "words"}, "rewards": {"c": {"kind": "correct"}},
+        "kl": {"coef": 0.5, "estimator": "k1"}, "update": {"loop_credit": "uniform"},
+    }, "here")  # fmt: skip
+    one, logp, old, ref = torch.ones(1, 1), *(torch.tensor([[x]]) for x in (-1.0, -1.2, -1.5))
+    credit, old_credit = torch.log(one * 1.1) - 3, one * 0 - 3
+    targets = Targets(one.bool(), one, 2 * one, old, ref, None, None, old_credit)
+    found = micro_objective(recipe, Scored(logp, one * 0, None, credit), targets)
+    # - A exp(credit - old_credit) + coef exp(logp - old) (logp - ref)
+    assert float(found.loss) == pytest.approx(-2 * 1.1 + 0.5 * math.exp(0.2) * 0.5)
+    assert found.ratio_gap == pytest.approx(0.1)
+
+
+def test_sharding_is_refused() -> None:
+    tables = {
+        "name": "x", "steps": 1, "task": {"kind": "words"}, "rewards": {"c": {"kind": "correct"}},
+        "update": {"loop_credit": "uniform"}, "parallel": {"kind": "fsdp"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match="loop_credit runs the coda outside the sharded forward"):
+        check(Recipe, tables, "here")
+    assert check(Recipe, tables | {"parallel": {}}, "here").update.loop_credit == "uniform"
