@@ -67,6 +67,9 @@ def batch_metrics(
         "sampler/ess": effective_sample_size(trace.logp_BT, batch.sampling_logp_BT, mask_BT),
         "discarded": float(gone_B.float().mean()),
     }
+    loops = [n for r in batch.rollouts for n in r.exit_loops[len(r.prompt.ids) :]]
+    if loops:  # of a recursive model's completion tokens
+        metrics["loops/mean"] = sum(loops) / len(loops)
     for name, part_BT in rewards.parts.items():
         part_B = _applicable(masked_sum(part_BT, mask_BT))
         metrics[f"rewards/{name}/mean"] = float(part_B.mean()) if len(part_B) else 0.0

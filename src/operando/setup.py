@@ -98,6 +98,7 @@ def set_up(
         reference=reference,
         value_head=isinstance(recipe.advantage, GaeAdvantage),
         temperature=recipe.rollout.temperature,
+        loop_credit=recipe.update.loop_credit,
     )
     if recipe.parallel.kind == "fsdp" and parallel.world_size() > 1:
         policy.shard()

@@ -254,9 +254,8 @@ def minibatches(setup: Setup, step: int, epoch: int, num_rows: int) -> list[list
     if parts == 1:
         return [list(range(num_rows))]
     generator = setup.run.seeds.generator("minibatch", step, epoch)
-    order = torch.randperm(num_rows, generator=generator).tolist()
-    size = num_rows // parts
-    return [sorted(order[i * size : (i + 1) * size]) for i in range(parts)]
+    order = torch.randperm(num_rows, generator=generator)
+    return [sorted(part) for part in order.view(parts, -1).tolist()]
 
 
 def make_targets(
@@ -290,6 +289,7 @@ def make_targets(
         ref_logp_BT=on_device(trace.ref_logp_BT),
         old_value_BT=on_device(trace.value_BT),
         return_BT=on_device(credited.return_BT),
+        old_credit_BT=on_device(trace.credit_BT),
     )
 
 

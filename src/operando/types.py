@@ -105,6 +105,7 @@ class Trace:
     value_BT: Float[Tensor, "B T"] | None  # None: no value head
     acts: Mapping[str, Float[Tensor, "B T F"]]
     base_acts: Mapping[str, Float[Tensor, "B T F"]]
+    credit_BT: Float[Tensor, "B T"] | None = None  # the old ratio's side; None: logp_BT itself
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Trace:
         """Return the trace with `change` applied to every tensor."""
@@ -115,6 +116,7 @@ class Trace:
             value_BT=None if self.value_BT is None else change(self.value_BT),
             acts={name: change(acts) for name, acts in self.acts.items()},
             base_acts={name: change(acts) for name, acts in self.base_acts.items()},
+            credit_BT=None if self.credit_BT is None else change(self.credit_BT),
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from operando.models.hooks import ActivationReader
-from operando.models.layers import is_multimodal
+from operando.models.layers import is_apart, is_multimodal
 from operando.models.policy import Policy
 from operando.parallel import whole
 from operando.recipe import LoraConfig
@@ -207,15 +207,20 @@ def leaks(
     """Return the trainable tensors outside the layer set, under every name that they have.
 
     A tied weight is one tensor with several names, and one name outside the set is a leak. With
-    `whole_model` (full training of all layers) norms, embeddings and head belong to the set.
+    `whole_model` (full training of all layers) norms, embeddings and head belong to the set, but
+    not the heads of a recursive model that are trained apart.
     """
     return [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-        and not whole_model
-        and layer_of(name, blocks_name) not in set(layers)
+        if parameter.requires_grad and _is_outside(model, name, blocks_name, layers, whole_model)
     ]
+
+
+def _is_outside(
+    model: nn.Module, name: str, blocks_name: str, layers: Sequence[int], whole_model: bool
+) -> bool:
+    return is_apart(model, name) if whole_model else layer_of(name, blocks_name) not in layers
 
 
 def expected_count(
@@ -224,15 +229,18 @@ def expected_count(
     """Return how many parameters the layer set trains, from the model's shapes alone.
 
     LoRA: sum over the set's target modules of rank * (inputs + outputs). Full training: all of the
-    set's blocks; of the whole model where the set holds every layer and nothing is multimodal.
+    set's blocks; of the whole model where the set holds every layer and nothing is multimodal, but
+    for a recursive model's halting and drafting heads.
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList), blocks_name
     if lora is None:
         towers = isinstance(model, PreTrainedModel) and is_multimodal(model.config)
         everything = len(layers) == len(blocks) and not towers
-        parts = [model] if everything else [blocks[i] for i in layers]
-        return sum(p.numel() for part in parts for p in part.parameters())
+        if everything:
+            named = model.named_parameters()
+            return sum(p.numel() for name, p in named if not is_apart(model, name))
+        return sum(p.numel() for i in layers for p in blocks[i].parameters())
     total = 0
     for layer in layers:
         for name, module in blocks[layer].named_modules():
@@ -267,10 +275,12 @@ def check_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Check:
     extra, missing = len(held - wanted), len(wanted - held)
     outside = sum(
         id(p) in held
+        and _is_outside(
+            policy.model, name, policy.blocks_name, policy.layers, policy.trains_everything()
+        )
         for name, p in policy.model.named_parameters()
-        if layer_of(name, policy.blocks_name) not in policy.layers
     )
-    passed = not extra and not missing and (policy.trains_everything() or not outside)
+    passed = not extra and not missing and not outside
     detail = f"{len(held)} tensors, {extra} too many, {missing} missing, {outside} outside the set"
     return Check("optimizer", passed, detail)
 

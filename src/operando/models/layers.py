@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from operando.errors import UserError
+from operando.models.recursive import RecursiveCausalLM
 
 FORMS = '"all", "24-27", "3,5", "-1", "last:4", "first:2", "60%:75%"'
 
@@ -104,6 +105,15 @@ def language_decoder(model: nn.Module) -> str | None:
                 )
             return f"{outer}.{inner}".lstrip(".")
     return None
+
+
+def is_apart(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter has no part in what the policy says and is trained for itself.
+
+    They are the halting and drafting heads of a recursive model.
+    """
+    heads = ("model.halt_head.", "speculative_projs.")
+    return isinstance(model, RecursiveCausalLM) and name.startswith(heads)
 
 
 def _has_attention(block: nn.Module) -> bool:

@@ -25,23 +25,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models.hooks import ActivationReader
-from operando.models.layers import decoder_blocks, is_multimodal, parse_layer_set
+from operando.models.layers import decoder_blocks, is_apart, is_multimodal, parse_layer_set
 from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.models.prefix import Prefix, starting_at
 from operando.models.recursive import RecursiveCausalLM
+from operando.models.recursive.credit import LoopCredit, composite, hidden_by_loop, loop_weights
 from operando.recipe import ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Trace
 
 
 class Scored(NamedTuple):
-    """Log-probs, entropy and values (None without a value head) of some rows, differentiable."""
+    """Log-probs, entropy and values (None without a value head) of some rows, differentiable.
+
+    `credit_BT`, with credit by loop, is what the ratio is of in place of the log-probs.
+    """
 
     logp_BT: Float[Tensor, "B T"]
     entropy_BT: Float[Tensor, "B T"]
     value_BT: Float[Tensor, "B T"] | None
+    credit_BT: Float[Tensor, "B T"] | None = None
 
 
 class Scoring(NamedTuple):
@@ -91,11 +96,18 @@ class Policy:
         reference: bool = False,
         value_head: bool = False,
         temperature: float = 1.0,
+        loop_credit: LoopCredit = "last",
     ) -> None:
         self.config = config
+        self.loop_credit: LoopCredit = loop_credit
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.identity = loaded.identity
         base = loaded.model
+        if loop_credit != "last" and not isinstance(base, RecursiveCausalLM):
+            raise UserError(
+                f"update.loop_credit = {loop_credit!r} needs a recursive model; "
+                f'{type(base).__name__} has no loops. Leave it out, or "last"'
+            )
         self.blocks_name, self.blocks = decoder_blocks(base)
         self.layers = parse_layer_set(config.layers, len(self.blocks))
         # First trained block; what lies below it is computed once a batch. 0: nothing does.
@@ -195,8 +207,8 @@ class Policy:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
         packed = pack_rows(batch, packs).to(self.device)
         with self._starting_at(self.blocks, prefix, batch, packs):
-            hidden_ND = self._hidden(packed)
-        return self._head(hidden_ND, packed, batch, packs)
+            hidden = self._hidden(packed)
+        return self._head(hidden, packed, batch, packs)
 
     @torch.no_grad()
     def score(
@@ -225,6 +237,7 @@ class Policy:
         logp_BT = torch.zeros(batch.mask_BT.shape)
         entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
         value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
+        credit_BT = torch.zeros_like(logp_BT) if self.loop_credit != "last" else None
         taps = taps or {}
         acts: dict[str, Tensor] = {}
         base_acts: dict[str, Tensor] = {}
@@ -254,7 +267,7 @@ class Policy:
                     ActivationReader(model, sites).reading() as base_seen,
                 ):
                     ref_ND = completion_hidden(model, packed)
-                    ref_logp_bT = self._head(ref_ND, packed, batch, packs).logp_BT.cpu()
+                    ref_logp_bT = self._head([ref_ND], packed, batch, packs).logp_BT.cpu()
             if not counts:
                 continue
             index = flat_rows(packs)
@@ -264,12 +277,14 @@ class Policy:
                 ref_logp_BT[index] = ref_logp_bT
             if value_BT is not None and scored.value_BT is not None:
                 value_BT[index] = scored.value_BT.detach().cpu()
+            if credit_BT is not None and scored.credit_BT is not None:
+                credit_BT[index] = scored.credit_BT.detach().cpu()
             for name, tap in taps.items():
                 _store_acts(acts, name, tap, seen, packed, batch, index)
                 if reference:
                     _store_acts(base_acts, name, tap, base_seen, packed, batch, index)
         ref = ref_logp_BT if reference else None
-        trace = Trace(logp_BT, entropy_BT, ref, value_BT, acts, base_acts)
+        trace = Trace(logp_BT, entropy_BT, ref, value_BT, acts, base_acts, credit_BT)
         return Scoring(trace, graph, prefix)
 
     def _starting_at(
@@ -283,20 +298,31 @@ class Policy:
             return nullcontext()
         return starting_at([*blocks], prefix.first, prefix.packed(batch, packs))
 
-    def _hidden(self, packed: Packed) -> Float[Tensor, "N D"]:
-        """Return the final hidden states of the policy.
+    def _hidden(self, packed: Packed) -> list[Float[Tensor, "N D"]]:
+        """Return the final hidden states of the policy; with credit by loop, of every loop.
 
         transformers recomputes blocks only in train mode, where it also refuses the sampler's
         cache: the mode is on for this forward alone.
         """
         self.base.train(self.config.gradient_checkpointing)
-        hidden_ND = completion_hidden(self.base, packed)
+        if self.loop_credit == "last":
+            hidden = [completion_hidden(self.base, packed)]
+        else:
+            assert isinstance(self.base, RecursiveCausalLM), type(self.base)
+            with lora_in_model_dtype(self.base):
+                hidden = hidden_by_loop(self.base, packed)
         self.base.eval()
-        return hidden_ND
+        return hidden
 
     def _head(
-        self, hidden_ND: Float[Tensor, "N D"], packed: Packed, batch: Batch, packs: Sequence[Pack]
+        self,
+        hidden: Sequence[Float[Tensor, "N D"]],
+        packed: Packed,
+        batch: Batch,
+        packs: Sequence[Pack],
     ) -> Scored:
+        """Return what the head says of hidden states; those of earlier loops count for credit."""
+        *earlier, hidden_ND = hidden
         rows = flat_rows(packs)
         where = (packed.row_N, packed.t_N)
         target_N = batch.completion_BT[rows].to(self.device)[where]
@@ -308,10 +334,16 @@ class Policy:
             value_N = self.value_head(hidden_ND.float())[:, 0]
             value_BT = hidden_ND.new_zeros(shape, dtype=torch.float32).index_put(where, value_N)
         zeros_BT = hidden_ND.new_zeros(shape, dtype=torch.float32)
+        credit_BT = None
+        if earlier:
+            logps = [token_logps(h, weight_VD, target_N, self.head_config).logp_N for h in earlier]
+            weight_R = loop_weights(self.loop_credit, len(hidden))
+            credit_BT = zeros_BT.index_put(where, composite([*logps, flat.logp_N], weight_R))
         return Scored(
             zeros_BT.index_put(where, flat.logp_N),
             zeros_BT.index_put(where, flat.entropy_N),
             value_BT,
+            credit_BT,
         )
 
 
@@ -411,10 +443,12 @@ def _train_only(
 ) -> None:
     """Freeze every parameter outside the layer set; the set of all layers frees the whole model.
 
-    Of a multimodal model it frees all decoder blocks: towers and embeddings stay as they are.
+    Of a multimodal model it frees all decoder blocks: towers and embeddings stay as they are. Of a
+    recursive model the halting and drafting heads stay, which no reward reaches.
     """
     if len(layers) == num_layers and not is_multimodal(model.config):
-        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not is_apart(model, name))
         return
     inside = tuple(f"{blocks_name}.{i}." for i in layers)
     for name, parameter in model.named_parameters():

@@ -181,6 +181,11 @@ class Recipe(Config):
         problems += self._check_directions()
         if self.model.quantization != "none" and self.model.lora is None:
             problems.append("model.quantization needs model.lora: 4-bit weights can't be trained")
+        if self.update.loop_credit != "last" and self.parallel.kind == "fsdp":
+            problems.append(
+                "update.loop_credit runs the coda outside the sharded forward: "
+                'parallel.kind = "fsdp" shards it; use "ddp"'
+            )
         if self.optim.warmup_steps >= self.steps:
             problems.append(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves no step of {self.steps}"

@@ -131,6 +131,9 @@ class UpdateConfig(Config):
     """Truncated importance weights for the gap between sampler and trainer."""
     sampler_cap: float = Field(default=2.0, gt=0)
     """Largest importance weight."""
+    loop_credit: Literal["last", "uniform", "progressive"] = "last"
+    """Of a recursive model: whose log-prob the ratio is of. last: the last loop's, which samples.
+    Else a mean over the loops (RLTT), weighted equally or by the loop's number."""
 
 
 class OptimConfig(Config):

@@ -44,6 +44,7 @@ class Targets(NamedTuple):
     ref_logp_BT: Float[Tensor, "B T"] | None
     old_value_BT: Float[Tensor, "B T"] | None
     return_BT: Float[Tensor, "B T"] | None
+    old_credit_BT: Float[Tensor, "B T"] | None = None  # None: the ratio is of the log-probs
 
 
 class Objective(NamedTuple):
@@ -156,7 +157,12 @@ def micro_objective(recipe: Recipe, new: Scored, targets: Targets) -> Objective:
     mask_BT, weight_BT = targets.mask_BT, targets.weight_BT
     logp_BT = zero_outside(new.logp_BT, mask_BT)
     old_BT = zero_outside(targets.old_logp_BT, mask_BT)
-    policy = _policy_loss(recipe, logp_BT, old_BT, targets)
+    now_BT, then_BT = logp_BT, old_BT  # what the ratio is of
+    if new.credit_BT is not None:
+        assert targets.old_credit_BT is not None, "credit by loop needs that of the scoring pass"
+        now_BT = zero_outside(new.credit_BT, mask_BT)
+        then_BT = zero_outside(targets.old_credit_BT, mask_BT)
+    policy = _policy_loss(recipe, now_BT, then_BT, targets)
     total_BT = policy.loss_BT
     if recipe.kl is not None and recipe.kl.place == "loss":
         assert targets.ref_logp_BT is not None, "a KL in the loss needs the reference"
@@ -174,7 +180,7 @@ def micro_objective(recipe: Recipe, new: Scored, targets: Targets) -> Objective:
         )
         total_BT = total_BT + recipe.advantage.value_coef * value_BT
         value_loss = float((weight_BT * value_BT).detach().sum())
-    ratio_gap_BT = (logp_BT.detach() - old_BT).exp() - 1
+    ratio_gap_BT = (now_BT.detach() - then_BT).exp() - 1
     return Objective(
         loss=(weight_BT * total_BT).sum(),
         policy_loss=float((weight_BT * policy.loss_BT).detach().sum()),
