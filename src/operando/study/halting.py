@@ -1,0 +1,275 @@
+"""The command `operando calibrate halting`: fits, chooses, measures on held-out prompts, writes.
+
+Beside the exits stand full depth, a fixed depth of as many loops, and exits drawn at random as
+often at each loop. Exits that do no better than the fixed depth have found nothing in the states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from operando.models.recursive import RecursiveCausalLM
+from operando.pretrain import halting
+from operando.pretrain.calibration import (
+    BATCH,
+    Race,
+    Source,
+    SourceConfig,
+    check_out,
+    complete,
+    frozen_digest,
+    make_texts,
+    only_changing,
+    open_source,
+    plain_engine,
+    race,
+    right,
+    write_folder,
+)
+from operando.pretrain.halting import Calibration, Exits, Rule, Saved, Trial
+from operando.run import SeedTree, write_json
+from operando.study.stats import Interval, PairedDifference, bootstrap_mean, paired_difference
+
+HEAD = "model.halt_head"
+RACE = {1: 16, BATCH: BATCH}  # held-out prompts that are timed, by batch size
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class HaltingConfig:
+    """How to calibrate. `temperature` is that of the completions to fit on; 0: greedy.
+
+    Example: HaltingConfig(SourceConfig("words"), Rule(max_loss=0.01))
+    """
+
+    source: SourceConfig
+    rule: Rule = Rule()
+    min_loops: int = 1
+    temperature: float = 0.0
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to leave the loops, on held-out prompts; `against` is paired with full depth."""
+
+    exits: Exits
+    accuracy: float
+    against: PairedDifference
+    agreement: Interval
+    saved: Saved
+    completion_mean: float
+
+
+@dataclass(frozen=True)
+class Halting:
+    """What the command found. `chosen` None: no threshold keeps the rule, and there are no ways."""
+
+    n: int
+    rule: Rule
+    calibration: Calibration
+    completion_calibration: Calibration
+    trials: Sequence[Trial]
+    chosen: Trial | None
+    full_accuracy: float
+    ways: Sequence[Way]
+    races: Mapping[int, Race]
+    fixed: str
+    verdict: str
+    file: Path
+
+
+def calibrate_halting(
+    folder: Path, out: Path, config: HaltingConfig, on_stage: OnStage = lambda *_: None
+) -> Halting:
+    """Fit the halt head, choose its threshold, measure it, and write the model folder `out`."""
+    check_out(out)
+    source = open_source(folder, config.source)
+    model = source.model
+    if not 1 <= config.min_loops <= model.config.num_loops:
+        raise _bad_min_loops(config.min_loops, model)
+    model.config.min_loops = config.min_loops
+    full_engine = plain_engine(source, halt_threshold=math.inf)
+
+    def written(which: str, temperature: float = 0.0):
+        prompts = getattr(source.prompts, which)
+        stage = f"completions of the {which.replace('_', '-')} prompts"
+        return complete(source, prompts, full_engine, temperature, config.source.seed,
+                        lambda done, of: on_stage(stage, done, of))  # fmt: skip
+
+    fit = make_texts(source, source.prompts.fit, written("fit", config.temperature))
+    states = halting.collect_states(model, fit)
+    base_rate = halting.base_rate_of(states)
+    on_stage("halt head", 0, 1)
+    with only_changing(model, HEAD):
+        halting.fit_halt_head(model, states)
+    chosen_on = written("choose")
+    correct = right(source, source.prompts.choose, chosen_on)
+    trials = halting.try_thresholds(
+        source, make_texts(source, source.prompts.choose, chosen_on), sum(correct) / len(correct),
+        lambda done, of: on_stage("thresholds", done, of),
+    )  # fmt: skip
+    chosen = halting.choose(trials, config.rule)
+    full = written("held_out")
+    held_out = source.prompts.held_out
+    texts = make_texts(source, held_out, full)
+    seen = halting.collect_states(model, texts)
+    every = halting.calibration_of(model, seen, base_rate)
+    only = halting.States(
+        seen.h_RND[:, seen.predicts_N], seen.settled_RN[:, seen.predicts_N],
+        seen.predicts_N[seen.predicts_N],
+    )  # fmt: skip
+    rate_of_predicting = halting.base_rate_of(
+        states._replace(settled_RN=states.settled_RN[:, states.predicts_N])
+    )
+    completions = halting.calibration_of(model, only, rate_of_predicting)
+    right_full = right(source, held_out, full)
+    ways: list[Way] = []
+    races: dict[int, Race] = {}
+    fixed = ""
+    if chosen is not None:
+        found = _measure(source, chosen.tau, full, texts, config.source.seed, on_stage)
+        ways = [_way(model, exits, right_full, config.source.seed) for exits in found]
+        depth = round(found[0].mean_loops())
+        fixed = found[1].name
+        for batch, count in RACE.items():
+            engines = {
+                "full depth": plain_engine(source, halt_threshold=math.inf, max_batch=batch),
+                "exits": plain_engine(source, halt_threshold=chosen.tau, max_batch=batch),
+                fixed: halting.fixed_depth(source, depth, batch),
+            }
+            stage = f"timing, batch {batch}"
+            races[batch] = race(source, held_out[:count], engines, config.repeats,
+                                lambda done, of, stage=stage: on_stage(stage, done, of))  # fmt: skip
+    result = Halting(
+        len(held_out), config.rule, every, completions, trials, chosen,
+        sum(right_full) / len(right_full), ways, races, fixed,
+        _verdict(ways, config.source.seed), out / "halting.json",
+    )  # fmt: skip
+    manifest = _manifest(source, config, result)
+    if chosen is None:
+        write_json(result.file, manifest)
+    else:
+        with halting.halting_at(model, chosen.tau, config.min_loops):
+            write_folder(out, source, "halting.json", manifest)
+    return result
+
+
+def _bad_min_loops(given: int, model: RecursiveCausalLM) -> Exception:
+    from operando.errors import UserError
+
+    return UserError(f"--min-loops {given}: the model has 1 to {model.config.num_loops} loops")
+
+
+def _measure(source: Source, tau: float, full, texts, seed: int, on_stage: OnStage) -> list[Exits]:
+    """Return the exits at `tau`, the fixed depth nearest to their mean, and random exits."""
+    model, prompts = source.model, source.prompts.held_out
+    draws = SeedTree(seed).generator("halting", "random exits")
+
+    def one(name: str, engine, settings) -> Exits:
+        shares = halting.agreement(model, texts, settings)
+        return halting.measure(name, source, prompts, engine, full, shares,
+                               lambda done, of: on_stage(name, done, of))  # fmt: skip
+
+    exits = one(
+        "exits", plain_engine(source, halt_threshold=tau), lambda _: {"halt_threshold": tau}
+    )
+    depth = round(exits.mean_loops())
+    fixed = one(
+        f"fixed depth {depth}", halting.fixed_depth(source, depth),
+        lambda _: {"num_loops": depth, "halt_threshold": math.inf},
+    )  # fmt: skip
+    drawn = one(
+        "random exits", halting.random_exits(source, exits.loops, draws),
+        lambda part: {"exit_loops": halting.draw_loops(exits.loops, part.ids_NS.shape, draws)},
+    )  # fmt: skip
+    return [exits, fixed, drawn]
+
+
+def _way(model: RecursiveCausalLM, exits: Exits, full: Sequence[bool], seed: int) -> Way:
+    return Way(
+        exits, sum(exits.correct) / len(exits.correct), paired_difference(full, exits.correct),
+        bootstrap_mean(exits.agreement, seed), halting.saved_at(model, exits.mean_loops()),
+        halting.mean_of(exits.completion_loops),
+    )  # fmt: skip
+
+
+def _verdict(ways: Sequence[Way], seed: int) -> str:
+    """Return in words whether the exits do better than the controls of as many loops."""
+    if not ways:
+        return "no threshold keeps the rule"
+    exits, *controls = ways
+    return "; ".join(_against(exits, control, seed) for control in controls)
+
+
+def _against(exits: Way, control: Way, seed: int) -> str:
+    right_more = paired_difference(control.exits.correct, exits.exits.correct).difference
+    pairs = zip(exits.exits.agreement, control.exits.agreement, strict=True)
+    agree_more = bootstrap_mean([a - b for a, b in pairs], seed)
+    name = control.exits.name
+    if right_more.low > 0 or agree_more.low > 0:
+        return (
+            f"the exits do better than {name}: right {right_more.value:+.1%}, agreement "
+            f"{agree_more.value:+.1%} ({agree_more.low:+.1%} to {agree_more.high:+.1%})"
+        )
+    if right_more.high < 0 or agree_more.high < 0:
+        return f"the exits do worse than {name}"
+    return f"{name} does as well: on these prompts the halt head adds nothing that can be measured"
+
+
+# --- the manifest --------------------------------------------------------------------------------
+
+
+def _manifest(source: Source, config: HaltingConfig, result: Halting) -> dict[str, object]:
+    return {
+        "command": "operando calibrate halting",
+        "model": dict(source.identity),
+        "frozen_sha256": frozen_digest(source.model, HEAD),
+        "asked": source.asked.model_dump(mode="json"),
+        "data": dict(source.task.source),
+        "max_completion_length": source.max_completion_length,
+        "settings": asdict(config),
+        "n": {"fit": config.source.num_fit, "choose": config.source.num_choose,
+              "held_out": result.n},
+        "threshold": None if result.chosen is None else result.chosen.tau,
+        "min_loops": config.min_loops,
+        "trials": [t._asdict() for t in result.trials],
+        "calibration": {
+            "all tokens": result.calibration._asdict(),
+            "tokens that predict the completion": result.completion_calibration._asdict(),
+        },
+        "full_depth": {"loops": source.model.config.num_loops, "accuracy": result.full_accuracy},
+        "ways": {way.exits.name: _as_json(way, source.model) for way in result.ways},
+        "seconds": {
+            str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens), "prompts": RACE[batch]}
+            for batch, r in result.races.items()
+        },
+        "verdict": result.verdict,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _as_json(way: Way, model: RecursiveCausalLM) -> dict[str, object]:
+    difference = way.against
+    return {
+        "accuracy": way.accuracy,
+        "minus_full_depth": difference.difference._asdict(),
+        "p_value": difference.p_value,
+        "gained": difference.gained,
+        "lost": difference.lost,
+        "agreement": way.agreement._asdict(),
+        "same_text": way.exits.same_text,
+        "tokens_by_loops": list(way.exits.loops),
+        "completion_tokens_by_loops": list(way.exits.completion_loops),
+        "mean_loops": way.exits.mean_loops(),
+        "mean_core_passes": way.exits.mean_loops() * model.config.num_core_blocks,
+        "mean_loops_completion": way.completion_mean,
+        "saved_core": way.saved.passes,
+        "saved_whole_model": way.saved.whole,
+    }
