@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM
 from operando.pretrain import halting
 from operando.pretrain.calibration import (
@@ -160,7 +161,7 @@ def calibrate_halting(
     return result
 
 
-def _bad_min_loops(given: int, model: RecursiveCausalLM) -> Exception:
+def _bad_min_loops(given: int, model: RecursiveCausalLM) -> UserError:
     from operando.errors import UserError
 
     return UserError(f"--min-loops {given}: the model has 1 to {model.config.num_loops} loops")
