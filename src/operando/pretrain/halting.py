@@ -24,7 +24,7 @@ from torch import Tensor
 
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.cache import SlotCache
-from operando.models.recursive.configuration import token_cost
+from operando.models.recursive.configuration import RecursiveConfig, token_cost
 from operando.models.recursive.modeling import DecoderOutput
 from operando.models.recursive.positions import positions_and_mask
 from operando.pretrain.calibration import (
@@ -376,8 +376,10 @@ class Saved(NamedTuple):
 
 def saved_at(model: RecursiveCausalLM, mean_loops: float) -> Saved:
     """Return what a mean of loops saves; multiply-adds without attention's growth with length."""
-    passes = 1 - mean_loops / model.config.num_loops
-    cost = token_cost(model.config)
+    config = model.config
+    assert isinstance(config, RecursiveConfig), type(config)
+    passes = 1 - mean_loops / config.num_loops
+    cost = token_cost(config)
     return Saved(passes, passes * cost.core / (cost.core + cost.rest))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def calibrate_drafting(
         raise UserError(f"{folder}: the model has no speculative heads (num_speculative_heads = 0)")
 
     def stage(name: str) -> Callable[[int, int], None]:
-        return lambda done, of: on_stage(name, done, of)
+        return partial(on_stage, name)
 
     sampled = complete(
         source, prompts.fit, plain_engine(source), config.temperature, config.source.seed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,8 +101,8 @@ def calibrate_halting(
     def written(which: str, temperature: float = 0.0):
         prompts = getattr(source.prompts, which)
         stage = f"completions of the {which.replace('_', '-')} prompts"
-        return complete(source, prompts, full_engine, temperature, config.source.seed,
-                        lambda done, of: on_stage(stage, done, of))  # fmt: skip
+        seed = config.source.seed
+        return complete(source, prompts, full_engine, temperature, seed, partial(on_stage, stage))
 
     fit = make_texts(source, source.prompts.fit, written("fit", config.temperature))
     states = halting.collect_states(model, fit)
@@ -113,7 +114,7 @@ def calibrate_halting(
     correct = right(source, source.prompts.choose, chosen_on)
     trials = halting.try_thresholds(
         source, make_texts(source, source.prompts.choose, chosen_on), sum(correct) / len(correct),
-        lambda done, of: on_stage("thresholds", done, of),
+        partial(on_stage, "thresholds"),
     )  # fmt: skip
     chosen = halting.choose(trials, config.rule)
     full = written("held_out")
@@ -144,9 +145,10 @@ def calibrate_halting(
                 "exits": plain_engine(source, halt_threshold=chosen.tau, max_batch=batch),
                 fixed: halting.fixed_depth(source, depth, batch),
             }
-            stage = f"timing, batch {batch}"
-            races[batch] = race(source, held_out[:count], engines, config.repeats,
-                                lambda done, of, stage=stage: on_stage(stage, done, of))  # fmt: skip
+            races[batch] = race(
+                source, held_out[:count], engines, config.repeats,
+                partial(on_stage, f"timing, batch {batch}"),
+            )  # fmt: skip
     result = Halting(
         len(held_out), config.rule, every, completions, trials, chosen,
         sum(right_full) / len(right_full), ways, races, fixed,
@@ -174,8 +176,7 @@ def _measure(source: Source, tau: float, full, texts, seed: int, on_stage: OnSta
 
     def one(name: str, engine, settings) -> Exits:
         shares = halting.agreement(model, texts, settings)
-        return halting.measure(name, source, prompts, engine, full, shares,
-                               lambda done, of: on_stage(name, done, of))  # fmt: skip
+        return halting.measure(name, source, prompts, engine, full, shares, partial(on_stage, name))
 
     exits = one(
         "exits", plain_engine(source, halt_threshold=tau), lambda _: {"halt_threshold": tau}
