@@ -1,4 +1,4 @@
-"""Calibration: labels and errors by hand, a planted truth, exactness, what is frozen and written."""
+"""Calibration: labels and errors by hand, planted truths, exactness, what is frozen and kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.run import Run, SeedTree
 from operando.study import drafting as drafting_study
-from operando.study import halting as halting_study
 from operando.study.drafting import DraftingConfig, calibrate_drafting
 from operando.study.halting import HaltingConfig, calibrate_halting
 
@@ -142,7 +141,7 @@ def test_the_head_finds_a_planted_truth_and_touches_nothing_else() -> None:
     found = halting.calibration_of(model, other, halting.base_rate_of(planted_states(0)))
     assert found.log_loss < 0.02 < found.log_loss_base_rate
     assert found.n == 7 * 400
-    weight = model.model.halt_head.weight[0].abs()
+    weight = model.model.halt_head.weight.detach()[0].abs()
     assert int(weight.argmax()) == 3 and float(weight[3]) > 10 * float(weight[4:].max())
 
 
@@ -225,9 +224,10 @@ def test_heads_learn_a_planted_future_and_touch_nothing_else() -> None:
     drafting.forget_heads(model)
     untrained = drafting.score_heads(model, places, places)
     with only_changing(model, "speculative_projs"):
-        drafting.fit_heads(model, places, epochs=60, lr=1e-2, seed=0)
+        drafting.fit_heads(model, places, epochs=200, lr=1e-2, seed=0)
     trained = drafting.score_heads(model, places, places)
-    assert all(head.top1 == 1.0 and head.loss < 0.1 for head in trained)
+    assert [head.top1 for head in trained] == [1.0] * 4
+    assert all(head.loss < 0.5 for head in trained)
     assert [head.n for head in trained] == [900, 900, 900, 700]
     assert all(head.top1 < 0.2 and head.loss > 2 for head in untrained)
     changed = {name for name, sha in digests(model).items() if sha != before[name]}
@@ -288,7 +288,7 @@ def test_without_an_allowed_threshold_there_is_no_model(
     monkeypatch.setattr(halting, "TAUS", (1e-9,))  # every token leaves at once
     out = tmp_path / "out"
     arguments = ["calibrate", "halting", str(folder), *OVERRIDES, "--task", "words", "--out", out]
-    counts = ["--num-fit", 4, "--num-choose", 4, "--num", 2, "--max-completion-length", 4]
+    counts = ["--num-fit", 4, "--num-choose", 8, "--num", 2, "--max-completion-length", 12]
     done = CliRunner().invoke(app, [str(a) for a in [*arguments, *counts, "--min-agreement", 1.0]])
     assert done.exit_code == 3, done.output
     assert [file.name for file in out.iterdir()] == ["halting.json"]
@@ -317,7 +317,8 @@ def test_a_draft_that_changes_a_token_is_no_model_either(
 
 def test_lora_is_merged(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.model_validate_json(json.dumps({
-        "name": "lora", "steps": 1, "runs_dir": str(tmp_path), "rewards": {"r": {"kind": "correct"}},
+        "name": "lora", "steps": 1, "runs_dir": str(tmp_path),
+        "rewards": {"correct": {"kind": "correct"}},
         "model": {"id": str(folder), "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}},
         "task": {"kind": "words", "max_number": 5}, "rollout": {"max_completion_length": 6},
     }))  # fmt: skip

@@ -316,22 +316,24 @@ def race(
 ) -> Race:
     """Time greedy sampling of the same prompts by each engine: a warm-up, then rounds in turn.
 
-    The order turns by one each round, so that a machine that slows down slows all arms. Only the
-    call of `sample` is timed, prefill included.
+    The arms take turns at every batch, and the order of the turns moves on by one, so that a
+    machine that slows down slows all of them. Only `sample` is timed, prefill included.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    tokens = {name: 0 for name in engines}
     names = list(engines)
+    seconds = {name: [0.0] * (repeats + 1) for name in names}
+    tokens = {name: 0 for name in names}
+    batch = min(engine.max_batch for engine in engines.values())
+    starts = range(0, len(prompts), batch)
     for number in range(repeats + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            started = time.perf_counter()
-            sampled = complete(source, prompts, engines[name])
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-            tokens[name] = sum(len(one.ids) for one in sampled)
+        for at in starts:
+            turn = (number + at // batch) % len(names)
+            for name in names[turn:] + names[:turn]:
+                started = time.perf_counter()
+                sampled = complete(source, prompts[at : at + batch], engines[name])
+                seconds[name][number] += time.perf_counter() - started
+                tokens[name] += sum(len(one.ids) for one in sampled) if not number else 0
         on_progress(number + 1, repeats + 1)
-    return Race(seconds, tokens)
+    return Race({name: taken[1:] for name, taken in seconds.items()}, tokens)
 
 
 # --- what is written -----------------------------------------------------------------------------

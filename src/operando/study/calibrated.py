@@ -10,7 +10,7 @@ from rich.table import Table
 from operando.pretrain.calibration import Race
 from operando.pretrain.drafting import Drafted
 from operando.study.drafting import Drafting
-from operando.study.halting import Halting, Way
+from operando.study.halting import Halting
 from operando.study.stats import Interval, wilson
 
 
@@ -38,7 +38,7 @@ def halting_tables(result: Halting) -> Group:
     parts: list[object] = [_trials(result), kept]
     if result.chosen is None:
         return Group(*parts, "no threshold keeps the rule: there is no model folder")  # pyright: ignore[reportArgumentType]
-    parts += ["", _ways(result), "", _probabilities(result), ""]
+    parts += ["", _ways(result), _loops(result), _probabilities(result), ""]
     for batch, race in result.races.items():
         parts.append(_race(f"wall-clock, batch {batch}", race, "full depth"))
     return Group(*parts, result.verdict)  # pyright: ignore[reportArgumentType]
@@ -58,37 +58,36 @@ def _trials(result: Halting) -> Table:
 
 
 def _ways(result: Halting) -> Table:
-    columns = ("", "right", "minus full depth, 95 %", "gained, lost", "agreement, 95 %",
-               "mean loops", "completion", "core saved", "model saved")  # fmt: skip
+    columns = ("", "right", "minus full depth, 95 %", "+", "-", "agreement, 95 %")
     table = _table(f"{result.n} held-out prompts", columns)
-    loops = len(result.ways[0].exits.loops)
-    table.add_row(
-        "full depth", f"{result.full_accuracy:.1%}", "", "", "", f"{loops:.2f}", f"{loops:.2f}",
-        "0.0%", "0.0%",
-    )  # fmt: skip
+    table.add_row("full depth", f"{result.full_accuracy:.1%}")
     for way in result.ways:
-        table.add_row(*_way_row(way))
-    table.add_row("tokens by loops", " ".join(map(str, result.ways[0].exits.loops)))
+        against = way.against
+        table.add_row(
+            way.exits.name, f"{way.accuracy:.1%}", _limits(against.difference, "+.1%"),
+            f"{against.gained}", f"{against.lost}", _limits(way.agreement),
+        )  # fmt: skip
     return table
 
 
-def _way_row(way: Way) -> tuple[str, ...]:
-    against = way.against
-    return (
-        way.exits.name, f"{way.accuracy:.1%}", _limits(against.difference, "+.1%"),
-        f"{against.gained}, {against.lost}", _limits(way.agreement),
-        f"{way.exits.mean_loops():.2f}", f"{way.completion_mean:.2f}",
-        f"{way.saved.passes:.1%}", f"{way.saved.whole:.1%}",
-    )  # fmt: skip
+def _loops(result: Halting) -> Table:
+    columns = ("", "loops", "in completions", "core saved", "model saved", "tokens by loops")
+    table = _table("", columns)
+    for way in result.ways:
+        table.add_row(
+            way.exits.name, f"{way.exits.mean_loops():.2f}", f"{way.completion_mean:.2f}",
+            f"{way.saved.passes:.1%}", f"{way.saved.whole:.1%}",
+            " ".join(map(str, way.exits.loops)),
+        )  # fmt: skip
+    return table
 
 
 def _probabilities(result: Halting) -> Table:
-    columns = ("halt probabilities, held-out", "ECE", "of the base rate", "log loss",
-               "of the base rate", "settled", "n")  # fmt: skip
+    columns = ("halt probabilities", "ECE", "base rate", "log loss", "base rate", "settled", "n")
     table = _table("", columns)
     for name, one in (
         ("all tokens", result.calibration),
-        ("tokens that predict the completion", result.completion_calibration),
+        ("predict the completion", result.completion_calibration),
     ):
         table.add_row(
             name, f"{one.ece:.4f}", f"{one.ece_base_rate:.4f}", f"{one.log_loss:.4f}",
@@ -122,10 +121,11 @@ def drafting_tables(result: Drafting) -> Group:
             f"{before.top1:.1%}", f"{after.table:.1%}", _acceptance(result.drafted, i),
             _acceptance(result.untrained, i), f"{after.n}",
         )  # fmt: skip
-    rates = "  ".join(f"{g}: {rate:,.0f}" for g, rate in result.rates.items())
+    rates = ", ".join(f"{g}: {rate:.2f}x" for g, rate in result.rates.items() if g)
+    written = result.written or "none, for no drafts are faster"
     parts: list[object] = [
         table,
-        f"tokens/s by drafts, on training prompts: {rates}; chosen: {result.chosen}",
+        f"gain by drafts, on training prompts: {rates}; chosen: {written}",
         f"tokens per call: {result.drafted.tokens_per_call:.2f}, untrained "
         f"{result.untrained.tokens_per_call:.2f}, without drafts 1.00",
         "",

@@ -52,13 +52,18 @@ class DraftingConfig:
 
 @dataclass(frozen=True)
 class Drafting:
-    """What the command found. `rates` are tokens a second on the prompts of the choice."""
+    """What the command found.
+
+    `rates` are gains over no drafts, by number of drafts, on the prompts of the choice.
+    """
 
     n: int
     before: Sequence[HeadScore]
     after: Sequence[HeadScore]
     rates: Mapping[int, float]
     chosen: int
+    """The fastest number of drafts; `written` is 0 instead if no drafts are faster still."""
+    written: int
     drafted: Drafted
     untrained: Drafted
     equal: Interval
@@ -112,11 +117,12 @@ def calibrate_drafting(
         )
     after = drafting.score_heads(model, places, seen)
     tried = drafting.race_drafts(
-        source, prompts.choose[: _count(config.batch_size)], range(1, heads + 1),
+        source, prompts.choose[: _count(config.batch_size)], range(heads + 1),
         config.batch_size, config.repeats, stage("number of drafts"),
     )  # fmt: skip
-    rates = {g: tried.rate(str(g)) for g in range(1, heads + 1)}
-    chosen = max(rates, key=lambda g: rates[g])
+    rates = {g: tried.gain(str(g), "0") for g in range(heads + 1)}
+    chosen = max(range(1, heads + 1), key=lambda g: rates[g])
+    written = chosen if rates[chosen] > 1 else 0
     fast, drafted = drafting.draft(source, prompts.held_out, chosen)
     num_equal = sum(a.ids == b.ids for a, b in zip(fast, plain, strict=True))
     races = {
@@ -127,7 +133,7 @@ def calibrate_drafting(
         for batch, count in RACE.items()
     }  # fmt: skip
     result = Drafting(
-        len(plain), before, after, rates, chosen, drafted, untrained,
+        len(plain), before, after, rates, chosen, written, drafted, untrained,
         wilson(num_equal, len(plain)), num_equal, races, untrained_races,
         model.config.halt_threshold, out / "drafting.json",
     )  # fmt: skip
@@ -141,7 +147,7 @@ def calibrate_drafting(
     if not result.is_exact():
         write_json(result.file, manifest)
         return result
-    model.config.draft_tokens = chosen
+    model.config.draft_tokens = written
     write_folder(out, source, "drafting.json", manifest)
     return result
 
@@ -157,13 +163,14 @@ def _manifest(result: Drafting, config: DraftingConfig) -> dict[str, object]:
         "settings": asdict(config),
         "n": {"fit": config.source.num_fit, "choose": config.source.num_choose,
               "held_out": result.n},
-        "draft_tokens": result.chosen,
+        "draft_tokens": result.written,
+        "fastest_drafts": result.chosen,
         "halt_threshold": result.halt_threshold,
         "heads": [
             {"head": i, "untrained": b._asdict(), "trained": a._asdict()}
             for i, (b, a) in enumerate(zip(result.before, result.after, strict=True), start=1)
         ],
-        "tokens_per_second_by_drafts": {str(g): rate for g, rate in result.rates.items()},
+        "gain_by_drafts": {str(g): rate for g, rate in result.rates.items()},
         "drafting": drafted_as_json(result.drafted),
         "untrained": drafted_as_json(result.untrained),
         "equal_completions": {"count": result.num_equal, "n": result.n,

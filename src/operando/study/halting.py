@@ -152,7 +152,8 @@ def calibrate_halting(
     result = Halting(
         len(held_out), config.rule, every, completions, trials, chosen,
         sum(right_full) / len(right_full), ways, races, fixed,
-        _verdict(ways, config.source.seed), out / "halting.json",
+        _verdict(ways, config, sum(correct) / len(correct), sum(right_full) / len(right_full)),
+        out / "halting.json",
     )  # fmt: skip
     manifest = _manifest(source, config, result)
     if chosen is None:
@@ -201,12 +202,20 @@ def _way(model: RecursiveCausalLM, exits: Exits, full: Sequence[bool], seed: int
     )  # fmt: skip
 
 
-def _verdict(ways: Sequence[Way], seed: int) -> str:
-    """Return in words whether the exits do better than the controls of as many loops."""
+def _verdict(ways: Sequence[Way], config: HaltingConfig, train: float, held_out: float) -> str:
+    """Return in words whether the exits keep the rule, and do better than the controls."""
     if not ways:
         return "no threshold keeps the rule"
     exits, *controls = ways
-    return "; ".join(_against(exits, control, seed) for control in controls)
+    said = [_against(exits, control, config.source.seed) for control in controls]
+    lost = -exits.against.difference.value
+    if lost > config.rule.max_loss + 1e-9:
+        said.append(
+            f"the rule was kept on training prompts, and is not on held-out ones: {lost:.1%} lost, "
+            f"{config.rule.max_loss:.1%} allowed (full depth is right on {train:.1%} of training "
+            f"prompts, {held_out:.1%} of held-out ones)"
+        )
+    return "; ".join(said)
 
 
 def _against(exits: Way, control: Way, seed: int) -> str:
@@ -221,7 +230,7 @@ def _against(exits: Way, control: Way, seed: int) -> str:
         )
     if right_more.high < 0 or agree_more.high < 0:
         return f"the exits do worse than {name}"
-    return f"{name} does as well: on these prompts the halt head adds nothing that can be measured"
+    return f"{name} does as well: beside it the halt head adds nothing measurable"
 
 
 # --- the manifest --------------------------------------------------------------------------------
