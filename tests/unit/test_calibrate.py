@@ -26,13 +26,16 @@ from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.run import Run, SeedTree
 from operando.study import drafting as drafting_study
+from operando.study import halting as halting_study
 from operando.study.drafting import DraftingConfig, calibrate_drafting
 from operando.study.halting import HaltingConfig, calibrate_halting
 
 from .recursive_models import random_recursive
 from .tiny import byte_tokenizer
 
-OVERRIDES = ("task.num_steps=[1]", "task.max_number=5", "prompt.template={question}")
+OVERRIDES = (
+    "task.num_steps=[1]", "task.max_number=5", "task.num_train=200", "prompt.template={question}",
+)  # fmt: skip
 SMALL = SourceConfig(
     "words", OVERRIDES, num_fit=6, num_choose=4, num_held_out=4, max_completion_length=6
 )  # fmt: skip
@@ -52,12 +55,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chain(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """The model calibrated for halting, and that one for drafting."""
     out = tmp_path_factory.mktemp("out")
-    halts = calibrate_halting(
-        folder, out / "halting", HaltingConfig(SMALL, Rule(1.0, 0.0), min_loops=2, repeats=1)
-    )  # fmt: skip
-    drafts = calibrate_drafting(
-        out / "halting", out / "both", DraftingConfig(SMALL, epochs=3, repeats=1)
-    )
+    config = HaltingConfig(SMALL, Rule(1.0, 0.0), min_loops=2, repeats=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halting, "TAUS", (0.5, 0.9))
+        patch.setattr(halting_study, "RACE", {1: 1, 64: 4})
+        patch.setattr(drafting_study, "RACE", {1: 1, 64: 4})
+        halts = calibrate_halting(folder, out / "halting", config)
+        drafts = calibrate_drafting(
+            out / "halting", out / "both", DraftingConfig(SMALL, epochs=3, repeats=1)
+        )
     return halts, drafts
 
 
@@ -244,7 +250,8 @@ def test_the_written_folder_halts_and_drafts_by_itself(chain) -> None:
     both, tokenizer, _ = load_model(ModelConfig(id=str(drafts.file.parent)))
     assert isinstance(both, RecursiveCausalLM)
     assert both.config.halt_threshold == halts.chosen.tau == drafts.halt_threshold
-    assert both.config.min_loops == 2 and both.config.draft_tokens == drafts.chosen
+    assert both.config.min_loops == 2 and both.config.draft_tokens == drafts.written
+    both.config.draft_tokens = 3  # whether drafts are faster is the machine's to say
     by_itself = RecursiveEngine(both, tokenizer, (1,))
     sampled = by_itself.sample(PROMPTS, 1, Sampling(8), None)
     assert by_itself.stats.tried[0] > 0
@@ -308,9 +315,8 @@ def test_a_draft_that_changes_a_token_is_no_model_either(
 
     monkeypatch.setattr(drafting, "draft", broken)
     monkeypatch.setattr(drafting_study, "RACE", {1: 1})
-    result = calibrate_drafting(
-        folder, tmp_path / "out", DraftingConfig(SMALL, epochs=1, repeats=1)
-    )
+    config = DraftingConfig(SMALL, epochs=1, repeats=1)
+    result = calibrate_drafting(folder, tmp_path / "out", config)
     assert not result.is_exact() and result.num_equal == 3
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["drafting.json"]
 
@@ -320,7 +326,8 @@ def test_lora_is_merged(folder: Path, tmp_path: Path) -> None:
         "name": "lora", "steps": 1, "runs_dir": str(tmp_path),
         "rewards": {"correct": {"kind": "correct"}},
         "model": {"id": str(folder), "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}},
-        "task": {"kind": "words", "max_number": 5}, "rollout": {"max_completion_length": 6},
+        "task": {"kind": "words", "max_number": 5, "num_train": 200},
+        "rollout": {"max_completion_length": 6},
     }))  # fmt: skip
     run = Run.create(recipe)
     run.close()
@@ -353,13 +360,14 @@ def test_lora_is_merged(folder: Path, tmp_path: Path) -> None:
         ({"task": "wrods"}, "Did you mean 'words'"),
         ({"overrides": ("task.steps=[1]",)}, r"task\.steps: unknown key"),
         ({"num_held_out": 401}, "--num 401: words has 400 held-out problems"),
-        ({"num_fit": 20_001}, "20000 training problems"),
+        ({"num_fit": 201}, "200 training problems"),
         ({"step": 3}, "it has no steps"),
         ({"max_completion_length": 2048}, "leaves no room for a prompt"),
     ],
 )
 def test_a_mistake_is_one_message(folder: Path, change: dict[str, object], message: str) -> None:
-    config = SourceConfig(**({"task": "words"} | change))  # pyright: ignore[reportArgumentType]
+    given = {"task": "words", "overrides": OVERRIDES, "num_fit": 5, "num_choose": 5} | change
+    config = SourceConfig(**given)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=message):
         open_source(folder, config)
 

@@ -12,8 +12,7 @@ Dims: R loops, N tokens that were read, D d_model; see calibration.py for texts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -229,6 +228,12 @@ def calibration_of(model: RecursiveCausalLM, states: States, base_rate: float) -
     )
 
 
+def predicting(states: States) -> States:
+    """Return those tokens that predict a completion's."""
+    at = states.predicts_N
+    return States(states.h_RND[:, at], states.settled_RN[:, at], at[at])
+
+
 def base_rate_of(states: States) -> float:
     """Return the share of settled states before the last loop."""
     return float(states.settled_RN[:-1].float().mean())
@@ -381,15 +386,3 @@ def saved_at(model: RecursiveCausalLM, mean_loops: float) -> Saved:
     passes = 1 - mean_loops / config.num_loops
     cost = token_cost(config)
     return Saved(passes, passes * cost.core / (cost.core + cost.rest))
-
-
-@contextmanager
-def halting_at(model: RecursiveCausalLM, tau: float | None, min_loops: int) -> Iterator[None]:
-    """Set threshold and least loops in the config; put back what was there if the block fails."""
-    former = model.config.halt_threshold, model.config.min_loops
-    model.config.halt_threshold, model.config.min_loops = tau, min_loops
-    try:
-        yield
-    except BaseException:
-        model.config.halt_threshold, model.config.min_loops = former
-        raise

@@ -5,7 +5,7 @@ The control is untrained heads, which propose the next token's own argmax, in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from operando.pretrain import drafting
 from operando.pretrain.calibration import (
     BATCH,
     Race,
+    Source,
     SourceConfig,
     check_out,
     complete,
@@ -30,7 +31,7 @@ from operando.pretrain.calibration import (
 from operando.pretrain.drafting import Drafted, HeadScore
 from operando.run import write_json
 from operando.study.halting import RACE, OnStage
-from operando.study.stats import Interval, wilson
+from operando.study.stats import wilson
 
 HEADS = "speculative_projs"
 
@@ -66,7 +67,6 @@ class Drafting:
     written: int
     drafted: Drafted
     untrained: Drafted
-    equal: Interval
     num_equal: int
     races: Mapping[int, Race]
     untrained_races: Mapping[int, Race]
@@ -90,13 +90,9 @@ def calibrate_drafting(
     heads = len(model.speculative_projs)
     if not heads:
         raise UserError(f"{folder}: the model has no speculative heads (num_speculative_heads = 0)")
-
-    def stage(name: str) -> Callable[[int, int], None]:
-        return partial(on_stage, name)
-
     sampled = complete(
         source, prompts.fit, plain_engine(source), config.temperature, config.source.seed,
-        stage("completions of the fit prompts"),
+        partial(on_stage, "completions of the fit prompts"),
     )  # fmt: skip
     places = drafting.collect_places(model, make_texts(source, prompts.fit, sampled))
     plain, _ = drafting.draft(source, prompts.held_out, 0)
@@ -105,51 +101,46 @@ def calibrate_drafting(
         drafting.forget_heads(model)
         before = drafting.score_heads(model, places, seen)
         _, untrained = drafting.draft(source, prompts.held_out, heads)
-        untrained_races = {
-            batch: drafting.race_drafts(
-                source, prompts.held_out[:count], (0, heads), batch, config.repeats,
-                stage(f"timing untrained heads, batch {batch}"),
-            )
-            for batch, count in RACE.items()
-        }  # fmt: skip
+        untrained_races = _races(source, heads, config.repeats, on_stage, "untrained heads")
         drafting.fit_heads(
-            model, places, config.epochs, config.lr, config.source.seed, stage("heads")
+            model, places, config.epochs, config.lr, config.source.seed, partial(on_stage, "heads")
         )
-    after = drafting.score_heads(model, places, seen)
     tried = drafting.race_drafts(
         source, prompts.choose[: _count(config.batch_size)], range(heads + 1),
-        config.batch_size, config.repeats, stage("number of drafts"),
+        config.batch_size, config.repeats, partial(on_stage, "number of drafts"),
     )  # fmt: skip
     rates = {g: tried.gain(str(g), "0") for g in range(heads + 1)}
     chosen = max(range(1, heads + 1), key=lambda g: rates[g])
-    written = chosen if rates[chosen] > 1 else 0
     fast, drafted = drafting.draft(source, prompts.held_out, chosen)
-    num_equal = sum(a.ids == b.ids for a, b in zip(fast, plain, strict=True))
-    races = {
+    result = Drafting(
+        n=len(plain), before=before, after=drafting.score_heads(model, places, seen), rates=rates,
+        chosen=chosen, written=chosen if rates[chosen] > 1 else 0, drafted=drafted,
+        untrained=untrained,
+        num_equal=sum(a.ids == b.ids for a, b in zip(fast, plain, strict=True)),
+        races=_races(source, chosen, config.repeats, on_stage, "timing"),
+        untrained_races=untrained_races, halt_threshold=model.config.halt_threshold,
+        file=out / "drafting.json",
+    )  # fmt: skip
+    manifest = _manifest(source, config, result)
+    if result.is_exact():
+        model.config.draft_tokens = result.written
+        write_folder(out, source, "drafting.json", manifest)
+    else:
+        write_json(result.file, manifest)
+    return result
+
+
+def _races(
+    source: Source, drafts: int, repeats: int, on_stage: OnStage, what: str
+) -> dict[int, Race]:
+    """Time `drafts` drafts beside none on held-out prompts, in batches of one and of many."""
+    return {
         batch: drafting.race_drafts(
-            source, prompts.held_out[:count], (0, chosen), batch, config.repeats,
-            stage(f"timing, batch {batch}"),
+            source, source.prompts.held_out[:count], (0, drafts), batch, repeats,
+            partial(on_stage, f"{what}, batch {batch}"),
         )
         for batch, count in RACE.items()
     }  # fmt: skip
-    result = Drafting(
-        len(plain), before, after, rates, chosen, written, drafted, untrained,
-        wilson(num_equal, len(plain)), num_equal, races, untrained_races,
-        model.config.halt_threshold, out / "drafting.json",
-    )  # fmt: skip
-    manifest = _manifest(result, config) | {
-        "model": dict(source.identity),
-        "frozen_sha256": frozen_digest(model, HEADS),
-        "asked": source.asked.model_dump(mode="json"),
-        "data": dict(source.task.source),
-        "max_completion_length": source.max_completion_length,
-    }
-    if not result.is_exact():
-        write_json(result.file, manifest)
-        return result
-    model.config.draft_tokens = written
-    write_folder(out, source, "drafting.json", manifest)
-    return result
 
 
 def _count(batch_size: int) -> int:
@@ -157,9 +148,14 @@ def _count(batch_size: int) -> int:
     return max(16, min(batch_size, BATCH))
 
 
-def _manifest(result: Drafting, config: DraftingConfig) -> dict[str, object]:
+def _manifest(source: Source, config: DraftingConfig, result: Drafting) -> dict[str, object]:
     return {
         "command": "operando calibrate drafting",
+        "model": dict(source.identity),
+        "frozen_sha256": frozen_digest(source.model, HEADS),
+        "asked": source.asked.model_dump(mode="json"),
+        "data": dict(source.task.source),
+        "max_completion_length": source.max_completion_length,
         "settings": asdict(config),
         "n": {"fit": config.source.num_fit, "choose": config.source.num_choose,
               "held_out": result.n},
@@ -174,7 +170,7 @@ def _manifest(result: Drafting, config: DraftingConfig) -> dict[str, object]:
         "drafting": drafted_as_json(result.drafted),
         "untrained": drafted_as_json(result.untrained),
         "equal_completions": {"count": result.num_equal, "n": result.n,
-                              "share": result.equal._asdict()},
+                              "share": wilson(result.num_equal, result.n)._asdict()},
         "seconds": {
             str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens),
                          "untrained": dict(result.untrained_races[batch].seconds)}

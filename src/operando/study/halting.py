@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from operando.pretrain.calibration import (
     Race,
     Source,
     SourceConfig,
+    Texts,
     check_out,
     complete,
     frozen_digest,
@@ -34,8 +37,11 @@ from operando.pretrain.calibration import (
     write_folder,
 )
 from operando.pretrain.halting import Calibration, Exits, Rule, Saved, Trial
+from operando.rollout.recursive import RecursiveEngine
+from operando.rollout.sampler import Sampled
 from operando.run import SeedTree, write_json
 from operando.study.stats import Interval, PairedDifference, bootstrap_mean, paired_difference
+from operando.types import Prompt
 
 HEAD = "model.halt_head"
 RACE = {1: 16, BATCH: BATCH}  # held-out prompts that are timed, by batch size
@@ -81,7 +87,6 @@ class Halting:
     full_accuracy: float
     ways: Sequence[Way]
     races: Mapping[int, Race]
-    fixed: str
     verdict: str
     file: Path
 
@@ -89,93 +94,93 @@ class Halting:
 def calibrate_halting(
     folder: Path, out: Path, config: HaltingConfig, on_stage: OnStage = lambda *_: None
 ) -> Halting:
-    """Fit the halt head, choose its threshold, measure it, and write the model folder `out`."""
+    """Fit the halt head, choose its threshold, measure it, and write the model folder `out`.
+
+    Without a threshold that keeps the rule, only the manifest is written.
+    """
     check_out(out)
     source = open_source(folder, config.source)
-    model = source.model
+    model, prompts = source.model, source.prompts
     if not 1 <= config.min_loops <= model.config.num_loops:
-        raise _bad_min_loops(config.min_loops, model)
+        raise UserError(
+            f"--min-loops {config.min_loops}: the model has 1 to {model.config.num_loops} loops"
+        )
     model.config.min_loops = config.min_loops
-    full_engine = plain_engine(source, halt_threshold=math.inf)
-
-    def written(which: str, temperature: float = 0.0):
-        prompts = getattr(source.prompts, which)
-        stage = f"completions of the {which.replace('_', '-')} prompts"
-        seed = config.source.seed
-        return complete(source, prompts, full_engine, temperature, seed, partial(on_stage, stage))
-
-    fit = make_texts(source, source.prompts.fit, written("fit", config.temperature))
-    states = halting.collect_states(model, fit)
-    base_rate = halting.base_rate_of(states)
-    on_stage("halt head", 0, 1)
+    fit = _at_full_depth(source, prompts.fit, "fit", config, on_stage, config.temperature)
+    states = halting.collect_states(model, make_texts(source, prompts.fit, fit))
     with only_changing(model, HEAD):
         halting.fit_halt_head(model, states)
-    chosen_on = written("choose")
-    correct = right(source, source.prompts.choose, chosen_on)
+    known = _at_full_depth(source, prompts.choose, "choice's", config, on_stage)
+    right_known = mean(right(source, prompts.choose, known))
     trials = halting.try_thresholds(
-        source, make_texts(source, source.prompts.choose, chosen_on), sum(correct) / len(correct),
+        source, make_texts(source, prompts.choose, known), right_known,
         partial(on_stage, "thresholds"),
     )  # fmt: skip
     chosen = halting.choose(trials, config.rule)
-    full = written("held_out")
-    held_out = source.prompts.held_out
-    texts = make_texts(source, held_out, full)
-    seen = halting.collect_states(model, texts)
-    every = halting.calibration_of(model, seen, base_rate)
-    only = halting.States(
-        seen.h_RND[:, seen.predicts_N], seen.settled_RN[:, seen.predicts_N],
-        seen.predicts_N[seen.predicts_N],
-    )  # fmt: skip
-    rate_of_predicting = halting.base_rate_of(
-        states._replace(settled_RN=states.settled_RN[:, states.predicts_N])
-    )
-    completions = halting.calibration_of(model, only, rate_of_predicting)
-    right_full = right(source, held_out, full)
+    full = _at_full_depth(source, prompts.held_out, "held-out", config, on_stage)
+    texts = make_texts(source, prompts.held_out, full)
+    right_full = right(source, prompts.held_out, full)
     ways: list[Way] = []
     races: dict[int, Race] = {}
-    fixed = ""
     if chosen is not None:
         found = _measure(source, chosen.tau, full, texts, config.source.seed, on_stage)
         ways = [_way(model, exits, right_full, config.source.seed) for exits in found]
-        depth = round(found[0].mean_loops())
-        fixed = found[1].name
-        for batch, count in RACE.items():
-            engines = {
-                "full depth": plain_engine(source, halt_threshold=math.inf, max_batch=batch),
-                "exits": plain_engine(source, halt_threshold=chosen.tau, max_batch=batch),
-                fixed: halting.fixed_depth(source, depth, batch),
-            }
-            races[batch] = race(
-                source, held_out[:count], engines, config.repeats,
-                partial(on_stage, f"timing, batch {batch}"),
-            )  # fmt: skip
+        races = _races(source, chosen.tau, found, config.repeats, on_stage)
+    seen = halting.collect_states(model, texts)
     result = Halting(
-        len(held_out), config.rule, every, completions, trials, chosen,
-        sum(right_full) / len(right_full), ways, races, fixed,
-        _verdict(ways, config, sum(correct) / len(correct), sum(right_full) / len(right_full)),
-        out / "halting.json",
+        len(full), config.rule,
+        halting.calibration_of(model, seen, halting.base_rate_of(states)),
+        halting.calibration_of(
+            model, halting.predicting(seen), halting.base_rate_of(halting.predicting(states))
+        ),
+        trials, chosen, mean(right_full), ways, races,
+        _verdict(ways, config, right_known, mean(right_full)), out / "halting.json",
     )  # fmt: skip
     manifest = _manifest(source, config, result)
     if chosen is None:
         write_json(result.file, manifest)
     else:
-        with halting.halting_at(model, chosen.tau, config.min_loops):
-            write_folder(out, source, "halting.json", manifest)
+        model.config.halt_threshold = chosen.tau
+        write_folder(out, source, "halting.json", manifest)
     return result
 
 
-def _bad_min_loops(given: int, model: RecursiveCausalLM) -> UserError:
-    from operando.errors import UserError
+def _at_full_depth(
+    source: Source, prompts: Sequence[Prompt], which: str, config: HaltingConfig,
+    on_stage: OnStage, temperature: float = 0.0,
+) -> list[Sampled]:  # fmt: skip
+    return complete(
+        source, prompts, plain_engine(source, halt_threshold=math.inf), temperature,
+        config.source.seed, partial(on_stage, f"completions of the {which} prompts"),
+    )  # fmt: skip
 
-    return UserError(f"--min-loops {given}: the model has 1 to {model.config.num_loops} loops")
+
+def _races(
+    source: Source, tau: float, found: Sequence[Exits], repeats: int, on_stage: OnStage
+) -> dict[int, Race]:
+    """Time full depth, the exits and the fixed depth, in batches of one and of many."""
+    races = {}
+    for batch, count in RACE.items():
+        engines = {
+            "full depth": plain_engine(source, halt_threshold=math.inf, max_batch=batch),
+            "exits": plain_engine(source, halt_threshold=tau, max_batch=batch),
+            found[1].name: halting.fixed_depth(source, round(found[0].mean_loops()), batch),
+        }
+        stage = partial(on_stage, f"timing, batch {batch}")
+        races[batch] = race(source, source.prompts.held_out[:count], engines, repeats, stage)
+    return races
 
 
-def _measure(source: Source, tau: float, full, texts, seed: int, on_stage: OnStage) -> list[Exits]:
+def _measure(
+    source: Source, tau: float, full: Sequence[Sampled], texts: Texts, seed: int, on_stage: OnStage
+) -> list[Exits]:
     """Return the exits at `tau`, the fixed depth nearest to their mean, and random exits."""
     model, prompts = source.model, source.prompts.held_out
     draws = SeedTree(seed).generator("halting", "random exits")
 
-    def one(name: str, engine, settings) -> Exits:
+    def one(
+        name: str, engine: RecursiveEngine, settings: Callable[[Texts], Mapping[str, Any]]
+    ) -> Exits:
         shares = halting.agreement(model, texts, settings)
         return halting.measure(name, source, prompts, engine, full, shares, partial(on_stage, name))
 
@@ -196,7 +201,7 @@ def _measure(source: Source, tau: float, full, texts, seed: int, on_stage: OnSta
 
 def _way(model: RecursiveCausalLM, exits: Exits, full: Sequence[bool], seed: int) -> Way:
     return Way(
-        exits, sum(exits.correct) / len(exits.correct), paired_difference(full, exits.correct),
+        exits, mean(exits.correct), paired_difference(full, exits.correct),
         bootstrap_mean(exits.agreement, seed), halting.saved_at(model, exits.mean_loops()),
         halting.mean_of(exits.completion_loops),
     )  # fmt: skip
@@ -257,7 +262,7 @@ def _manifest(source: Source, config: HaltingConfig, result: Halting) -> dict[st
         "full_depth": {"loops": source.model.config.num_loops, "accuracy": result.full_accuracy},
         "ways": {way.exits.name: _as_json(way, source.model) for way in result.ways},
         "seconds": {
-            str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens), "prompts": RACE[batch]}
+            str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens), "prompts": min(RACE[batch], result.n)}
             for batch, r in result.races.items()
         },
         "verdict": result.verdict,
