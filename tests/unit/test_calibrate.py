@@ -283,7 +283,8 @@ def test_the_manifests_hold_every_figure_with_its_control(chain) -> None:
     assert exits["mean_core_passes"] == 2 * exits["mean_loops"]
     assert exits["saved_core"] == pytest.approx(1 - exits["mean_loops"] / 8)
     assert sum(random["tokens_by_loops"]) > 0 and one["model"]["sha256 model.safetensors"]
-    assert [*one["seconds"]["64"]["arms"]] == ["full depth", "exits", [*one["ways"]][1]]
+    assert [*one["timings"]["64"]] == ["full depth", "exits", [*one["ways"]][1]]
+    assert one["timings"]["1"]["full depth"]["gain"] == 1.0
     two = json.loads(drafts.file.read_text())
     assert two["equal_completions"]["count"] == 4 and two["halt_threshold"] == one["threshold"]
     assert len(two["heads"]) == 4 and two["untrained"]["heads"][0]["tried"] > 0

@@ -128,6 +128,18 @@ class Race(NamedTuple):
         pairs = zip(self.seconds[over], self.seconds[arm], strict=True)
         return statistics.median(share * slow / fast for slow, fast in pairs)
 
+    def as_json(self, over: str) -> dict[str, object]:
+        """Return seconds, rates and gains over the arm `over`, by arm."""
+        return {
+            arm: {
+                "seconds": list(taken),
+                "tokens": self.tokens[arm],
+                "tokens_per_second": self.rate(arm),
+                "gain": self.gain(arm, over),
+            }
+            for arm, taken in self.seconds.items()
+        }
+
 
 # --- the source ----------------------------------------------------------------------------------
 

@@ -171,10 +171,9 @@ def _manifest(source: Source, config: DraftingConfig, result: Drafting) -> dict[
         "untrained": drafted_as_json(result.untrained),
         "equal_completions": {"count": result.num_equal, "n": result.n,
                               "share": wilson(result.num_equal, result.n)._asdict()},
-        "seconds": {
-            str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens),
-                         "untrained": dict(result.untrained_races[batch].seconds)}
-            for batch, r in result.races.items()
+        "timings": {str(batch): r.as_json("0") for batch, r in result.races.items()},
+        "untrained_timings": {
+            str(batch): r.as_json("0") for batch, r in result.untrained_races.items()
         },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -261,10 +261,7 @@ def _manifest(source: Source, config: HaltingConfig, result: Halting) -> dict[st
         },
         "full_depth": {"loops": source.model.config.num_loops, "accuracy": result.full_accuracy},
         "ways": {way.exits.name: _as_json(way, source.model) for way in result.ways},
-        "seconds": {
-            str(batch): {"arms": dict(r.seconds), "tokens": dict(r.tokens), "prompts": min(RACE[batch], result.n)}
-            for batch, r in result.races.items()
-        },
+        "timings": {str(batch): r.as_json("full depth") for batch, r in result.races.items()},
         "verdict": result.verdict,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
