@@ -71,7 +71,14 @@ def _ways(result: Halting) -> Table:
 
 
 def _loops(result: Halting) -> Table:
-    columns = ("", "loops", "in completions", "core saved", "model saved", "tokens by loops 1, 2, ...")
+    columns = (
+        "",
+        "loops",
+        "in completions",
+        "core saved",
+        "model saved",
+        "tokens by loops 1, 2, ...",
+    )
     table = _table("", columns)
     for way in result.ways:
         table.add_row(
