@@ -166,6 +166,39 @@ class PretrainDisplay:
             self.console.print(text + left, highlight=False)
 
 
+class StageDisplay:
+    """Work of several stages: a bar with the stage's name on a terminal, a line each elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.stage = console, ""
+        self.started = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
+            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+            console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("", total=None)
+
+    def __enter__(self) -> StageDisplay:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def show(self, stage: str, done: int, of: int) -> None:
+        """Take in how far a stage is."""
+        if stage != self.stage:
+            self.stage = stage
+            self.progress.reset(self.task, total=of, description=stage)
+            if not self.console.is_terminal:
+                seconds = time.monotonic() - self.started
+                self.console.print(f"{seconds:.0f} s  {stage}", highlight=False)
+        self.progress.update(self.task, completed=done, total=of)
+
+
 class StudyDisplay:
     """A bar of runs on a terminal; elsewhere a line for each, with the rate and the time left."""
 

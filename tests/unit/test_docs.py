@@ -170,7 +170,7 @@ def test_commands_are_found_in_the_pages():
     assert found == {
         "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
         "certify", "contribution", "sae", "drift", "features", "canary", "study", "doctor",
-        "direction", "sft", "pipeline", "audit",
+        "direction", "sft", "pipeline", "audit", "calibrate",
     }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def load_model(config: ModelConfig) -> Loaded:
     where = resolve(config.id)
     device = pick_device(config.device)
     dtype = getattr(torch, config.dtype)
+    recursive.check_layout(Path(where))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
         published = AutoConfig.from_pretrained(where, revision=config.revision)

@@ -44,6 +44,17 @@ class DecodeStats:
     tried: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
+    def plus(self, other: DecodeStats) -> DecodeStats:
+        """Return the sums of two calls with the same number of drafts."""
+        return DecodeStats(
+            self.calls + other.calls,
+            self.row_calls + other.row_calls,
+            self.tokens + other.tokens,
+            self.loops + other.loops,
+            [a + b for a, b in zip(self.tried, other.tried, strict=True)],
+            [a + b for a, b in zip(self.accepted, other.accepted, strict=True)],
+        )
+
 
 class Drawn(NamedTuple):
     """Tokens and log-probs, [B] or [B T]."""

@@ -6,6 +6,7 @@ Importing this package tells AutoConfig and AutoModelForCausalLM of it.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from operando.models.recursive.configuration import RecursiveConfig, count_parameters, preset
+from operando.models.recursive.layout import check_layout
 from operando.models.recursive.modeling import RecursiveCausalLM, RecursiveModel
 
 AutoConfig.register("recursive_causal_lm", RecursiveConfig)
@@ -16,6 +17,7 @@ __all__ = [
     "RecursiveCausalLM",
     "RecursiveConfig",
     "RecursiveModel",
+    "check_layout",
     "count_parameters",
     "preset",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from operando.models.recursive.configuration import MODULATED, RecursiveConfig
-from operando.models.recursive.positions import Past, rotate, split_heads
+from operando.models.recursive.positions import Past, Turn, rotate, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -21,16 +21,15 @@ class SelfAttention(nn.Module):
     def __init__(self, config: RecursiveConfig, layer: int) -> None:
         super().__init__()
         d, self.layer, self.head_dim = config.hidden_size, layer, config.head_dim
-        self.theta = config.rope_theta
         narrow = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, narrow, bias=False)
         self.v_proj = nn.Linear(d, narrow, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask: Tensor, past: Past) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), position_BT, self.theta)
-        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), position_BT, self.theta)
+    def forward(self, x_BTD: Tensor, turn: Turn, mask: Tensor, past: Past) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), turn)
+        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), turn)
         v = split_heads(self.v_proj(x_BTD), self.head_dim)
         if past is not None:
             k, v = past.update(k, v, self.layer)
@@ -62,12 +61,8 @@ class Layer(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(
-        self, hidden_states: Tensor, position_BT: Tensor, mask: Tensor, past: Past
-    ) -> Tensor:
-        x_BTD = hidden_states + self.self_attn(
-            self.attn_norm(hidden_states), position_BT, mask, past
-        )
+    def forward(self, hidden_states: Tensor, turn: Turn, mask: Tensor, past: Past) -> Tensor:
+        x_BTD = hidden_states + self.self_attn(self.attn_norm(hidden_states), turn, mask, past)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -102,21 +97,21 @@ class AnchorAttention(nn.Module):
     def __init__(self, config: RecursiveConfig) -> None:
         super().__init__()
         d, r = config.hidden_size, config.mod_rank
-        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.head_dim = config.head_dim
         self.q_proj = ModulatedLinear(d, d, r)
         self.o_proj = ModulatedLinear(d, d, r)
         self.k_up = nn.Linear(config.kv_lora_rank, d, bias=False)
         self.v_up = nn.Linear(config.kv_lora_rank, d, bias=False)
 
-    def anchor(self, latent_BSR: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), position_BS, self.theta)
+    def anchor(self, latent_BSR: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), turn)
         return k, split_heads(self.v_up(latent_BSR), self.head_dim)
 
     def forward(
-        self, x_bTD: Tensor, k: Tensor, v: Tensor, position_bT: Tensor, mask: Tensor,
+        self, x_bTD: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor,
         zq: Tensor, zo: Tensor,
     ) -> Tensor:  # fmt: skip
-        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), position_bT, self.theta)
+        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), turn)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2), zo)
 
@@ -147,11 +142,11 @@ class CoreBlock(GradientCheckpointingLayer):
         self.modulation = nn.Linear(config.mod_dim, MODULATED * config.mod_rank, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, k: Tensor, v: Tensor, position_bT: Tensor, mask: Tensor,
+        self, hidden_states: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor,
         style_bTs: Tensor,
     ) -> Tensor:  # fmt: skip
         zq, zo, zg, zu, zd = self.modulation(style_bTs).chunk(MODULATED, dim=-1)
         x_bTD = hidden_states + self.anchor_attn(
-            self.attn_norm(hidden_states), k, v, position_bT, mask, zq, zo
+            self.attn_norm(hidden_states), k, v, turn, mask, zq, zo
         )
         return x_bTD + self.mlp(self.mlp_norm(x_bTD), zg, zu, zd)
