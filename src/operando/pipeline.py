@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,16 @@ from rich.console import Console
 from rich.table import Table
 
 from operando.audit.outside import OutsideConfig
+from operando.audit.pathology import audit_pathology
+from operando.audit.pathology_show import pathology_tables
 from operando.audit.side_by_side import compare_models
-from operando.display import PretrainDisplay, StudyDisplay
+from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.errors import UserError, nearest
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
+from operando.pretrain.calibration import SourceConfig
 from operando.pretrain.fit import STATE
-from operando.recipe import MixtureRecipe, PipelineRecipe, Recipe, SftRecipe
+from operando.recipe import AskedTask, MixtureRecipe, PipelineRecipe, Recipe, SftRecipe
 from operando.recipe_io import (
     load_pipeline_recipe,
     load_pretrain_recipe,
@@ -43,11 +46,15 @@ from operando.recipe_io import (
 )
 from operando.run import atomic_path, differences, write_json
 from operando.study.arms import POLL_SECONDS, LocalRunner
+from operando.study.calibrated import drafting_tables, halting_tables
+from operando.study.drafting import DraftingConfig, calibrate_drafting
+from operando.study.halting import HaltingConfig, calibrate_halting
 from operando.study.inference import hierarchical_bootstrap, rate_interval
 from operando.study.stats import Interval, paired_difference
 from operando.update.checkpoint import checkpoint_folder
 
 FIXED = ("pretrain", "sft")
+MOST_FIT = 400  # training prompts that the halt head is fitted on
 OWN_KEYS = ("out", "model", "seed", "name", "runs_dir", "model.id")  # set by the pipeline
 
 
@@ -163,6 +170,8 @@ def run_chain(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
         with PretrainDisplay(console, sft.num_steps(chain.sft), "fine-tuning") as display:
             sft.finetune(chain.sft, resume, display.show)
     launch_arms(console, list(chain.rl.values()))
+    _fit_heads(console, recipe, chain)
+    _audit(console, recipe, chain)
     _ask(console, recipe, chain)
 
 
@@ -210,6 +219,49 @@ def _is_missing(file: Path, recipe: MixtureRecipe | SftRecipe) -> bool:
             "change, or choose another out=FOLDER"
         )
     return False
+
+
+def _fit_heads(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
+    """Calibrate exits, then drafts on top of them (or without, where no threshold keeps the rule);
+    exits that lose too much are a result, and the pipeline goes on."""
+    last, task = chain.models[list(chain.rl)[-1]], _heads_task(recipe)
+    source = SourceConfig(
+        task.kind, _overrides(task), num_fit=min(MOST_FIT, recipe.num_fit),
+        num_choose=recipe.num_choose, num_held_out=task.num_held_out, seed=chain.seed,
+    )  # fmt: skip
+    halting, fast = chain.folder / "halting", chain.folder / "fast"
+    if not (halting / "halting.json").is_file():
+        console.print(f"seed {chain.seed}, exits", highlight=False)
+        with StageDisplay(console) as display:
+            exits = calibrate_halting(last, halting, HaltingConfig(source), display.show)
+        console.print(halting_tables(exits))
+    if not (fast / "drafting.json").is_file():
+        console.print(f"seed {chain.seed}, drafts", highlight=False)
+        model = halting if (halting / "config.json").is_file() else last
+        config = DraftingConfig(replace(source, num_fit=recipe.num_fit))
+        with StageDisplay(console) as display:
+            drafts = calibrate_drafting(model, fast, config, display.show)
+        console.print(drafting_tables(drafts))
+
+
+def _audit(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
+    last = chain.models[list(chain.rl)[-1]]
+    if (last / "audits" / "pathology.json").is_file():
+        return
+    console.print(f"seed {chain.seed}, pathology audit", highlight=False)
+    found = audit_pathology(last, task=recipe.heads, overrides=_heads_task(recipe), seed=chain.seed)
+    console.print(pathology_tables(found))
+
+
+def _heads_task(recipe: PipelineRecipe) -> AskedTask:
+    """Return the task that heads and audit use, with as many training problems as they need."""
+    task = next(task for task in recipe.tasks if task.kind == recipe.heads)
+    return task.model_copy(update={"num_train": recipe.num_fit + recipe.num_choose})
+
+
+def _overrides(task: AskedTask) -> tuple[str, ...]:
+    given = task.model_dump(mode="json", exclude={"kind"})
+    return tuple(f"task.{key}={json.dumps(value)}" for key, value in given.items())
 
 
 def _ask(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:

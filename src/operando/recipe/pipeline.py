@@ -33,6 +33,10 @@ class PipelineRecipe(Config):
     """What every stage is asked; the first `num_held_out` problems of each."""
     heads: str = "graph_search"
     """The task on whose problems the halt and draft heads are fitted, and the model is audited."""
+    num_fit: int = Field(default=2000, ge=1)
+    """Its training prompts that the draft heads are fitted on; the halt head on at most 400."""
+    num_choose: int = Field(default=200, ge=1)
+    """Its further training prompts, on which the threshold and the number of drafts are chosen."""
 
     @model_validator(mode="after")
     def _check(self) -> PipelineRecipe:
