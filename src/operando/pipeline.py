@@ -29,7 +29,7 @@ from rich.table import Table
 from operando.audit.outside import OutsideConfig
 from operando.audit.pathology import audit_pathology
 from operando.audit.pathology_show import pathology_tables
-from operando.audit.side_by_side import compare_models
+from operando.audit.side_by_side import compare_models, side_by_side_tables
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.errors import UserError, nearest
 from operando.launch import launch_arms
@@ -170,8 +170,9 @@ def run_chain(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
         with PretrainDisplay(console, sft.num_steps(chain.sft), "fine-tuning") as display:
             sft.finetune(chain.sft, resume, display.show)
     launch_arms(console, list(chain.rl.values()))
-    _fit_heads(console, recipe, chain)
-    _audit(console, recipe, chain)
+    if recipe.heads is not None:
+        _fit_heads(console, recipe, chain)
+        _audit(console, recipe, chain)
     _ask(console, recipe, chain)
 
 
@@ -233,12 +234,14 @@ def _fit_heads(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     if not (halting / "halting.json").is_file():
         console.print(f"seed {chain.seed}, exits", highlight=False)
         with StageDisplay(console) as display:
-            exits = calibrate_halting(last, halting, HaltingConfig(source), display.show)
+            exits = calibrate_halting(
+                last, halting, HaltingConfig(source, repeats=recipe.repeats), display.show
+            )
         console.print(halting_tables(exits))
     if not (fast / "drafting.json").is_file():
         console.print(f"seed {chain.seed}, drafts", highlight=False)
         model = halting if (halting / "config.json").is_file() else last
-        config = DraftingConfig(replace(source, num_fit=recipe.num_fit))
+        config = DraftingConfig(replace(source, num_fit=recipe.num_fit), repeats=recipe.repeats)
         with StageDisplay(console) as display:
             drafts = calibrate_drafting(model, fast, config, display.show)
         console.print(drafting_tables(drafts))
@@ -249,7 +252,10 @@ def _audit(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     if (last / "audits" / "pathology.json").is_file():
         return
     console.print(f"seed {chain.seed}, pathology audit", highlight=False)
-    found = audit_pathology(last, task=recipe.heads, overrides=_heads_task(recipe), seed=chain.seed)
+    task = _heads_task(recipe)
+    found = audit_pathology(
+        last, task=task.kind, overrides=_overrides(task), num=task.num_held_out, seed=chain.seed
+    )
     console.print(pathology_tables(found))
 
 
@@ -272,9 +278,10 @@ def _ask(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     console.print(f"seed {chain.seed}, asking every stage", highlight=False)
     first, *others = chain.models.values()
     config = OutsideConfig(tuple(task.kind for task in recipe.tasks))
-    answers = compare_models(first, others, config, given=recipe.tasks).file
+    answers = compare_models(first, others, config, given=recipe.tasks)
+    console.print(side_by_side_tables(answers))
     with atomic_path(file) as temporary:
-        shutil.copyfile(answers, temporary)
+        shutil.copyfile(answers.file, temporary)
     write_json(record, settings)
 
 

@@ -65,8 +65,6 @@ num = 4
 out = "chain"
 pretrain = "pretrain.toml"
 sft = "sft.toml"
-num_fit = 8
-num_choose = 4
 [rl]
 outcome = "outcome.toml"
 [[tasks]]
@@ -111,14 +109,22 @@ def test_a_pipeline_makes_every_stage_once_and_asks_all_the_same(here: Path) -> 
     assert model.id == "chain/seed_3/sft" and model.lora is None
     weights = [chain.folder / "base" / "model.safetensors" for chain in chains]
     assert weights[0].read_bytes() != weights[1].read_bytes(), "seeds differ"
-    for chain in chains:
-        assert (chain.folder / "fast" / "drafting.json").is_file()
-        assert (chain.folder / "outcome" / "audits" / "pathology.json").is_file()
     before = {file: file.stat().st_mtime_ns for file in here.rglob("*.safetensors")}
     run("seeds=[0,3]")
     assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
     with pytest.raises(UserError, match=r"seed_0/sft was made by another recipe; changed: lr"):
         run("sft.lr=1e-3")
+
+
+def test_heads_and_audit_are_of_the_last_model(here: Path) -> None:
+    heads = ("heads=graph_search", "num_fit=6", "num_choose=2", "repeats=1")
+    tasks = 'tasks=[{kind="graph_search",sizes=[3],num_held_out=2}]'
+    _, (chain,) = run(*heads, tasks)
+    drafted = json.loads((chain.folder / "fast" / "drafting.json").read_text())
+    halted = (chain.folder / "halting" / "config.json").is_file()
+    assert drafted["model"]["id"].endswith("halting" if halted else "sft")
+    audit = json.loads((chain.folder / "outcome" / "audits" / "pathology.json").read_text())
+    assert audit["n"] == 2 and audit["task"] == "graph_search"
 
 
 @pytest.mark.parametrize(

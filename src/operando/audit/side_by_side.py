@@ -9,6 +9,7 @@ the gold answers. The first model is the one that the others are compared with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,11 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Shares:
-    """Means over problems. For `clrs` only: shares of nodes and of the trace, and copies."""
+    """Means over problems. For `clrs` only: shares of nodes and of the trace, and copies.
+
+    `labelled` has, for each label of the task, the share of answers with it and how many of those
+    are right (NaN: there are none).
+    """
 
     n: int
     right: Interval
@@ -89,6 +94,7 @@ class Shares:
     trace: float
     identity: float
     copied: float
+    labelled: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def compare_models(
     ]
     tasks = "-".join(question.task.name for question in questions)
     file = folder / "evals" / f"side_by_side_{tasks}_{len(models)}.parquet"
-    _write(file, answers)
+    _write(file, questions, answers)
     return SideBySide(tuple(rows), file)
 
 
@@ -214,7 +220,7 @@ def _question(
     config: OutsideConfig,
     recipe: Recipe | None,
     sizes: Sequence[int],
-    given: AskedTask | None,
+    given: AskedTask | None = None,
 ) -> Question:
     is_own = given is None and recipe is not None and recipe.task.kind == name and not sizes
     if is_own and recipe is not None and recipe.prompt.format == "raw":
@@ -298,7 +304,7 @@ def _answer(policy: Policy, loaded: Loaded, question: Question, given: int | Non
     sampled = sampler.sample([p.ids for p in prompts], 1, Sampling(limit, stop=stop), None)
     judged = []
     for r in as_rollouts(prompts, list(range(len(prompts))), 1, sampled):
-        text = cut_at_next_question(r.completion) if question.is_cut else r.completion
+        text = _text(r.completion, question)
         judged.append(Judged(r, question.task.verify(r.prompt.example, text, r.is_truncated)))
     return Answers(judged, limit)
 
@@ -312,7 +318,8 @@ def _row(
     judged = answers.judged
     sizes = sorted({int(e.columns["n"]) for e in question.examples if "n" in e.columns})
     by_size = {
-        n: _shares([j for j in judged if j.rollout.prompt.example.columns["n"] == n]) for n in sizes
+        n: _shares([j for j in judged if j.rollout.prompt.example.columns["n"] == n], question)
+        for n in sizes
     }
     against = None
     if first is not None:
@@ -321,39 +328,64 @@ def _row(
         )
     return Row(
         question.task.name, model, answers.limit,
-        sum(j.rollout.is_truncated for j in judged) / len(judged), _shares(judged), by_size,
-        against,
+        sum(j.rollout.is_truncated for j in judged) / len(judged), _shares(judged, question),
+        by_size, against,
     )  # fmt: skip
 
 
-def _shares(judged: Sequence[Judged]) -> Shares:
+def _shares(judged: Sequence[Judged], question: Question) -> Shares:
     n = len(judged)
     right = wilson(sum(j.verdict.correct for j in judged), n)
     pairs = [(j.rollout.prompt.example, j.rollout.completion) for j in judged]
     if "hints" not in pairs[0][0].columns:
         nan = float("nan")
-        return Shares(n, right, nan, nan, nan, nan)
+        return Shares(n, right, nan, nan, nan, nan, _labelled(judged, question))
     return Shares(
         n, right,
         node=sum(clrs.node_accuracy(e, c) for e, c in pairs) / n,
         trace=sum(clrs.trace_accuracy(e, c) for e, c in pairs) / n,
         identity=sum(clrs.identity_accuracy(e) for e, _ in pairs) / n,
-        copied=sum(clrs.labels(e, c, False)["identity"] for e, c in pairs) / n,
+        copied=sum(clrs.labels(e, c, False)["identity"] for e, c in pairs) / n, labelled={},
     )  # fmt: skip
 
 
-def _write(file: Path, answers: Mapping[str, Sequence[Answers]]) -> None:
+def _labelled(judged: Sequence[Judged], question: Question) -> dict[str, tuple[float, float]]:
+    marks = [_labels(j, question) for j in judged]
+    found = {}
+    for name in marks[0]:
+        those = [j.verdict.correct for j, one in zip(judged, marks, strict=True) if one[name]]
+        right = sum(those) / len(those) if those else float("nan")
+        found[name] = (len(those) / len(judged), right)
+    return found
+
+
+def _labels(judged: Judged, question: Question) -> Mapping[str, bool]:
+    if question.task.labels is None:
+        return {}
+    r = judged.rollout
+    return question.task.labels(r.prompt.example, _text(r.completion, question), r.is_truncated)
+
+
+def _text(completion: str, question: Question) -> str:
+    """Return what is judged of a completion."""
+    return cut_at_next_question(completion) if question.is_cut else completion
+
+
+def _write(
+    file: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Answers]]
+) -> None:
     columns: dict[str, list[object]] = {
         key: [] for key in ("model", "example_id", "prompt", "gold", "completion", "correct",
-                            "reason", "truncated")
+                            "reason", "truncated", "labels")
     }  # fmt: skip
     for model, tasks in answers.items():
-        for one in [j for task in tasks for j in task.judged]:
+        both = zip(questions, tasks, strict=True)
+        for question, one in [(question, j) for question, task in both for j in task.judged]:
             example = one.rollout.prompt.example
             values = (
                 model, example.id, one.rollout.prompt.text, example.answer,
                 one.rollout.completion, one.verdict.correct, one.verdict.reason,
-                one.rollout.is_truncated,
+                one.rollout.is_truncated, json.dumps(dict(_labels(one, question))),
             )  # fmt: skip
             for key, value in zip(columns, values, strict=True):
                 columns[key].append(value)
@@ -394,13 +426,17 @@ def _by_size(rows: Sequence[Row]) -> Table:
     is_clrs = rows[0].all.node == rows[0].all.node  # NaN where it does not apply
     table.add_column("model")
     more = ("nodes right", "if copied", "copies", "trace right") if is_clrs else ()
+    labels = list(rows[0].all.labelled)
+    more = (*more, *(column for name in labels for column in (name, "right of these")))
     for column in ("nodes", "n", "right", "95 %", *more):
         table.add_column(column, justify="right")
     for row in rows:
         for size, s in row.by_size.items():
             cells = (f"{s.node:.1%}", f"{s.identity:.1%}", f"{s.copied:.0%}", f"{s.trace:.1%}")
+            labelled = [f"{share:.1%}" for name in labels for share in s.labelled[name]]
             table.add_row(
                 row.model, str(size), str(s.n), f"{s.right.value:.1%}",
                 f"{s.right.low:.1%} to {s.right.high:.1%}", *(cells if is_clrs else ()),
+                *labelled,
             )  # fmt: skip
     return table

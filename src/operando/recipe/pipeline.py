@@ -31,19 +31,22 @@ class PipelineRecipe(Config):
     the whole model of the one before."""
     tasks: tuple[AskedTask, ...] = Field(min_length=1)
     """What every stage is asked; the first `num_held_out` problems of each."""
-    heads: str = "graph_search"
-    """The task on whose problems the halt and draft heads are fitted, and the model is audited."""
+    heads: str | None = None
+    """The task on whose problems the halt and draft heads are fitted, and the model is audited.
+    Absent: neither is done."""
     num_fit: int = Field(default=2000, ge=1)
     """Its training prompts that the draft heads are fitted on; the halt head on at most 400."""
     num_choose: int = Field(default=200, ge=1)
     """Its further training prompts, on which the threshold and the number of drafts are chosen."""
+    repeats: int = Field(default=5, ge=1)
+    """Rounds of each timing of exits and drafts."""
 
     @model_validator(mode="after")
     def _check(self) -> PipelineRecipe:
         kinds = [task.kind for task in self.tasks]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"tasks: a kind is named twice: {', '.join(kinds)}")
-        if self.heads not in kinds:
+        if self.heads is not None and self.heads not in kinds:
             raise ValueError(f"heads = {self.heads!r}: none of the tasks: {', '.join(kinds)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: one is named twice: {self.seeds}")

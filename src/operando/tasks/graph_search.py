@@ -129,10 +129,13 @@ def is_depth_first(graph: Graph, start: str, completion: str) -> bool:
 
 
 def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str, bool]:
-    """Return whether the trace is a depth-first walk to the answered path."""
+    """Return whether there is a walk, and whether it is depth-first and ends in the answer."""
     del is_truncated
-    graph = read_graph(example.question)
-    return {"depth_first": is_depth_first(graph, str(example.columns["start"]), completion)}
+    graph, start = read_graph(example.question), str(example.columns["start"])
+    return {
+        "walk": bool(MOVE.search(completion)),
+        "depth_first": is_depth_first(graph, start, completion),
+    }
 
 
 def make_problem(rng: random.Random, num: int) -> Example:
