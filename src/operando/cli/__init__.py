@@ -6,12 +6,12 @@ import sys
 
 # isort: off
 from operando.cli.app import app
-from operando.cli import runs, audits, audit, inside, calibrate  # in the order of the help page
+from operando.cli import runs, audits, inside, calibrate  # in the order of the help page
 
 # isort: on
 from operando.errors import UserError
 
-__all__ = ["app", "audit", "audits", "calibrate", "inside", "main", "runs"]
+__all__ = ["app", "audits", "calibrate", "inside", "main", "runs"]
 
 
 def main() -> None:
