@@ -30,11 +30,14 @@ from operando.audit.outside import OutsideConfig
 from operando.audit.pathology import audit_pathology
 from operando.audit.pathology_show import pathology_tables
 from operando.audit.side_by_side import compare_models, side_by_side_tables
+from operando.calibrate.drafting import DraftingConfig, calibrate_drafting
+from operando.calibrate.halting import HaltingConfig, calibrate_halting
+from operando.calibrate.show import drafting_tables, halting_tables
+from operando.calibrate.source import SourceConfig
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.errors import UserError, nearest
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
-from operando.pretrain.calibration import SourceConfig
 from operando.pretrain.fit import STATE
 from operando.recipe import AskedTask, MixtureRecipe, PipelineRecipe, Recipe, SftRecipe
 from operando.recipe_io import (
@@ -46,9 +49,6 @@ from operando.recipe_io import (
 )
 from operando.run import atomic_path, differences, write_json
 from operando.study.arms import POLL_SECONDS, LocalRunner
-from operando.study.calibrated import drafting_tables, halting_tables
-from operando.study.drafting import DraftingConfig, calibrate_drafting
-from operando.study.halting import HaltingConfig, calibrate_halting
 from operando.study.inference import hierarchical_bootstrap, rate_interval
 from operando.study.stats import Interval, paired_difference
 from operando.update.checkpoint import checkpoint_folder

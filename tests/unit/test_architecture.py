@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
     "errors", "recipe", "recipe_io", "types", "run", "parallel", "models", "internals", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
-    "drift", "study", "discovery", "audit", "report", "display", "launch", "demo", "pipeline",
-    "cli", "__main__",
+    "drift", "study", "calibrate", "discovery", "audit", "report", "display", "launch", "demo",
+    "pipeline", "cli", "__main__",
 )  # fmt: skip
 
 

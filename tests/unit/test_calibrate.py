@@ -12,23 +12,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from operando.calibrate import draft_heads, drafting, halt_head, halting
+from operando.calibrate.drafting import DraftingConfig, calibrate_drafting
+from operando.calibrate.halt_head import Rule, States, Trial
+from operando.calibrate.halting import HaltingConfig, calibrate_halting
+from operando.calibrate.source import (
+    Race,
+    SourceConfig,
+    Texts,
+    only_changing,
+    open_source,
+    write_folder,
+)
 from operando.cli import app
 from operando.errors import UserError
 from operando.models.freeze import digests
 from operando.models.load import STARTER, Loaded, load_model
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
-from operando.pretrain import calibration, drafting, halting
-from operando.pretrain.calibration import Race, SourceConfig, Texts, only_changing, open_source
-from operando.pretrain.halting import Rule, States, Trial
 from operando.recipe import ModelConfig, Recipe
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.run import Run, SeedTree
-from operando.study import drafting as drafting_study
-from operando.study import halting as halting_study
-from operando.study.drafting import DraftingConfig, calibrate_drafting
-from operando.study.halting import HaltingConfig, calibrate_halting
 
 from .recursive_models import random_recursive
 from .tiny import byte_tokenizer
@@ -57,9 +62,9 @@ def chain(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("out")
     config = HaltingConfig(SMALL, Rule(1.0, 0.0), min_loops=2, repeats=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(halting, "TAUS", (0.5, 0.9))
-        patch.setattr(halting_study, "RACE", {1: 1, 64: 4})
-        patch.setattr(drafting_study, "RACE", {1: 1, 64: 4})
+        patch.setattr(halt_head, "TAUS", (0.5, 0.9))
+        patch.setattr(halting, "RACE", {1: 1, 64: 4})
+        patch.setattr(drafting, "RACE", {1: 1, 64: 4})
         halts = calibrate_halting(folder, out / "halting", config)
         drafts = calibrate_drafting(
             out / "halting", out / "both", DraftingConfig(SMALL, epochs=3, repeats=1)
@@ -72,8 +77,8 @@ def chain(folder: Path, tmp_path_factory: pytest.TempPathFactory):
 
 def test_a_token_is_settled_from_the_loop_whose_argmax_stays() -> None:
     argmax_RN = torch.tensor([[5, 3, 5, 1], [5, 5, 3, 2], [5, 3, 5, 3], [5, 5, 5, 4]])
-    settled = halting.settled_from(argmax_RN)
-    assert halting.settle_loops(settled).tolist() == [1, 4, 3, 4]
+    settled = halt_head.settled_from(argmax_RN)
+    assert halt_head.settle_loops(settled).tolist() == [1, 4, 3, 4]
     assert settled.long().T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
 
 
@@ -82,10 +87,10 @@ def test_settled_states_are_those_of_shallower_models() -> None:
     model = random_recursive()
     ids = torch.randint(2, 258, (2, 9), generator=torch.Generator().manual_seed(0))
     read = torch.ones(2, 9, dtype=torch.bool)
-    states = halting.collect_states(model, Texts(ids, read, read))
+    states = halt_head.collect_states(model, Texts(ids, read, read))
     with torch.no_grad():
         by_depth = [model(input_ids=ids, num_loops=t).logits.argmax(-1) for t in range(1, 9)]
-    for n, t_star in enumerate(halting.settle_loops(states.settled_RN).tolist()):
+    for n, t_star in enumerate(halt_head.settle_loops(states.settled_RN).tolist()):
         path = [int(a.flatten()[n]) for a in by_depth]
         assert t_star == max([0, *(t for t in range(1, 9) if path[t - 1] != path[-1])]) + 1
 
@@ -93,9 +98,9 @@ def test_settled_states_are_those_of_shallower_models() -> None:
 def test_calibration_error_by_hand() -> None:
     p, label = torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([False, True, True, True])
     # Bin of 0.1: half are true, 0.4 off; bin of 0.9: all are true, 0.1 off; two of four each.
-    assert halting.expected_calibration_error(p, label) == pytest.approx(0.25)
-    assert halting.expected_calibration_error(torch.full((4,), 0.75), label) == pytest.approx(0.0)
-    assert halting.expected_calibration_error(torch.ones(4), label) == pytest.approx(0.25)
+    assert halt_head.expected_calibration_error(p, label) == pytest.approx(0.25)
+    assert halt_head.expected_calibration_error(torch.full((4,), 0.75), label) == pytest.approx(0.0)
+    assert halt_head.expected_calibration_error(torch.ones(4), label) == pytest.approx(0.25)
 
 
 def test_the_rule_takes_the_fewest_loops_that_it_allows() -> None:
@@ -103,9 +108,9 @@ def test_the_rule_takes_the_fewest_loops_that_it_allows() -> None:
         Trial(0.5, 2.0, 0.50, 0.02, 0.99), Trial(0.7, 3.0, 0.52, 0.00, 0.97),
         Trial(0.9, 4.0, 0.51, 0.01, 0.99), Trial(0.99, 4.0, 0.52, 0.0, 0.99),
     ]  # fmt: skip
-    assert halting.choose(trials, Rule(0.01, 0.98)) == trials[3]
-    assert halting.choose(trials, Rule(0.02, 0.98)) == trials[0]
-    assert halting.choose(trials, Rule(0.0, 1.0)) is None
+    assert halt_head.choose(trials, Rule(0.01, 0.98)) == trials[3]
+    assert halt_head.choose(trials, Rule(0.02, 0.98)) == trials[0]
+    assert halt_head.choose(trials, Rule(0.0, 1.0)) is None
 
 
 def test_gain_is_the_median_of_the_rounds() -> None:
@@ -115,7 +120,7 @@ def test_gain_is_the_median_of_the_rounds() -> None:
 
 
 def test_saved_passes_and_multiply_adds() -> None:
-    saved = halting.saved_at(random_recursive(), 2.0)
+    saved = halt_head.saved_at(random_recursive(), 2.0)
     assert saved.passes == 0.75
     assert 0 < saved.whole < 0.75
 
@@ -137,14 +142,14 @@ def test_the_head_finds_a_planted_truth_and_touches_nothing_else() -> None:
     model = random_recursive()
     before = digests(model)
     with only_changing(model, "model.halt_head"):
-        halting.fit_halt_head(model, planted_states(0))
+        halt_head.fit_halt_head(model, planted_states(0))
     changed = {name for name, sha in digests(model).items() if sha != before[name]}
     assert changed == {"model.halt_head.weight", "model.halt_head.bias"}
     other = planted_states(1)
     with torch.no_grad():
         says = model.model.halt_head(other.h_RND)[..., 0] > 0
     assert torch.equal(says, other.settled_RN)
-    found = halting.calibration_of(model, other, halting.base_rate_of(planted_states(0)))
+    found = halt_head.calibration_of(model, other, halt_head.base_rate_of(planted_states(0)))
     assert found.log_loss < 0.02 < found.log_loss_base_rate
     assert found.n == 7 * 400
     weight = model.model.halt_head.weight.detach()[0].abs()
@@ -154,9 +159,9 @@ def test_the_head_finds_a_planted_truth_and_touches_nothing_else() -> None:
 def test_states_that_say_nothing_get_the_base_rate() -> None:
     model, states = random_recursive(), planted_states(0)
     blind = states._replace(h_RND=torch.ones_like(states.h_RND))
-    halting.fit_halt_head(model, blind)
-    share = (halting.token_weights(states.predicts_N) * states.settled_RN).sum()
-    share /= 8 * halting.token_weights(states.predicts_N).sum()
+    halt_head.fit_halt_head(model, blind)
+    share = (halt_head.token_weights(states.predicts_N) * states.settled_RN).sum()
+    share /= 8 * halt_head.token_weights(states.predicts_N).sum()
     with torch.no_grad():
         p = model.model.halt_head(blind.h_RND[0, :1]).sigmoid()
     assert float(p) == pytest.approx(float(share), abs=1e-3)
@@ -172,14 +177,14 @@ def test_another_changed_tensor_is_noticed() -> None:
 
 def test_controls_take_the_loops_that_they_are_given() -> None:
     model = random_recursive()
-    shallow = halting.FixedDepth(model, byte_tokenizer(), (1,), draft_tokens=0)
+    shallow = halt_head.FixedDepth(model, byte_tokenizer(), (1,), draft_tokens=0)
     shallow.loops = 3
     sampled = shallow.sample(PROMPTS, 1, Sampling(5), None)
     assert {t for one in sampled for t in one.exit_loops} == {3}
     model.config.num_loops = 3
     plain = RecursiveEngine(model, byte_tokenizer(), (1,), halt_threshold=math.inf)
     assert [o.ids for o in plain.sample(PROMPTS, 1, Sampling(5), None)] == [o.ids for o in sampled]
-    drawn = halting.draw_loops([0, 3, 0, 1], (4000,), torch.Generator().manual_seed(0))
+    drawn = halt_head.draw_loops([0, 3, 0, 1], (4000,), torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {2, 4}
     assert float((drawn == 2).float().mean()) == pytest.approx(0.75, abs=0.03)
 
@@ -189,11 +194,11 @@ def test_agreement_with_full_depth_is_whole_at_full_depth_and_less_below() -> No
     ids = torch.randint(2, 258, (3, 12), generator=torch.Generator().manual_seed(0))
     predicts = (torch.arange(12) >= 4).expand(3, -1)
     texts = Texts(ids, torch.ones(3, 12, dtype=torch.bool), predicts)
-    assert halting.agreement(model, texts, lambda _: {"num_loops": 8}) == [1.0] * 3
+    assert halt_head.agreement(model, texts, lambda _: {"num_loops": 8}) == [1.0] * 3
     with torch.no_grad():
         same = model(input_ids=ids, num_loops=1).logits.argmax(-1)
         same = same == model(input_ids=ids).logits.argmax(-1)
-    shallow = halting.agreement(model, texts, lambda _: {"num_loops": 1})
+    shallow = halt_head.agreement(model, texts, lambda _: {"num_loops": 1})
     assert shallow == pytest.approx(same[:, 4:].float().mean(1).tolist())
     assert sum(shallow) < 3
 
@@ -205,16 +210,16 @@ def test_head_i_learns_the_token_i_after_the_next() -> None:
     ids = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 0, 0]])
     read = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
     texts = Texts(ids, read, read & (torch.arange(5) >= 1))
-    none = drafting.NONE
-    assert drafting.targets_of(texts, 1).tolist() == [[12, 13, 14, none, none],
+    none = draft_heads.NONE
+    assert draft_heads.targets_of(texts, 1).tolist() == [[12, 13, 14, none, none],
                                                      [22, none, none, none, none]]  # fmt: skip
-    assert drafting.targets_of(texts, 2)[0].tolist() == [13, 14, none, none, none]
+    assert draft_heads.targets_of(texts, 2)[0].tolist() == [13, 14, none, none, none]
 
 
 def test_the_table_says_the_commonest_target() -> None:
-    token, target = torch.tensor([1, 1, 1, 2, 2]), torch.tensor([7, 8, 8, 9, drafting.NONE])
-    none = drafting.NONE
-    assert drafting.commonest(token, target, 4).tolist() == [none, 8, 9, none]
+    token, target = torch.tensor([1, 1, 1, 2, 2]), torch.tensor([7, 8, 8, 9, draft_heads.NONE])
+    none = draft_heads.NONE
+    assert draft_heads.commonest(token, target, 4).tolist() == [none, 8, 9, none]
 
 
 def test_heads_learn_a_planted_future_and_touch_nothing_else() -> None:
@@ -224,14 +229,14 @@ def test_heads_learn_a_planted_future_and_touch_nothing_else() -> None:
     states = torch.randn(6, 32, generator=generator)
     which = torch.randint(0, 6, (900,), generator=generator)
     target = torch.stack([50 + 6 * i + which for i in range(4)], 1)
-    target[:200, 3] = drafting.NONE
-    places = drafting.Places(states[which], target, which)
+    target[:200, 3] = draft_heads.NONE
+    places = draft_heads.Places(states[which], target, which)
     before = digests(model)
-    drafting.forget_heads(model)
-    untrained = drafting.score_heads(model, places, places)
+    draft_heads.forget_heads(model)
+    untrained = draft_heads.score_heads(model, places, places)
     with only_changing(model, "speculative_projs"):
-        drafting.fit_heads(model, places, epochs=200, lr=1e-2, seed=0)
-    trained = drafting.score_heads(model, places, places)
+        draft_heads.fit_heads(model, places, epochs=200, lr=1e-2, seed=0)
+    trained = draft_heads.score_heads(model, places, places)
     assert [head.top1 for head in trained] == [1.0] * 4
     assert all(head.loss < 0.5 for head in trained)
     assert [head.n for head in trained] == [900, 900, 900, 700]
@@ -293,7 +298,7 @@ def test_the_manifests_hold_every_figure_with_its_control(chain) -> None:
 def test_without_an_allowed_threshold_there_is_no_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(halting, "TAUS", (1e-9,))  # every token leaves at once
+    monkeypatch.setattr(halt_head, "TAUS", (1e-9,))  # every token leaves at once
     out = tmp_path / "out"
     arguments = ["calibrate", "halting", str(folder), *OVERRIDES, "--task", "words", "--out", out]
     counts = ["--num-fit", 4, "--num-choose", 8, "--num", 2, "--max-completion-length", 12]
@@ -306,7 +311,7 @@ def test_without_an_allowed_threshold_there_is_no_model(
 def test_a_draft_that_changes_a_token_is_no_model_either(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = drafting.draft
+    honest = draft_heads.draft
 
     def broken(source, prompts, drafts):
         sampled, drafted = honest(source, prompts, drafts)
@@ -314,8 +319,8 @@ def test_a_draft_that_changes_a_token_is_no_model_either(
             sampled[0] = sampled[0]._replace(ids=(9, *sampled[0].ids[1:]))
         return sampled, drafted
 
-    monkeypatch.setattr(drafting, "draft", broken)
-    monkeypatch.setattr(drafting_study, "RACE", {1: 1})
+    monkeypatch.setattr(draft_heads, "draft", broken)
+    monkeypatch.setattr(drafting, "RACE", {1: 1})
     config = DraftingConfig(SMALL, epochs=1, repeats=1)
     result = calibrate_drafting(folder, tmp_path / "out", config)
     assert not result.is_exact() and result.num_equal == 3
@@ -341,7 +346,7 @@ def test_lora_is_merged(folder: Path, tmp_path: Path) -> None:
     policy.save_pretrained(step, policy.save_weights())
     source = open_source(run.folder, SourceConfig(num_fit=2, num_choose=1, num_held_out=1))
     assert source.identity["step"] == 1 and source.max_completion_length == 6
-    calibration.write_folder(tmp_path / "out", source, "halting.json", {})
+    write_folder(tmp_path / "out", source, "halting.json", {})
     written = load_model(ModelConfig(id=str(tmp_path / "out"))).model
     assert "lora" not in "".join(load_file(tmp_path / "out" / "model.safetensors"))
     ids = torch.tensor([[5, 9, 40, 77]])

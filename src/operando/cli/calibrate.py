@@ -54,13 +54,13 @@ def calibrate_halting(
     seed: Seed = 0,
 ) -> None:
     """Fit the halt head and choose its threshold; exit code 3 if none keeps the rule."""
+    from operando.calibrate.halt_head import Rule
+    from operando.calibrate.halting import HaltingConfig
+    from operando.calibrate.halting import calibrate_halting as calibrate
+    from operando.calibrate.show import halting_tables
+    from operando.calibrate.source import SourceConfig
     from operando.display import StageDisplay, make_console
     from operando.launch import quieten_libraries
-    from operando.pretrain.calibration import SourceConfig
-    from operando.pretrain.halting import Rule
-    from operando.study.calibrated import halting_tables
-    from operando.study.halting import HaltingConfig
-    from operando.study.halting import calibrate_halting as calibrate
 
     quieten_libraries()
     console = make_console()
@@ -99,12 +99,12 @@ def calibrate_drafting(
     seed: Seed = 0,
 ) -> None:
     """Fit the drafting heads and choose how many draft; exit code 3 if a token changes."""
+    from operando.calibrate.drafting import DraftingConfig
+    from operando.calibrate.drafting import calibrate_drafting as calibrate
+    from operando.calibrate.show import drafting_tables
+    from operando.calibrate.source import SourceConfig
     from operando.display import StageDisplay, make_console
     from operando.launch import quieten_libraries
-    from operando.pretrain.calibration import SourceConfig
-    from operando.study.calibrated import drafting_tables
-    from operando.study.drafting import DraftingConfig
-    from operando.study.drafting import calibrate_drafting as calibrate
 
     quieten_libraries()
     console = make_console()

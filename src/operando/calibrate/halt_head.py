@@ -6,7 +6,7 @@ regression of "settled" on the state h_t. All states of the coda's forward are o
 the labels leave out that the coda's keys and values of exited tokens differ; what is measured does
 not: it is measured with the exits on.
 
-Dims: R loops, N tokens that were read, D d_model; see calibration.py for texts [N S].
+Dims: R loops, N tokens that were read, D d_model; see source.py for texts [N S].
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from operando.models.recursive import RecursiveCausalLM
-from operando.models.recursive.cache import SlotCache
-from operando.models.recursive.configuration import RecursiveConfig, token_cost
-from operando.models.recursive.modeling import DecoderOutput
-from operando.models.recursive.positions import positions_and_mask
-from operando.pretrain.calibration import (
+from operando.calibrate.source import (
     BATCH,
     Source,
     Texts,
@@ -34,6 +29,11 @@ from operando.pretrain.calibration import (
     plain_engine,
     right,
 )
+from operando.models.recursive import RecursiveCausalLM
+from operando.models.recursive.cache import SlotCache
+from operando.models.recursive.configuration import RecursiveConfig, token_cost
+from operando.models.recursive.modeling import DecoderOutput
+from operando.models.recursive.positions import positions_and_mask
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled
 from operando.types import Prompt

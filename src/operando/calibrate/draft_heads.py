@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from operando.calibrate.source import Race, Source, Texts, complete, plain_engine, race
 from operando.models.load import head_weight
 from operando.models.recursive import RecursiveCausalLM
-from operando.pretrain.calibration import Race, Source, Texts, complete, plain_engine, race
 from operando.rollout.sampler import Sampled
 from operando.run import SeedTree
 from operando.types import Prompt

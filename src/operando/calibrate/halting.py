@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from operando.errors import UserError
-from operando.models.recursive import RecursiveCausalLM
-from operando.pretrain import halting
-from operando.pretrain.calibration import (
+from operando.calibrate import halt_head
+from operando.calibrate.halt_head import Calibration, Exits, Rule, Saved, Trial
+from operando.calibrate.source import (
     BATCH,
     Race,
     Source,
@@ -36,7 +35,8 @@ from operando.pretrain.calibration import (
     right,
     write_folder,
 )
-from operando.pretrain.halting import Calibration, Exits, Rule, Saved, Trial
+from operando.errors import UserError
+from operando.models.recursive import RecursiveCausalLM
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled
 from operando.run import SeedTree, write_json
@@ -107,16 +107,16 @@ def calibrate_halting(
         )
     model.config.min_loops = config.min_loops
     fit = _at_full_depth(source, prompts.fit, "fit", config, on_stage, config.temperature)
-    states = halting.collect_states(model, make_texts(source, prompts.fit, fit))
+    states = halt_head.collect_states(model, make_texts(source, prompts.fit, fit))
     with only_changing(model, HEAD):
-        halting.fit_halt_head(model, states)
+        halt_head.fit_halt_head(model, states)
     known = _at_full_depth(source, prompts.choose, "choice's", config, on_stage)
     right_known = mean(right(source, prompts.choose, known))
-    trials = halting.try_thresholds(
+    trials = halt_head.try_thresholds(
         source, make_texts(source, prompts.choose, known), right_known,
         partial(on_stage, "thresholds"),
     )  # fmt: skip
-    chosen = halting.choose(trials, config.rule)
+    chosen = halt_head.choose(trials, config.rule)
     full = _at_full_depth(source, prompts.held_out, "held-out", config, on_stage)
     texts = make_texts(source, prompts.held_out, full)
     right_full = right(source, prompts.held_out, full)
@@ -126,12 +126,12 @@ def calibrate_halting(
         found = _measure(source, chosen.tau, full, texts, config.source.seed, on_stage)
         ways = [_way(model, exits, right_full, config.source.seed) for exits in found]
         races = _races(source, chosen.tau, found, config.repeats, on_stage)
-    seen = halting.collect_states(model, texts)
+    seen = halt_head.collect_states(model, texts)
     result = Halting(
         len(full), config.rule,
-        halting.calibration_of(model, seen, halting.base_rate_of(states)),
-        halting.calibration_of(
-            model, halting.predicting(seen), halting.base_rate_of(halting.predicting(states))
+        halt_head.calibration_of(model, seen, halt_head.base_rate_of(states)),
+        halt_head.calibration_of(
+            model, halt_head.predicting(seen), halt_head.base_rate_of(halt_head.predicting(states))
         ),
         trials, chosen, mean(right_full), ways, races,
         _verdict(ways, config, right_known, mean(right_full)), out / "halting.json",
@@ -164,7 +164,7 @@ def _races(
         engines = {
             "full depth": plain_engine(source, halt_threshold=math.inf, max_batch=batch),
             "exits": plain_engine(source, halt_threshold=tau, max_batch=batch),
-            found[1].name: halting.fixed_depth(source, round(found[0].mean_loops()), batch),
+            found[1].name: halt_head.fixed_depth(source, round(found[0].mean_loops()), batch),
         }
         stage = partial(on_stage, f"timing, batch {batch}")
         races[batch] = race(source, source.prompts.held_out[:count], engines, repeats, stage)
@@ -181,20 +181,22 @@ def _measure(
     def one(
         name: str, engine: RecursiveEngine, settings: Callable[[Texts], Mapping[str, Any]]
     ) -> Exits:
-        shares = halting.agreement(model, texts, settings)
-        return halting.measure(name, source, prompts, engine, full, shares, partial(on_stage, name))
+        shares = halt_head.agreement(model, texts, settings)
+        return halt_head.measure(
+            name, source, prompts, engine, full, shares, partial(on_stage, name)
+        )
 
     exits = one(
         "exits", plain_engine(source, halt_threshold=tau), lambda _: {"halt_threshold": tau}
     )
     depth = round(exits.mean_loops())
     fixed = one(
-        f"fixed depth {depth}", halting.fixed_depth(source, depth),
+        f"fixed depth {depth}", halt_head.fixed_depth(source, depth),
         lambda _: {"num_loops": depth, "halt_threshold": math.inf},
     )  # fmt: skip
     drawn = one(
-        "random exits", halting.random_exits(source, exits.loops, draws),
-        lambda part: {"exit_loops": halting.draw_loops(exits.loops, part.ids_NS.shape, draws)},
+        "random exits", halt_head.random_exits(source, exits.loops, draws),
+        lambda part: {"exit_loops": halt_head.draw_loops(exits.loops, part.ids_NS.shape, draws)},
     )  # fmt: skip
     return [exits, fixed, drawn]
 
@@ -202,8 +204,8 @@ def _measure(
 def _way(model: RecursiveCausalLM, exits: Exits, full: Sequence[bool], seed: int) -> Way:
     return Way(
         exits, mean(exits.correct), paired_difference(full, exits.correct),
-        bootstrap_mean(exits.agreement, seed), halting.saved_at(model, exits.mean_loops()),
-        halting.mean_of(exits.completion_loops),
+        bootstrap_mean(exits.agreement, seed), halt_head.saved_at(model, exits.mean_loops()),
+        halt_head.mean_of(exits.completion_loops),
     )  # fmt: skip
 
 

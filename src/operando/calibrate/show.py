@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.table import Table
 
-from operando.pretrain.calibration import Race
-from operando.pretrain.drafting import Drafted
-from operando.study.drafting import Drafting
-from operando.study.halting import Halting
+from operando.calibrate.draft_heads import Drafted
+from operando.calibrate.drafting import Drafting
+from operando.calibrate.halting import Halting
+from operando.calibrate.source import Race
 from operando.study.stats import Interval, wilson
 
 

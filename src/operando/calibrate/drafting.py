@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from operando.errors import UserError
-from operando.pretrain import drafting
-from operando.pretrain.calibration import (
+from operando.calibrate import draft_heads
+from operando.calibrate.draft_heads import Drafted, HeadScore
+from operando.calibrate.halting import RACE, OnStage
+from operando.calibrate.source import (
     BATCH,
     Race,
     Source,
@@ -28,9 +29,8 @@ from operando.pretrain.calibration import (
     plain_engine,
     write_folder,
 )
-from operando.pretrain.drafting import Drafted, HeadScore
+from operando.errors import UserError
 from operando.run import write_json
-from operando.study.halting import RACE, OnStage
 from operando.study.stats import wilson
 
 HEADS = "speculative_projs"
@@ -94,26 +94,27 @@ def calibrate_drafting(
         source, prompts.fit, plain_engine(source), config.temperature, config.source.seed,
         partial(on_stage, "completions of the fit prompts"),
     )  # fmt: skip
-    places = drafting.collect_places(model, make_texts(source, prompts.fit, sampled))
-    plain, _ = drafting.draft(source, prompts.held_out, 0)
-    seen = drafting.collect_places(model, make_texts(source, prompts.held_out, plain))
+    places = draft_heads.collect_places(model, make_texts(source, prompts.fit, sampled))
+    plain, _ = draft_heads.draft(source, prompts.held_out, 0)
+    seen = draft_heads.collect_places(model, make_texts(source, prompts.held_out, plain))
     with only_changing(model, HEADS):
-        drafting.forget_heads(model)
-        before = drafting.score_heads(model, places, seen)
-        _, untrained = drafting.draft(source, prompts.held_out, heads)
+        draft_heads.forget_heads(model)
+        before = draft_heads.score_heads(model, places, seen)
+        _, untrained = draft_heads.draft(source, prompts.held_out, heads)
         untrained_races = _races(source, heads, config.repeats, on_stage, "untrained heads")
-        drafting.fit_heads(
+        draft_heads.fit_heads(
             model, places, config.epochs, config.lr, config.source.seed, partial(on_stage, "heads")
         )
-    tried = drafting.race_drafts(
+    tried = draft_heads.race_drafts(
         source, prompts.choose[: _count(config.batch_size)], range(heads + 1),
         config.batch_size, config.repeats, partial(on_stage, "number of drafts"),
     )  # fmt: skip
     rates = {g: tried.gain(str(g), "0") for g in range(heads + 1)}
     chosen = max(range(1, heads + 1), key=lambda g: rates[g])
-    fast, drafted = drafting.draft(source, prompts.held_out, chosen)
+    fast, drafted = draft_heads.draft(source, prompts.held_out, chosen)
+    after = draft_heads.score_heads(model, places, seen)
     result = Drafting(
-        n=len(plain), before=before, after=drafting.score_heads(model, places, seen), rates=rates,
+        n=len(plain), before=before, after=after, rates=rates,
         chosen=chosen, written=chosen if rates[chosen] > 1 else 0, drafted=drafted,
         untrained=untrained,
         num_equal=sum(a.ids == b.ids for a, b in zip(fast, plain, strict=True)),
@@ -135,7 +136,7 @@ def _races(
 ) -> dict[int, Race]:
     """Time `drafts` drafts beside none on held-out prompts, in batches of one and of many."""
     return {
-        batch: drafting.race_drafts(
+        batch: draft_heads.race_drafts(
             source, source.prompts.held_out[:count], (0, drafts), batch, repeats,
             partial(on_stage, f"{what}, batch {batch}"),
         )

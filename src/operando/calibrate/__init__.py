@@ -1,0 +1,1 @@
+"""Halting and drafting heads of a recursive model: fitted, chosen and measured."""
