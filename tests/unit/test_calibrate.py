@@ -379,7 +379,7 @@ def test_a_mistake_is_one_message(folder: Path, change: dict[str, object], messa
 
 
 def test_the_source_must_be_recursive_and_the_target_new(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Qwen2ForCausalLM has no loops to halt"):
+    with pytest.raises(UserError, match="Qwen2ForCausalLM has no loops, halting or"):
         open_source(STARTER, SourceConfig("words"))
     with pytest.raises(UserError, match="neither a run folder"):
         open_source(tmp_path, SourceConfig("words"))

@@ -364,7 +364,7 @@ def test_a_model_without_loops_and_a_folder_without_a_model_are_refused(tmp_path
         audit_pathology(tmp_path, task="words")
     tiny_model("qwen2").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="Qwen2ForCausalLM has no loops to audit"):
+    with pytest.raises(UserError, match="Qwen2ForCausalLM has no loops, halting"):
         audit_pathology(tmp_path, task="words", num=2)
 
 

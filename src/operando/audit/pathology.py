@@ -40,21 +40,20 @@ from operando.audit.loop_verdicts import (
 )
 from operando.audit.outside import TEMPLATES, WORKED
 from operando.audit.side_by_side import ANSWERS, RAW, Question, token_limit
+from operando.calibrate.source import is_run, open_recursive
 from operando.errors import UserError
-from operando.models.load import load_model, pad_id, stop_ids
-from operando.models.policy import Policy
+from operando.models.load import pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import ModelConfig, PromptConfig, Recipe, TaskConfig
+from operando.recipe import PromptConfig, Recipe, TaskConfig
 from operando.recipe.base import Config
 from operando.recipe_io import apply_override, check
 from operando.rollout.held_out import answer_greedily
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
-from operando.run import SeedTree, read_recipe, write_json
+from operando.run import read_recipe, write_json
 from operando.tasks.load import load_task
 from operando.tasks.loops import NEXT_QUESTION_STOPS
 from operando.tasks.prompts import make_prompts
-from operando.update.checkpoint import load_weights, pick_step
 
 
 @dataclass(frozen=True)
@@ -173,31 +172,11 @@ def open_subject(
     folder: Path, task: str | None, overrides: Sequence[str], step: int | None, num: int
 ) -> Subject:
     """Return the model of a run's step or of a model folder, in float32, with its problems."""
-    is_run = (folder / "manifest.json").is_file()
-    if not is_run and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: neither a run folder (with manifest.json) nor a model folder (with "
-            "config.json)"
-        )
-    recipe = read_recipe(folder) if is_run else None
-    if recipe is None and step is not None:
-        raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
-    config = recipe.model if recipe is not None else ModelConfig(id=str(folder))
+    recipe = read_recipe(folder) if is_run(folder) else None
     question = _question(recipe, task, overrides, num)
-    loaded = load_model(config)
-    if not isinstance(loaded.model, RecursiveCausalLM):
-        raise UserError(
-            f"{folder}: {type(loaded.model).__name__} has no loops to audit; expected a "
-            "RecursiveCausalLM"
-        )
-    policy, name = Policy(loaded, config, SeedTree(0)), folder.name
-    if recipe is not None:
-        at = pick_step(folder, step)
-        load_weights(folder, at, policy)
-        name = f"{folder.name} step {at}"
-    model = policy.base
-    assert isinstance(model, RecursiveCausalLM), type(model)
-    return Subject(name, model.float().eval(), loaded.tokenizer, question)
+    opened = open_recursive(folder, step)
+    model = opened.model.requires_grad_(True)  # gradients are read
+    return Subject(opened.name, model, opened.tokenizer, question)
 
 
 def _question(

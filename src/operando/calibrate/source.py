@@ -72,6 +72,15 @@ class SourceConfig:
     seed: int = 0
 
 
+class Opened(NamedTuple):
+    """A recursive model; `identity` says where its weights are from."""
+
+    name: str
+    model: RecursiveCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    identity: Mapping[str, str | int]
+
+
 class Prompts(NamedTuple):
     """The three sets of prompts; no two share one."""
 
@@ -153,30 +162,26 @@ def check_out(out: Path) -> None:
 def open_source(folder: Path, config: SourceConfig) -> Source:
     """Return the model of a run or model folder, LoRA merged, in float32, with its prompts."""
     asked, length = _asked(folder, config)
-    model, tokenizer, identity = _load(folder, config.step)
+    opened = open_recursive(folder, config.step)
+    model, tokenizer = opened.model, opened.tokenizer
     task = load_task(asked.task)
     length = config.max_completion_length or length or _longest(asked, task, tokenizer)
     prompts = _prompts(task, asked.prompt, config, model, tokenizer, length)
     stops = stop_ids(model, tokenizer)
-    return Source(folder, model, tokenizer, identity, asked, task, prompts, length, stops)
+    return Source(folder, model, tokenizer, opened.identity, asked, task, prompts, length, stops)
 
 
 def _asked(folder: Path, config: SourceConfig) -> tuple[Question, int | None]:
     """Return what is asked, and the completion length of a run that is asked its own task."""
     tables: dict[str, object] = {}
     length = None
-    if (folder / "manifest.json").is_file():
+    if is_run(folder):
         recipe = read_recipe(folder)
         tables = {
             "task": recipe.task.model_dump(mode="json"),
             "prompt": recipe.prompt.model_dump(mode="json"),
         }
         length = recipe.rollout.max_completion_length
-    elif not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: neither a run folder (with manifest.json) nor a model folder (with "
-            "config.json)"
-        )
     if config.task is not None:
         if config.task not in KINDS:
             raise UserError(
@@ -194,13 +199,23 @@ def _asked(folder: Path, config: SourceConfig) -> tuple[Question, int | None]:
     return check(Question, tables, "calibrate"), length
 
 
-def _load(
-    folder: Path, step: int | None
-) -> tuple[RecursiveCausalLM, PreTrainedTokenizerBase, dict[str, str | int]]:
-    is_run = (folder / "manifest.json").is_file()
-    if not is_run and step is not None:
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's, and not a model's; neither is an error."""
+    if (folder / "manifest.json").is_file():
+        return True
+    if (folder / "config.json").is_file():
+        return False
+    raise UserError(
+        f"{folder}: neither a run folder (with manifest.json) nor a model folder (with config.json)"
+    )
+
+
+def open_recursive(folder: Path, step: int | None) -> Opened:
+    """Return a run's or model folder's recursive model, LoRA merged, in float32 and eval mode."""
+    from_run = is_run(folder)
+    if not from_run and step is not None:
         raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
-    given = read_recipe(folder).model if is_run else ModelConfig(id=str(folder))
+    given = read_recipe(folder).model if from_run else ModelConfig(id=str(folder))
     if given.quantization != "none":
         raise UserError(f"model.quantization = {given.quantization!r}: 4-bit weights can't be read")
     given = given.model_copy(update={"dtype": "float32", "gradient_checkpointing": False})
@@ -208,11 +223,11 @@ def _load(
     model = loaded.model
     if not isinstance(model, RecursiveCausalLM):
         raise UserError(
-            f"{folder}: {type(model).__name__} has no loops to halt and no drafting heads; "
-            "calibrate is for a RecursiveCausalLM"
+            f"{folder}: {type(model).__name__} has no loops, halting or drafting heads; expected a "
+            "RecursiveCausalLM"
         )
-    identity: dict[str, str | int] = dict(loaded.identity)
-    if is_run:
+    name, identity = folder.name, dict(loaded.identity)
+    if from_run:
         at = pick_step(folder, step)
         policy = Policy(loaded, given, SeedTree(0))
         load_weights(folder, at, policy)
@@ -220,8 +235,9 @@ def _load(
             policy.model.merge_and_unload()
         model = policy.base
         assert isinstance(model, RecursiveCausalLM), type(model)
+        name = f"{folder.name} step {at}"
         identity |= {"run": folder.name, "step": at}
-    return model.eval().requires_grad_(False), loaded.tokenizer, identity
+    return Opened(name, model.eval().requires_grad_(False), loaded.tokenizer, identity)
 
 
 def _longest(asked: Question, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
