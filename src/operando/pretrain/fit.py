@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def fit(
 
     With `min_loops`, each step draws how many loops a recursive model takes: from it to all.
     """
-    draw_loops(min_loops, model, recipe.seed, 0)
+    draw_loops(min_loops, model, random.Random(0))  # raises at once if there are no such loops
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
@@ -89,7 +90,8 @@ def fit(
         batch = batch_at(step)
         ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
         # Right padding under causal attention needs no attention mask.
-        loops = draw_loops(min_loops, model, recipe.seed, step)
+        # Of the step alone, so that a resumed training draws the same.
+        loops = draw_loops(min_loops, model, random.Random(f"{recipe.seed}/loops/{step}"))
         loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
         assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
         optimizer.zero_grad(set_to_none=True)

@@ -130,9 +130,7 @@ def build_model(
     return Qwen2ForCausalLM(config)
 
 
-def draw_loops(
-    min_loops: int | None, model: torch.nn.Module, seed: int, step: int
-) -> dict[str, int]:
+def draw_loops(min_loops: int | None, model: torch.nn.Module, rng: random.Random) -> dict[str, int]:
     """Return how many loops a step takes, as the model's argument; None: nothing, so all."""
     if min_loops is None:
         return {}
@@ -143,7 +141,7 @@ def draw_loops(
     most = model.config.num_loops
     if min_loops > most:
         raise UserError(f"min_loops = {min_loops}: the model has {most} loops")
-    return {"num_loops": random.Random(f"{seed}/loops/{step}").randint(min_loops, most)}
+    return {"num_loops": rng.randint(min_loops, most)}
 
 
 def learning_rate(recipe: PretrainRecipe, step: int) -> float:
@@ -170,7 +168,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    rng = random.Random(f"{recipe.seed}/texts")
+    rng, loops_rng = random.Random(f"{recipe.seed}/texts"), random.Random(f"{recipe.seed}/loops")
     started, tokens, losses = time.monotonic(), 0, []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -180,7 +178,7 @@ def pretrain(
         )
         # Right padding under causal attention needs no attention mask.
         labels_BS = ids_BS.masked_fill(~mask_BS, -100)
-        loops = draw_loops(recipe.model.min_loops, model, recipe.seed, step)
+        loops = draw_loops(recipe.model.min_loops, model, loops_rng)
         loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
