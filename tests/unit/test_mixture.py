@@ -431,3 +431,30 @@ def test_the_commands_print_the_folder_and_mistakes_are_exit_code_2(tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == str(tmp_path / "model")
     assert "tokens/s" in result.output and "s left" in result.output
+
+
+# --- loops ---------------------------------------------------------------------------------------
+
+
+def test_a_recursive_model_draws_its_loops_by_step_and_goes_on_with_the_same(
+    tmp_path: Path,
+) -> None:
+    looped = {"model": {"recursive": "tiny", "min_loops": 2, "vocab_size": 320}}
+    whole = pm.pretrain_mixture(mixture(tmp_path / "whole", tokens=1500, **looped))
+    recipe = mixture(tmp_path / "killed", tokens=1500, **looped)
+    with pytest.raises(Killed):
+        pm.pretrain_mixture(recipe, on_step=killer(5))
+    assert_same(whole, pm.pretrain_mixture(recipe, resume=True))
+    all_loops = {"model": {"recursive": "tiny", "vocab_size": 320}}
+    other = pm.pretrain_mixture(mixture(tmp_path / "all", tokens=1500, **all_loops))
+    a, b = weights(whole), weights(other)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_loops_of_a_model_without_them_are_an_error(tmp_path: Path, pretrained: Path) -> None:
+    with pytest.raises(UserError, match="min_loops = 2 is for a recursive model.*Qwen2ForCausalLM"):
+        sft.finetune(tuning(tmp_path / "s", pretrained, min_loops=2))
+    deep = {"recursive": "tiny", "min_loops": 9, "vocab_size": 320}
+    with pytest.raises(UserError, match="min_loops = 9: the model has 8 loops"):
+        pm.pretrain_mixture(mixture(tmp_path / "deep", model=deep))
+    assert not (tmp_path / "s").exists() and not (tmp_path / "deep").exists()
