@@ -116,6 +116,13 @@ def test_a_pipeline_makes_every_stage_once_and_asks_all_the_same(here: Path) -> 
         run("sft.lr=1e-3")
 
 
+def test_a_missing_source_of_a_later_stage_is_an_error_before_the_first(here: Path) -> None:
+    texts = 'sft.sources.search={kind="instructions",weight=1.0,path="nowhere.jsonl"}'
+    with pytest.raises(UserError, match=r"sources.search.path = 'nowhere.jsonl': no such file"):
+        run(texts)
+    assert not (here / "chain").exists()
+
+
 def test_heads_and_audit_are_of_the_last_model(here: Path) -> None:
     heads = ("heads=graph_search", "num_fit=6", "num_choose=2", "repeats=1")
     tasks = 'tasks=[{kind="graph_search",sizes=[3],num_held_out=2}]'

@@ -433,7 +433,8 @@ def _by_size(rows: Sequence[Row]) -> Table:
     for row in rows:
         for size, s in row.by_size.items():
             cells = (f"{s.node:.1%}", f"{s.identity:.1%}", f"{s.copied:.0%}", f"{s.trace:.1%}")
-            labelled = [f"{share:.1%}" for name in labels for share in s.labelled[name]]
+            shares = [share for name in labels for share in s.labelled[name]]
+            labelled = [f"{share:.1%}" if share == share else "" for share in shares]
             table.add_row(
                 row.model, str(size), str(s.n), f"{s.right.value:.1%}",
                 f"{s.right.low:.1%} to {s.right.high:.1%}", *(cells if is_clrs else ()),

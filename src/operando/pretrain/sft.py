@@ -31,20 +31,35 @@ class Pair(NamedTuple):
     answer: tuple[int, ...]
 
 
+class TakenPairs(NamedTuple):
+    """A source's pairs as text, and what the manifest says of it."""
+
+    documents: Sequence[Document]
+    facts: Mapping[str, str | int]
+
+
+def take_documents(recipe: SftRecipe) -> dict[str, TakenPairs]:
+    """Return each source's share of the pairs; a source that can't be had is an error."""
+    counts = shares(recipe.num_pairs, {name: s.weight for name, s in recipe.sources.items()})
+    return {
+        name: TakenPairs(
+            *take_pairs(open_source(name, source, f"sources.{name}", recipe.seed), counts[name])
+        )
+        for name, source in recipe.sources.items()
+    }
+
+
 def take_all(
     recipe: SftRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Pair], dict[str, Mapping[str, str | int]]]:
     """Return the pairs of all sources, shuffled, and what the manifest says of each source."""
-    counts = shares(recipe.num_pairs, {name: s.weight for name, s in recipe.sources.items()})
+    taken = take_documents(recipe)
     pairs: list[Pair] = []
-    facts: dict[str, Mapping[str, str | int]] = {}
-    for name, source in recipe.sources.items():
-        reader = open_source(name, source, f"sources.{name}", recipe.seed)
-        found, facts[name] = take_pairs(reader, counts[name])
-        check_plain(name, tokenizer, found)
-        pairs += encode_pairs(found, tokenizer, recipe.max_length, name)
+    for name, source in taken.items():
+        check_plain(name, tokenizer, source.documents)
+        pairs += encode_pairs(source.documents, tokenizer, recipe.max_length, name)
     random.Random(f"{recipe.seed}/sft").shuffle(pairs)
-    return pairs, facts
+    return pairs, {name: source.facts for name, source in taken.items()}
 
 
 def encode_pairs(
