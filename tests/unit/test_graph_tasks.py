@@ -109,7 +109,11 @@ def test_paths(completion: str, reason: str) -> None:
 def test_only_a_depth_first_walk_to_its_own_answer_is_one() -> None:
     trace = gs.walk(GRAPH, "A", "E").trace
     good = f"{trace}\nAnswer: Path is [A,C,E]"
-    assert gs.labels(problem(), good, False) == {"walk": True, "depth_first": True}
+    assert gs.labels(problem(), good, False) == {
+        "walk": True,
+        "depth_first": True,
+        "shortcut": False,
+    }
     for bad in (
         "<search> A <search> E\nAnswer: Path is [A,E]",  # no such edge
         "<search> A <search> B <backtrack> A <search> C <search> E\nAnswer: Path is [A,C,E]",
@@ -117,8 +121,13 @@ def test_only_a_depth_first_walk_to_its_own_answer_is_one() -> None:
         "Answer: Path is [A,C,E]",
     ):
         assert not gs.labels(problem(), bad, False)["depth_first"], bad
+    assert gs.labels(problem(), "Answer: Path is [A,E]", False)["shortcut"]
     other = "<search> A <search> C <search> E\nAnswer: Path is [A,C,E]"  # any order of neighbours
-    assert gs.labels(problem(), other, False) == {"walk": True, "depth_first": True}
+    assert gs.labels(problem(), other, False) == {
+        "walk": True,
+        "depth_first": True,
+        "shortcut": False,
+    }
 
 
 def test_every_generated_problem_is_solved_by_its_own_solution() -> None:

@@ -129,12 +129,14 @@ def is_depth_first(graph: Graph, start: str, completion: str) -> bool:
 
 
 def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str, bool]:
-    """Return whether there is a walk, and whether it is depth-first and ends in the answer."""
+    """Return whether there is a walk, whether it is depth-first and ends in the answer, and whether
+    the answer is start and goal alone: right where an edge joins them, found without a search."""
     del is_truncated
     graph, start = read_graph(example.question), str(example.columns["start"])
     return {
         "walk": bool(MOVE.search(completion)),
         "depth_first": is_depth_first(graph, start, completion),
+        "shortcut": path_of(completion) == (start, str(example.columns["goal"])),
     }
 
 
