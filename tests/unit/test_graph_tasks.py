@@ -145,3 +145,17 @@ def test_reachable_nodes() -> None:
     assert gs.reachable(GRAPH, "C") == {"C", "E"}
     graph = gs.random_graph(random.Random(0), 6)
     assert all(node not in near and near for node, near in graph.items())
+
+
+def test_a_least_number_of_edges_leaves_no_shortcut() -> None:
+    assert gs.distance(GRAPH, "A", "E") == 2 and gs.distance(GRAPH, "A", "B") == 1
+    config = GraphSearchTaskConfig(
+        kind="graph_search", sizes=(3, 4), min_edges=2, num_train=40, num_held_out=20
+    )
+    task = gs.load_graph_search(config)
+    for e in [*task.train, *task.held_out]:
+        short = f"Answer: Path is [{e.columns['start']},{e.columns['goal']}]"
+        assert not task.verify(e, short, False).correct
+        assert task.verify(e, e.solution, False).correct
+    with pytest.raises(ValueError, match="a graph of 3 nodes has no path of more than 2 edges"):
+        GraphSearchTaskConfig(kind="graph_search", sizes=(3, 4), min_edges=3)

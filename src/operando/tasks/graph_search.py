@@ -140,12 +140,12 @@ def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str
     }
 
 
-def make_problem(rng: random.Random, num: int) -> Example:
-    """Return a search problem that has a path; the goal is a node other than the start."""
+def make_problem(rng: random.Random, num: int, min_edges: int = 1) -> Example:
+    """Return a search problem whose shortest path has at least `min_edges` edges."""
     while True:
         graph = random_graph(rng, num)
         start, goal = rng.sample(list(graph), 2)
-        if goal in reachable(graph, start):
+        if goal in reachable(graph, start) and distance(graph, start, goal) >= min_edges:
             trace, path = walk(graph, start, goal)
             return Example(
                 id="",
@@ -154,6 +154,14 @@ def make_problem(rng: random.Random, num: int) -> Example:
                 solution=f"{trace}\nAnswer: Path is [{','.join(path)}]",
                 columns={"n": num, "start": start, "goal": goal},
             )
+
+
+def distance(graph: Graph, start: str, goal: str) -> int:
+    """Return the edges of a shortest path; there must be one."""
+    edges, near = 0, {start}
+    while goal not in near:
+        edges, near = edges + 1, near | {node for one in near for node in graph[one]}
+    return edges
 
 
 def reachable(graph: Graph, start: str) -> set[str]:
@@ -166,11 +174,13 @@ def reachable(graph: Graph, start: str) -> set[str]:
     return found
 
 
-def stream(sizes: Sequence[int], split: str, rng: random.Random) -> Iterator[Example]:
+def stream(
+    sizes: Sequence[int], split: str, rng: random.Random, min_edges: int = 1
+) -> Iterator[Example]:
     """Give problems of one split without end; a problem is in one split only, by its hash."""
     number = 0
     while True:
-        made = make_problem(rng, rng.choice(sizes))
+        made = make_problem(rng, rng.choice(sizes), min_edges)
         is_held_out = hashlib.sha256(made.question.encode()).digest()[0] % 5 == 0
         if is_held_out == (split == "held_out"):
             name = f"graph_search/{split}/{number}"
@@ -181,7 +191,7 @@ def stream(sizes: Sequence[int], split: str, rng: random.Random) -> Iterator[Exa
 def make_split(config: GraphSearchTaskConfig, split: str, num: int) -> list[Example]:
     """Return `num` problems of one split, the same for the same seed."""
     rng = random.Random(f"{config.seed}/graph_search/{split}")
-    return list(islice(stream(config.sizes, split, rng), num))
+    return list(islice(stream(config.sizes, split, rng, config.min_edges), num))
 
 
 def load_graph_search(config: GraphSearchTaskConfig) -> Task:
