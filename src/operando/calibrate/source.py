@@ -381,6 +381,18 @@ def only_changing(model: RecursiveCausalLM, prefix: str) -> Iterator[None]:
     assert before == after, f"a tensor outside {prefix} changed: sha256 {before} -> {after}"
 
 
+def about(source: Source, prefix: str, config: SourceConfig, num: int) -> dict[str, object]:
+    """Return what a manifest says of model and prompts; `prefix` names the tensors that changed."""
+    return {
+        "model": dict(source.identity),
+        "frozen_sha256": frozen_digest(source.model, prefix),
+        "asked": source.asked.model_dump(mode="json"),
+        "data": dict(source.task.source),
+        "max_completion_length": source.max_completion_length,
+        "n": {"fit": config.num_fit, "choose": config.num_choose, "held_out": num},
+    }
+
+
 def write_folder(out: Path, source: Source, name: str, manifest: Mapping[str, object]) -> None:
     """Write model, tokenizer and manifest as a whole, with the source's own calibrations."""
     check_out(out)
