@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo hack-demo test check format install interop clean
+.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop clean
 
 demo: $(VENV)/installed
 	$(BIN)/operando demo
@@ -13,35 +13,69 @@ demo: $(VENV)/installed
 hack-demo: $(VENV)/installed
 	$(BIN)/operando demo --hack
 
-test: $(VENV)/installed-dev check
+test: $(VENV)/installed check
 	$(PYTEST)
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-format: $(VENV)/installed-dev
+format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-install: $(VENV)/installed-dev
+install: $(VENV)/installed
 
 # Parity with TRL and verl, in an environment of its own; writes docs/parity.md.
 interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/interop -o addopts=""
 	.venv-interop/bin/python tests/interop/parity_table.py
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# Every package from requirements.lock, by hash; then torch, which on a machine with CUDA brings its own.
+$(VENV)/installed: pyproject.toml requirements.lock constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/it"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q -r constraints.txt
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check -q
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	touch $@ $(VENV)/installed
+# Pin the newest versions that pyproject.toml allows, with hashes, for all Pythons and platforms; torch and
+# the CUDA packages that it brings stay out (constraints.txt says why).
+lock: .venv-lock/installed
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev -c constraints.txt --universal --upgrade \
+		--python-version 3.11 --generate-hashes --no-annotate --no-header -q -o .venv-lock/all.txt
+	{ echo "# Made by \`make lock\`: every package but torch and what CUDA it brings."; \
+		awk '/^[a-z]/ { keep = !/^(torch|triton|cuda-[a-z]*|nvidia-[a-z0-9-]*)==/ } keep' .venv-lock/all.txt; } > requirements.lock
+
+.venv-lock/installed:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q uv
+	touch $@
+
+# The unit suite on the newest and on the lowest versions within the bounds of pyproject.toml. NEWEST_TORCH and
+# LOWEST_TORCH choose another torch within them.
+NEWEST_TORCH ?= torch
+LOWEST_TORCH ?= torch==2.11.0
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade '$(NEWEST_TORCH)' -e '.[dev]'
+	.venv-newest/bin/python -m pip list
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/unit
+
+test-lowest: .venv-lock/installed
+	$(PYTHON) -m venv .venv-lowest
+	echo '$(LOWEST_TORCH)' | .venv-lock/bin/uv pip compile pyproject.toml - --extra dev --resolution lowest-direct \
+		--no-annotate --no-header -q -o .venv-lock/lowest.txt
+	.venv-lowest/bin/python -m pip install -q '$(LOWEST_TORCH)'
+	grep -vE '^(torch|triton|cuda-[a-z]*|nvidia-[a-z0-9-]*)==' .venv-lock/lowest.txt > .venv-lock/lowest-rest.txt
+	.venv-lowest/bin/python -m pip install -q --no-deps -r .venv-lock/lowest-rest.txt
+	.venv-lowest/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	.venv-lowest/bin/python -m pip list
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/unit
 
 .venv-interop/installed: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop
@@ -51,4 +85,4 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-interop build dist
+	rm -rf $(VENV) .venv-interop .venv-lock .venv-newest .venv-lowest build dist

@@ -77,7 +77,7 @@ def decode_cached(model: RecursiveCausalLM, ids: Tensor, threshold: float | None
     cache, logits, exits = DynamicCache(), [], []
     with torch.no_grad():
         for part in (slice(0, 5), *(slice(i, i + 1) for i in range(5, ids.shape[1]))):
-            out = model(input_ids=ids[:, part], past_key_values=cache, halt_threshold=threshold)
+            out = model(input_ids=ids[:, part], cache=cache, halt_threshold=threshold)
             logits.append(out.logits)
             exits.append(out.exit_loops)
     out.logits, out.exit_loops = torch.cat(logits, 1), torch.cat(exits, 1)
@@ -104,13 +104,13 @@ def test_a_slot_cache_serves_rows_of_different_lengths_and_takes_tokens_back() -
     with torch.no_grad():
         full = model(input_ids=ids, halt_threshold=HALT)
         prefill = torch.arange(6).expand(2, -1)
-        model(input_ids=ids[:, :6], position_ids=prefill, past_key_values=cache,
+        model(input_ids=ids[:, :6], position_ids=prefill, cache=cache,
               halt_threshold=HALT)  # fmt: skip
         wrong = torch.tensor([[6, 7, 8], [4, 5, 6]])  # rows go on from 6 and from 4
-        model(input_ids=ids_of(2, 3, seed=5), position_ids=wrong, past_key_values=cache)
+        model(input_ids=ids_of(2, 3, seed=5), position_ids=wrong, cache=cache)
         position = torch.tensor([[6, 7, 8], [4, 5, 6]])
         block = torch.stack([ids[0, 6:9], ids[1, 4:7]])
-        out = model(input_ids=block, position_ids=position, past_key_values=cache,
+        out = model(input_ids=block, position_ids=position, cache=cache,
                     halt_threshold=HALT)  # fmt: skip
     want = torch.stack([full.logits[0, 6:9], full.logits[1, 4:7]])
     assert float((out.logits - want).abs().max()) < 1e-5
@@ -130,10 +130,10 @@ def test_crop_takes_back_prelude_anchor_and_coda() -> None:
     model, ids = random_recursive(), ids_of(1, 10)
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids[:, :6], past_key_values=cache)
-        model(input_ids=ids_of(1, 3, seed=4), past_key_values=cache)
+        model(input_ids=ids[:, :6], cache=cache)
+        model(input_ids=ids_of(1, 3, seed=4), cache=cache)
         cache.crop(-3)
-        again = model(input_ids=ids[:, 6:], past_key_values=cache).logits
+        again = model(input_ids=ids[:, 6:], cache=cache).logits
         full = model(input_ids=ids).logits[:, 6:]
     assert len(cache.layers) == 10 and cache.get_seq_length() == 10
     assert float((again - full).abs().max()) < 1e-5

@@ -207,7 +207,7 @@ def cache_gap(model: RecursiveCausalLM, texts: Texts) -> CacheGap:
     for at in range(S):
         position_B1 = torch.full((B, 1), at, device=model.device)
         out = model(
-            input_ids=ids_BS[:, at : at + 1], position_ids=position_B1, past_key_values=cache,
+            input_ids=ids_BS[:, at : at + 1], position_ids=position_B1, cache=cache,
             halt_threshold=threshold,
         )  # fmt: skip
         logits.append(out.logits)

@@ -249,7 +249,7 @@ class FixedDepth(RecursiveEngine):
 
     def _decoder(self, ids_BT: Tensor, position_BT: Tensor, cache: SlotCache) -> DecoderOutput:
         return self.model.model(
-            input_ids=ids_BT, position_ids=position_BT, past_key_values=cache,
+            input_ids=ids_BT, position_ids=position_BT, cache=cache,
             num_loops=self.loops, halt_threshold=math.inf,
         )  # fmt: skip
 
@@ -263,7 +263,7 @@ class RandomExits(RecursiveEngine):
     def _decoder(self, ids_BT: Tensor, position_BT: Tensor, cache: SlotCache) -> DecoderOutput:
         exits_BT = draw_loops(self.counts, ids_BT.shape, self.draws).to(ids_BT.device)
         return self.model.model(
-            input_ids=ids_BT, position_ids=position_BT, past_key_values=cache, exit_loops=exits_BT
+            input_ids=ids_BT, position_ids=position_BT, cache=cache, exit_loops=exits_BT
         )
 
 

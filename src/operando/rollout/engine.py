@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 
 from operando.errors import UserError
+from operando.models.caches import CACHE
 from operando.models.hooks import ActivationReader
 from operando.models.load import LLAMA_LIKE, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, head_logits
@@ -244,7 +245,7 @@ class Engine:
         reader = ActivationReader(self.model, [site])
         with lora_in_model_dtype(self.model), reader.reading() as acts:
             out = self.decoder(
-                input_ids=ids_PS, position_ids=position_PS, past_key_values=cache, use_cache=True
+                input_ids=ids_PS, position_ids=position_PS, use_cache=True, **{CACHE: cache}
             )
         hidden_PD = out.last_hidden_state[torch.arange(len(prompts)), lengths_P - 1]
         keys, values = [], []

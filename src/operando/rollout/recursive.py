@@ -289,7 +289,7 @@ class RecursiveEngine:
         return self.model.model(
             input_ids=ids_BT,
             position_ids=position_BT,
-            past_key_values=cache,
+            cache=cache,
             halt_threshold=self.halt_threshold,
         )
 

@@ -16,7 +16,7 @@ class SlotCache:
 
     Example:
         cache = SlotCache(num_layers=10, length=128)
-        model(input_ids=ids_BT, position_ids=position_BT, past_key_values=cache)
+        model(input_ids=ids_BT, position_ids=position_BT, cache=cache)
     """
 
     def __init__(self, num_layers: int, length: int) -> None:

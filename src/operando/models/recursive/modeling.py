@@ -27,8 +27,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from operando.models.caches import CACHE
 from operando.models.recursive.blocks import AnchorAttention, CoreBlock, Layer, ModulatedLinear
 from operando.models.recursive.cache import SlotCache
 from operando.models.recursive.configuration import RecursiveConfig
@@ -39,23 +40,18 @@ COMPACT_BELOW = 0.85  # rows whose tokens have all exited leave the loop when th
 
 
 @dataclass
-class DecoderOutput(ModelOutput):
+class DecoderOutput(BaseModelOutputWithPast):
     """Final hidden states, and what the loops did. States and updates only if asked for."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
     exit_loops: Tensor | None = None  # [B T], the loops that each token took
     loop_states: tuple[Tensor, ...] | None = None  # h_1 ... h_R, [B T D] each
     updates: tuple[Tensor, ...] | None = None  # u_0 ... u_{R-1}: the core's output before the gate
 
 
 @dataclass
-class CausalOutput(ModelOutput):
+class CausalOutput(CausalLMOutputWithPast):
     """Logits of the last loop, always: labels change nothing but the loss."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
     exit_loops: Tensor | None = None
     loop_states: tuple[Tensor, ...] | None = None
     updates: tuple[Tensor, ...] | None = None
@@ -129,9 +125,10 @@ class RecursiveModel(RecursivePreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Past = None,
+        cache: Past = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Past = None,
         num_loops: int | None = None,
         halt_threshold: float | None = None,
         exit_loops: Tensor | None = None,
@@ -142,13 +139,14 @@ class RecursiveModel(RecursivePreTrainedModel):
 
         attention_mask: [B S] of 0 and 1, or bool [B 1 T S] that says it all. num_loops: None means
         the config's. halt_threshold: None means the config's, math.inf that no token exits.
-        exit_loops [B T]: replay these exits instead of asking the halt head.
+        exit_loops [B T]: replay these exits instead of asking the halt head. cache and
+        past_key_values are one argument: transformers before 5.24 passes it by the second name.
         """
         del kwargs  # what generate passes for other architectures
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert isinstance(inputs_embeds, Tensor), "neither input_ids nor inputs_embeds"
-        past = past_key_values
+        past = past_key_values if cache is None else cache
         if past is None and use_cache:
             past = DynamicCache()
         position_BT, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
@@ -164,7 +162,8 @@ class RecursiveModel(RecursivePreTrainedModel):
         )
         assert out.last_hidden_state is not None
         out.last_hidden_state = self.read_out(out.last_hidden_state, position_BT, mask, past)
-        out.past_key_values = past
+        if past is not None:
+            out[CACHE] = past
         return out
 
     def read_out(
@@ -321,10 +320,11 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Past = None,
+        cache: Past = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Past = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalOutput:
@@ -334,6 +334,7 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -343,14 +344,16 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalOutput(
+        result = CausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             exit_loops=out.exit_loops,
             loop_states=out.loop_states,
             updates=out.updates,
         )
+        if CACHE in out:
+            result[CACHE] = out[CACHE]
+        return result
 
     def speculative_hidden(self, hidden: Float[Tensor, "*B D"], head: int) -> Tensor:
         """Return what the output head reads for speculative head 1, 2, ...: h + silu(P h + b).
