@@ -83,13 +83,15 @@ def max_over_ranks(value: int) -> int:
     return max(gather_list([value]))
 
 
-def same_length(items: list[T]) -> list[tuple[T, bool]]:
+def same_length(items: list[T], filler: T) -> list[tuple[T, bool]]:
     """Return (item, counts), padded to the longest list of any rank with items that don't count.
 
-    Under FSDP every forward is a collective, so all ranks must run the same number of them.
+    Under FSDP every forward is a collective, so all ranks must run the same number of them. A rank
+    whose own list is empty pads with `filler`.
     """
     padding = max_over_ranks(len(items)) - len(items)
-    return [(item, True) for item in items] + [(items[0], False)] * padding
+    spare = items[0] if items else filler
+    return [(item, True) for item in items] + [(spare, False)] * padding
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from operando import parallel
 from operando.models.freeze import Certificate
 from operando.recipe import Recipe
 from operando.rollout.held_out import Judged
@@ -223,19 +223,20 @@ def _count(row: Mapping[str, float]) -> dict[str, int]:
     return {"step": int(row["step"]), "correct": round(row["eval/correct"] * num), "n": num}
 
 
-def dump_batch(
-    run: Run, step: int, batch: Batch, rewards: Rewards, adv_BT: Float[Tensor, "B T"]
-) -> Path:
-    """Write the tensors of a batch that went wrong; return the file."""
+def not_finite(
+    run: Run, step: int, batch: Batch, rewards: Rewards, adv_BT: Float[Tensor, "B T"], why: str
+) -> FloatingPointError:
+    """Return the error that ends a run before its step; the batch is dumped in the run folder."""
     file = run.folder / f"broken_step_{step:05d}.pt"
-    torch.save(
-        {
-            "ids_BS": batch.ids_BS,
-            "mask_BT": batch.mask_BT,
-            "completions": [r.completion for r in batch.rollouts],
-            "parts": dict(rewards.parts),
-            "adv_BT": adv_BT,
-        },
-        file,
-    )
-    return file
+    if parallel.rank() == 0:
+        torch.save(
+            {
+                "ids_BS": batch.ids_BS,
+                "mask_BT": batch.mask_BT,
+                "completions": [r.completion for r in batch.rollouts],
+                "parts": dict(rewards.parts),
+                "adv_BT": adv_BT,
+            },
+            file,
+        )
+    return FloatingPointError(f"step {step}: {why}; no weight was changed, the batch is in {file}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
 from operando.rollout.steered import SteeredSampler
-from operando.run import Run, read_metrics
+from operando.run import Run, read_manifest, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
@@ -103,6 +104,7 @@ def set_up(
     if recipe.parallel.kind == "fsdp" and parallel.world_size() > 1:
         policy.shard()
     train_prompts, held_out_prompts = make_prompt_sets(recipe, task, loaded)
+    prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
     sampler = make_sampler(
         recipe.rollout.engine,
         policy.base,
@@ -125,7 +127,7 @@ def set_up(
     if parallel.rank() == 0:
         run.note(
             model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
-            data=dict(task.source), sampler=sampler.name,
+            data=dict(task.source), prompts_sha256=prompts_sha256, sampler=sampler.name,
         )  # fmt: skip
         for warning in hygiene.check_machine():
             run.warn(warning)
@@ -261,6 +263,19 @@ def make_prompt_sets(
         make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit),
         make_prompts(held_out, shots, recipe.prompt, tokenizer, limit),
     )
+
+
+def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:
+    """Return the sha256 of the prompts' ids; a run that began with others can't go on."""
+    now = hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+    former = read_manifest(run.folder).get("prompts_sha256", now)
+    if former != now:
+        raise UserError(
+            f"{run.folder} was begun with other prompts: their ids had sha256 {str(former)[:12]}, "
+            f"now {now[:12]}. The data, the tokenizer or the chat template has changed (some "
+            "templates print the date); begin a new run with name=NEW_NAME"
+        )
+    return now
 
 
 def check_base(certificate: Path, insulation: Insulation) -> None:

@@ -6,6 +6,7 @@ written goes through `run`; the report and the audits read the run folder and ar
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,8 +23,8 @@ from operando.recipe import Recipe, TrackingConfig
 from operando.records import (
     Clock,
     batch_metrics,
-    dump_batch,
     eval_metrics,
+    not_finite,
     update_metrics,
     write_certificate,
     write_held_out,
@@ -116,10 +117,13 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     judged = judge(setup.task, batch.rollouts)
     clock.lap("reward")
     if parallel.rank() == 0:
-        first = hygiene.check_rollouts(setup.policy, batch, trace, rewards) if step == 1 else []
+        first = hygiene.check_rollouts(batch, trace, rewards) if step == 1 else []
         for warning in [*first, *hygiene.check_range(rewards)]:
             setup.run.warn(warning)
-    updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
+    try:
+        updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
+    except FloatingPointError as error:
+        raise not_finite(setup.run, step, batch, rewards, credited.adv_BT, str(error)) from error
     clock.lap("update")
     metrics = batch_metrics(batch, rewards, trace, judged, gone_B)
     if recipe.kl is not None and recipe.kl.target is not None:
@@ -171,12 +175,12 @@ def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int], Prefix | No
 
 def prompt_order(seeds: SeedTree, step: int, num_prompts: int, size: int) -> list[int]:
     """Return the prompts of a step: each epoch is one shuffled pass over the training set."""
-    chosen = []
-    for position in range((step - 1) * num_prompts, step * num_prompts):
-        epoch, at = divmod(position, size)
-        order = torch.randperm(size, generator=seeds.generator("prompts", epoch))
-        chosen.append(int(order[at]))
-    return chosen
+    first, last = (step - 1) * num_prompts, step * num_prompts - 1
+    orders = {
+        epoch: torch.randperm(size, generator=seeds.generator("prompts", epoch)).tolist()
+        for epoch in range(first // size, last // size + 1)
+    }
+    return [orders[at // size][at % size] for at in range(first, last + 1)]
 
 
 def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace: Trace) -> Rewards:
@@ -210,6 +214,7 @@ def update(
     recipe, policy, trace = setup.recipe, setup.policy, scoring.trace
     kept = scoring.graph  # of the whole batch; good for one backward, before the first step
     mask_BT = batch.mask_BT & ~gone_B[:, None]
+    here = set(mine)
     stats: list[dict[str, float]] = []
     for epoch in range(recipe.update.epochs):
         for rows in minibatches(setup, step, epoch, len(batch)):
@@ -217,9 +222,9 @@ def update(
             if totals.tokens == 0:
                 continue
             objectives = []
-            own = [row for row in rows if row in set(mine)]
+            own = [row for row in rows if row in here]
             micro = policy.micro_batches(batch, own, recipe.update.micro_tokens)
-            for packs, counts in parallel.same_length(micro):
+            for packs, counts in parallel.same_length(micro, filler=[[mine[0]]]):
                 targets = make_targets(
                     recipe, policy, batch, trace, credited, mask_BT, flat_rows(packs), totals
                 )
@@ -231,6 +236,8 @@ def update(
                 if counts:
                     objectives.append(objective._replace(loss=objective.loss.detach().cpu()))
             objectives = parallel.gather_list(objectives)
+            if not all(math.isfinite(float(o.loss)) for o in objectives):
+                raise FloatingPointError(f"the loss is {sum(float(o.loss) for o in objectives)}")
             parallel.sum_gradients([*policy.trainable().values(), *policy.value_parameters()])
             taken = apply_update(  # seam 3: gradient and update transforms; seam 4: what may change
                 setup.optimizer,
@@ -310,10 +317,10 @@ def write_checkpoint(setup: Setup, step: int) -> None:
 
 
 def check_finite(setup: Setup, step: int, batch: Batch, rewards: Rewards, credited: Credit) -> None:
-    """Stop the run at the first NaN advantage; the batch is dumped beside the metrics."""
+    """Stop the run at the first advantage that is not finite."""
     if not credited.adv_BT.isfinite().all():
-        where = dump_batch(setup.run, step, batch, rewards, credited.adv_BT)
-        raise FloatingPointError(f"step {step}: an advantage is not finite; batch in {where}")
+        why = "an advantage is not finite"
+        raise not_finite(setup.run, step, batch, rewards, credited.adv_BT, why)
 
 
 def check_first_update(

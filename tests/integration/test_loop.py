@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from operando import cli
+from operando import cli, setup
+from operando.errors import UserError
 from operando.launch import launch
 from operando.recipe_io import load_recipe
-from operando.run import read_metrics
+from operando.run import Run, read_metrics
+from operando.train import train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -66,6 +70,55 @@ def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
         assert a.keys() == b.keys()
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_a_process_without_a_row_of_a_minibatch_takes_part(tmp_path: Path) -> None:
+    """Four rows in four minibatches: in each, one of the two processes has nothing of its own."""
+    few = ("rollout.num_prompts=2", "rollout.num_generations=2", "update.num_minibatches=4",
+           "steps=2")  # fmt: skip
+    one = train_tiny(tmp_path / "one", *few)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "operando", "train", "tiny", f"runs_dir={tmp_path / 'two'}", *few,
+    ]  # fmt: skip
+    subprocess.run(command, env=ENV, check=True, capture_output=True, timeout=120)
+    for a, b in zip(comparable(one), comparable(tmp_path / "two" / "tiny"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            # Adam scales the rounding noise of a minibatch without signal up to a whole step.
+            rel = 0.05 if key == "update_norm" else 1e-3
+            assert b[key] == pytest.approx(value, rel=rel, abs=1e-5), key
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path: Path) -> None:
+    def breaks(parameters) -> dict[str, float]:
+        next(iter(parameters.values())).grad.view(-1)[0] = float("nan")
+        return {}
+
+    recipe = load_recipe("tiny", (f"runs_dir={tmp_path}",))
+    run = Run.create(recipe, "test")
+    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan"):
+        train(recipe, run, gradient_transforms=[breaks])
+    run.close()
+    dumped = torch.load(run.folder / "broken_step_00001.pt")
+    assert len(dumped["completions"]) == len(dumped["adv_BT"]) > 0
+    assert not list((run.folder / "checkpoints").glob("*"))
+
+
+def test_a_run_does_not_go_on_with_other_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template that prints the date gives other prompts on the next day."""
+    folder = train_tiny(tmp_path, "steps=2")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert len(manifest["prompts_sha256"]) == 64
+    train_tiny(tmp_path, "steps=2", resume=True)
+    real = setup.make_prompts
+    monkeypatch.setattr(
+        setup, "make_prompts", lambda *a: [replace(p, ids=(5, *p.ids)) for p in real(*a)]
+    )
+    with pytest.raises(UserError, match="was begun with other prompts"):
+        train_tiny(tmp_path, "steps=2", resume=True)
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -9,7 +9,7 @@ from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded
 from operando.models.logprobs import HeadConfig, token_logps
-from operando.models.packing import plan_micro_batches, plan_packs
+from operando.models.packing import pack_rows, plan_micro_batches, plan_packs
 from operando.models.policy import Policy, flat_rows, whole_site
 from operando.recipe import LoraConfig, ModelConfig
 from operando.run import SeedTree
@@ -98,19 +98,37 @@ def test_first_ratio_is_exactly_one() -> None:
     assert policy.score(batch, micro_tokens=100, keep_graph=True).graph is None
 
 
-def test_reference_is_the_base_model() -> None:
+@pytest.mark.parametrize("moved", ["everything", "the head alone", "blocks alone", "the adapter"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])  # a tied head and one of its own
+def test_reference_is_the_whole_base_model(family: str, moved: str) -> None:
+    """Each part moves by noise: a constant added to a whole head is invisible to a softmax."""
     batch = random_batch(groups=2, group_size=3)
-    for config in ({"lora": LORA}, {"lora": None}):
-        policy = make_policy(**config)
-        if config["lora"] is None:
-            with torch.no_grad():
-                for parameter in policy.trainable().values():
-                    parameter.add_(0.05)
-        trace = policy.score(batch, reference=True).trace
-        bare = Policy(Loaded(tiny_model("qwen2"), byte_tokenizer(), {}), ModelConfig(), SeedTree(0))
-        want = bare.score(batch).trace.logp_BT
-        torch.testing.assert_close(trace.ref_logp_BT, want, atol=1e-5, rtol=1e-5)
-        assert (trace.logp_BT - want).abs().max() > 1e-2
+    if moved == "the adapter":
+        policy = make_policy(family, lora=LORA)
+    else:
+        policy = make_policy(family)
+        head = policy.base.get_output_embeddings().weight
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                if moved == "everything" or (parameter is head) == (moved == "the head alone"):
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
+    trace = policy.score(batch, reference=True).trace
+    bare = Policy(Loaded(tiny_model(family), byte_tokenizer(), {}), ModelConfig(), SeedTree(0))
+    want = bare.score(batch).trace.logp_BT
+    torch.testing.assert_close(trace.ref_logp_BT, want, atol=1e-5, rtol=1e-5)
+    assert (trace.logp_BT - want).abs().max() > 1e-2
+
+
+def test_positions_run_on_over_padding_so_that_causality_is_the_mask() -> None:
+    batch = random_batch(groups=2, group_size=3)
+    alone = pack_rows(batch, [[0], [1], [4]], torch.device("cpu"))
+    assert alone.mask_b1SS is None
+    width = alone.ids_bS.shape[1]
+    assert alone.position_bS.tolist() == [list(range(width))] * 3
+    shared = pack_rows(batch, [[0, 1, 2]], torch.device("cpu"))
+    starts = [int(shared.position_bS[0, at]) for at in shared.at_N[shared.t_N == 0].tolist()]
+    assert starts == [int(batch.prompt_len_B[0])] * 3  # each sibling goes on from the prompt
 
 
 def test_packs_hold_only_siblings_and_respect_the_limit() -> None:

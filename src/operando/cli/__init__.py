@@ -15,12 +15,15 @@ __all__ = ["app", "audits", "calibrate", "inside", "main", "runs"]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2."""
+    """Run the command line; a user's mistake is one message and exit code 2, a diverged run 1."""
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # a number that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; go on with the same command (train: and --resume)", file=sys.stderr)
         sys.exit(130)

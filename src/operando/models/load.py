@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models import recursive  # noqa: F401  # registers RecursiveCausalLM
 from operando.models.layers import is_multimodal
@@ -79,16 +80,36 @@ def resolve(model_id: str) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda` or `cuda:1` means here."""
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:1` means here, made the current one.
+
+    Streams and graphs are made on the current device, wherever the tensors are.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"model.device = {device!r}: {error}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"model.device = {device!r}, but torch sees no CUDA device here")
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError(f'model.device = {device!r}: expected "auto", "cpu", "cuda" or "cuda:1"')
+    if picked.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"model.device = {device!r}, but torch sees no CUDA device here")
+        if picked.index is not None:
+            _make_current(picked.index)
     return picked
+
+
+def _make_current(index: int) -> None:
+    found = torch.cuda.device_count()
+    if index >= found:
+        raise UserError(f'model.device = "cuda:{index}", but there are {found} CUDA devices here')
+    if parallel.world_size() > 1 and index != torch.cuda.current_device():
+        raise UserError(
+            f'model.device = "cuda:{index}" puts every process on one device: set "cuda", and each '
+            "takes the device of its rank"
+        )
+    torch.cuda.set_device(index)
 
 
 def load_model(config: ModelConfig) -> Loaded:

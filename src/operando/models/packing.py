@@ -40,20 +40,6 @@ class Packed(NamedTuple):
     t_N: Int[Tensor, " N"]
     exit_bS: Int[Tensor, "b S"] | None  # loops to replay in a recursive model; None: no exits
 
-    def to(self, device: torch.device) -> Packed:
-        mask = self.mask_b1SS
-        return Packed(
-            ids_bS=self.ids_bS.to(device),
-            position_bS=self.position_bS.to(device),
-            mask_b1SS=None if mask is None else mask.to(device),
-            pack_N=self.pack_N.to(device),
-            before_N=self.before_N.to(device),
-            at_N=self.at_N.to(device),
-            row_N=self.row_N.to(device),
-            t_N=self.t_N.to(device),
-            exit_bS=None if self.exit_bS is None else self.exit_bS.to(device),
-        )
-
 
 def plan_packs(batch: Batch, rows: Sequence[int], share: bool) -> list[Pack]:
     """Return rows in packs of siblings; with `share` False every row is a pack of its own."""
@@ -96,18 +82,21 @@ def pack_length(batch: Batch, pack: Pack) -> int:
     return int(batch.prompt_len_B[pack[0]]) + int(batch.mask_BT[pack].sum())
 
 
-def pack_rows(batch: Batch, packs: Sequence[Pack]) -> Packed:
-    """Return packs as right-padded tensors with positions, mask and token places."""
+def pack_rows(batch: Batch, packs: Sequence[Pack], device: torch.device) -> Packed:
+    """Return packs as right-padded tensors on a device, with positions, mask and token places.
+
+    Positions run on over the padding of a pack of one row: transformers would take a position that
+    falls back for a new sequence, and build a mask where plain causality is enough.
+    """
     width = max(pack_length(batch, pack) for pack in packs)
     ids_bS = torch.zeros(len(packs), width, dtype=torch.long)
-    position_bS = torch.zeros_like(ids_bS)
+    position_bS = torch.arange(width).repeat(len(packs), 1)
     segment_bS = torch.full_like(ids_bS, -1)  # 0: prompt; i: completion i; -1: padding
     places: list[Tensor] = []  # [5, n] each: pack, before, at, row, t
     place = 0
     for b, pack in enumerate(packs):
         prompt = int(batch.prompt_len_B[pack[0]])
         ids_bS[b, :prompt] = batch.ids_BS[pack[0], :prompt]
-        position_bS[b, :prompt] = torch.arange(prompt)
         segment_bS[b, :prompt] = 0
         at = prompt
         for number, row in enumerate(pack, start=1):
@@ -124,13 +113,24 @@ def pack_rows(batch: Batch, packs: Sequence[Pack]) -> Packed:
             place += 1
     mask_b1SS = None
     if any(len(pack) > 1 for pack in packs):
+        segment_bS = segment_bS.to(device)
         same_bSS = segment_bS[:, :, None] == segment_bS[:, None, :]
         prompt_b1S = segment_bS[:, None, :] == 0
-        causal_SS = torch.ones(width, width, dtype=torch.bool).tril()
+        causal_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         mask_b1SS = ((same_bSS | prompt_b1S) & causal_SS)[:, None]
-    exit_bS = _exits(batch, packs, width) if batch.rollouts[packs[0][0]].exit_loops else None
-    pack_N, before_N, at_N, row_N, t_N = torch.cat(places, dim=1)
-    return Packed(ids_bS, position_bS, mask_b1SS, pack_N, before_N, at_N, row_N, t_N, exit_bS)
+    replays = bool(batch.rollouts[packs[0][0]].exit_loops)
+    pack_N, before_N, at_N, row_N, t_N = torch.cat(places, dim=1).to(device)
+    return Packed(
+        ids_bS=ids_bS.to(device),
+        position_bS=position_bS.to(device),
+        mask_b1SS=mask_b1SS,
+        pack_N=pack_N,
+        before_N=before_N,
+        at_N=at_N,
+        row_N=row_N,
+        t_N=t_N,
+        exit_bS=_exits(batch, packs, width).to(device) if replays else None,
+    )
 
 
 def _exits(batch: Batch, packs: Sequence[Pack], width: int) -> Int[Tensor, "b S"]:

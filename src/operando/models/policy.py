@@ -7,7 +7,6 @@ copy. Everything here runs with dropout at 0, and positions are always passed.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,18 +15,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from operando import parallel
-from operando.errors import UserError, nearest
+from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks, is_apart, is_multimodal, parse_layer_set
 from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, token_logps
+from operando.models.lora import with_lora
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.models.prefix import Prefix, starting_at
 from operando.models.recursive import RecursiveCausalLM
@@ -121,10 +120,15 @@ class Policy:
             _train_only(base, self.blocks_name, self.layers, len(self.blocks))
             self.model: PreTrainedModel | PeftModel = base
         else:
-            self.model = _with_lora(base, self.blocks_name, self.layers, config, seeds)
+            self.model = with_lora(base, self.blocks_name, self.layers, config, seeds)
+        # transformers recomputes a block where the block's own flag says training; the modules
+        # inside stay in eval mode, so that no dropout acts.
+        self._recomputed: list[nn.Module] = []
         if config.gradient_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
+            self._recomputed = [m for m in base.modules() if vars(m).get("gradient_checkpointing")]
         self.base = base
+        _check_dropout(base, self._recomputed)
         # Packs need an attention mask of their own; plain causal attention is sure to obey it.
         self.shares_prompts = is_llama_like(base) or isinstance(base, RecursiveCausalLM)
         self.device = base.device
@@ -205,10 +209,10 @@ class Policy:
 
     def scored(self, batch: Batch, packs: Sequence[Pack], prefix: Prefix | None = None) -> Scored:
         """Return differentiable log-probs (and values) of packs, right-padded to the batch."""
-        packed = pack_rows(batch, packs).to(self.device)
+        packed = pack_rows(batch, packs, self.device)
         with self._starting_at(self.blocks, prefix, batch, packs):
             hidden = self._hidden(packed)
-        return self._head(hidden, packed, batch, packs)
+        return self._head(self.base, hidden, packed, batch, packs)
 
     @torch.no_grad()
     def score(
@@ -231,7 +235,8 @@ class Policy:
         spares the blocks below the first trained one. `taps` are read in a whole forward, in the
         policy and, with a reference, on the same ids in the frozen base too.
         """
-        micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
+        micro = self.micro_batches(batch, rows, micro_tokens)
+        micro = parallel.same_length(micro, filler=micro[0])
         keep_graph = keep_graph and len(micro) == 1
         graph: Scored | None = None
         logp_BT = torch.zeros(batch.mask_BT.shape)
@@ -247,13 +252,13 @@ class Policy:
         sites = sorted({tap.site for tap in taps.values()})
         reader = ActivationReader(self.base, [*sites, below] if prefix and not given else sites)
         for packs, counts in micro:
-            packed = pack_rows(batch, packs).to(self.device)
+            packed = pack_rows(batch, packs, self.device)
             with (
                 torch.set_grad_enabled(keep_graph),
                 self._starting_at(self.blocks, given, batch, packs),
                 reader.reading() as seen,
             ):
-                scored = self._head(self._hidden(packed), packed, batch, packs)
+                scored = self._head(self.base, self._hidden(packed), packed, batch, packs)
             graph = scored if keep_graph else None
             if prefix is not None and given is None:
                 prefix.store(batch, packs, seen[below])
@@ -266,8 +271,8 @@ class Policy:
                     ),
                     ActivationReader(model, sites).reading() as base_seen,
                 ):
-                    ref_ND = completion_hidden(model, packed)
-                    ref_logp_bT = self._head([ref_ND], packed, batch, packs).logp_BT.cpu()
+                    hidden = [completion_hidden(model, packed)]
+                    ref_logp_bT = self._head(model, hidden, packed, batch, packs).logp_BT.cpu()
             if not counts:
                 continue
             index = flat_rows(packs)
@@ -299,34 +304,31 @@ class Policy:
         return starting_at([*blocks], prefix.first, prefix.packed(batch, packs))
 
     def _hidden(self, packed: Packed) -> list[Float[Tensor, "N D"]]:
-        """Return the final hidden states of the policy; with credit by loop, of every loop.
-
-        transformers recomputes blocks only in train mode, where it also refuses the sampler's
-        cache: the mode is on for this forward alone.
-        """
-        self.base.train(self.config.gradient_checkpointing)
-        if self.loop_credit == "last":
-            hidden = [completion_hidden(self.base, packed)]
-        else:
+        """Return the final hidden states of the policy; with credit by loop, of every loop."""
+        with _recomputing(self._recomputed):
+            if self.loop_credit == "last":
+                return [completion_hidden(self.base, packed)]
             assert isinstance(self.base, RecursiveCausalLM), type(self.base)
             with lora_in_model_dtype(self.base):
-                hidden = hidden_by_loop(self.base, packed)
-        self.base.eval()
-        return hidden
+                return hidden_by_loop(self.base, packed)
 
     def _head(
         self,
+        model: PreTrainedModel,
         hidden: Sequence[Float[Tensor, "N D"]],
         packed: Packed,
         batch: Batch,
         packs: Sequence[Pack],
     ) -> Scored:
-        """Return what the head says of hidden states; those of earlier loops count for credit."""
+        """Return what the head of the model that made the hidden states says of them.
+
+        The states of earlier loops count for credit.
+        """
         *earlier, hidden_ND = hidden
         rows = flat_rows(packs)
         where = (packed.row_N, packed.t_N)
         target_N = batch.completion_BT[rows].to(self.device)[where]
-        weight_VD = parallel.whole(head_weight(self.base))
+        weight_VD = parallel.whole(head_weight(model))
         flat = token_logps(hidden_ND, weight_VD, target_N, self.head_config)
         shape = (len(rows), batch.mask_BT.shape[1])
         value_BT = None
@@ -345,6 +347,18 @@ class Policy:
             value_BT,
             credit_BT,
         )
+
+
+@contextmanager
+def _recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Say training to these modules alone, for one forward; sampling is refused a cache by it."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
 
 
 def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "N D"]:
@@ -388,56 +402,6 @@ def _store_acts(
     acts[name][row_N, packed.t_N.cpu()] = kept_NF
 
 
-def _with_lora(
-    base: PreTrainedModel,
-    blocks_name: str,
-    layers: tuple[int, ...],
-    config: ModelConfig,
-    seeds: SeedTree,
-) -> PeftModel:
-    lora = config.lora
-    assert lora is not None
-    _, blocks = decoder_blocks(base)
-    names = {n.rpartition(".")[2] for n, m in blocks.named_modules() if _is_linear(m)}
-    for target in lora.targets:
-        if target not in names:
-            raise UserError(
-                f"model.lora.targets: {target!r} is no linear module of its decoder blocks."
-                f"{nearest(target, names)} It has: {', '.join(sorted(names))}"
-            )
-    # PEFT looks for names and layer numbers everywhere, in a vision tower too: there, whole paths.
-    towers = is_multimodal(base.config)
-    some = set(layers) != set(range(len(blocks))) and not towers
-    with torch.random.fork_rng():
-        torch.manual_seed(seeds.derive("model", "lora"))
-        model = get_peft_model(
-            base,
-            PeftLoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.rank,
-                lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # pyright: ignore[reportArgumentType]
-                lora_dropout=0.0,
-                target_modules=_paths(blocks_name, layers, lora.targets)
-                if towers
-                else list(lora.targets),
-                layers_to_transform=list(layers) if some else None,
-                layers_pattern=blocks_name.rpartition(".")[2] if some else None,
-            ),
-        )
-    assert isinstance(model, PeftModel)
-    return model.eval()
-
-
-def _paths(blocks_name: str, layers: Sequence[int], targets: Sequence[str]) -> str:
-    """Return the pattern of the target modules' full names; PEFT matches it from end to end."""
-    numbers, names = "|".join(map(str, layers)), "|".join(map(re.escape, targets))
-    return rf"{re.escape(blocks_name)}\.({numbers})\.(?:.*\.)?({names})"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-
-
 def _train_only(
     model: PreTrainedModel, blocks_name: str, layers: tuple[int, ...], num_layers: int
 ) -> None:
@@ -474,4 +438,22 @@ def _check_head(model: PreTrainedModel, config: HeadConfig) -> None:
         raise UserError(
             f"{type(model).__name__} turns hidden states into logits in a way operando does not "
             f"know (relative gap {gap:.3f}); its log-probs would be wrong"
+        )
+
+
+def _check_dropout(model: PreTrainedModel, recomputed: Sequence[nn.Module]) -> None:
+    """Refuse a model whose training forward draws random numbers: its ratios would not be 1."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    seen: list[Tensor] = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(), _recomputing(recomputed), torch.enable_grad():
+            torch.manual_seed(seed)
+            out = model.get_decoder()(input_ids=ids, use_cache=False)
+            seen.append(out.last_hidden_state.detach().float())
+    gap = float((seen[0] - seen[1]).abs().max() / seen[0].abs().max().clamp(min=1e-6))
+    if gap > 1e-2:
+        raise UserError(
+            f"{type(model).__name__} draws random numbers in the training forward, as dropout does "
+            f"(two passes differ by {gap:.1%}): old and new log-probs would be of different "
+            "networks. Set its dropout to 0 in config.json, or model.gradient_checkpointing = false"
         )

@@ -96,7 +96,7 @@ def fit(
         assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         tokens += int((labels_BS != IGNORED).sum())
         losses = [*losses, float(loss.detach())][-FINAL:]

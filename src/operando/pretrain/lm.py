@@ -182,7 +182,7 @@ def pretrain(
         loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         tokens += int(mask_BS.sum())
         losses.append(float(loss.detach()))

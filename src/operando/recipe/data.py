@@ -28,8 +28,9 @@ class ModelConfig(Config):
     file, or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub id; absent means the hub's main."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights. Trained weights and all losses are float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights. Trained weights and all losses are float32, so bfloat16 needs `lora`.
+    (No float16: its gradients need a loss scale, which operando does not have.)"""
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
     quantization: Literal["none", "nf4"] = "none"

@@ -78,7 +78,8 @@ class GspoTokenLoss(Config):
 
 class CispoLoss(Config):
     kind: Literal["cispo"]
-    clip_high: float = Field(default=5.0, gt=0)
+    clip_high: float = Field(default=4.0, gt=0)
+    """The importance weight is cut at 1 + clip_high; the default is the published bound of 5."""
 
 
 PolicyLossConfig = Annotated[ClipLoss | GspoTokenLoss | CispoLoss, Field(discriminator="kind")]

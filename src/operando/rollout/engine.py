@@ -314,7 +314,7 @@ class Engine:
         return Decoded(self._norm(x_BD, weights.norm_D), below_BD)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
     def _rope_table(self, length: int, like: Tensor) -> Rope:
         positions = torch.arange(length, device=like.device)[None]

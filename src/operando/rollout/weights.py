@@ -61,13 +61,13 @@ class Weights(NamedTuple):
 def gather_weights(model: PreTrainedModel, norm_offset: float) -> Weights:
     """Return the model's weights; LoRA factors are cast and scaled once for this rollout.
 
-    `norm_offset` is added to every norm's weight (Gemma: 1).
+    `norm_offset` is added to every norm's weight (Gemma: 1), in float32 as Gemma does.
     """
     decoder = model.get_decoder()
 
     def norm(module: nn.Module) -> Tensor:
         weight = whole(module.get_parameter("weight"))
-        return weight + norm_offset if norm_offset else weight
+        return weight.float() + norm_offset if norm_offset else weight
 
     return Weights(
         embed_VD=whole(model.get_input_embeddings().get_parameter("weight")),

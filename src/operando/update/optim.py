@@ -78,13 +78,17 @@ def apply_update(
     gradient_transforms: Sequence[GradientTransform] = (),
     update_transforms: Sequence[UpdateTransform] = (),
 ) -> UpdateStats:
-    """Take one step with the gradients that are there, then clear them."""
+    """Take one step with the gradients that are there, then clear them.
+
+    A gradient that is not finite raises FloatingPointError before any weight has moved: a clip
+    would let NaN through, and turn inf into NaN.
+    """
     without = tuple(name for name, p in policy.items() if p.grad is None or not whole(p.grad).any())
     metrics: dict[str, float] = {}
     for transform in gradient_transforms:
         metrics |= transform(policy)
-    grad_norm = _clip(list(policy.values()), config.max_grad_norm)
-    _clip(critic, config.max_grad_norm)
+    grad_norm = clip_gradients(policy, config.max_grad_norm)
+    clip_gradients({f"value_head.{i}": p for i, p in enumerate(critic)}, config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     before = {name: p.detach().clone() for name, p in policy.items()}
@@ -97,10 +101,18 @@ def apply_update(
     return UpdateStats(grad_norm, update_norm, config.lr * factor, without, metrics)
 
 
-def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to `max_norm`, in place; return the norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+def clip_gradients(parameters: Parameters, max_norm: float) -> float:
+    """Scale gradients down to `max_norm`, in place; return the norm before. It must be finite."""
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
     norm = global_norm(grads)
+    if not math.isfinite(norm):
+        bad = [
+            name
+            for name, p in parameters.items()
+            if p.grad is not None and not whole(p.grad).isfinite().all()
+        ]
+        where = f"{len(bad)} of {len(parameters)} tensors, first {bad[0]}" if bad else "in the sum"
+        raise FloatingPointError(f"the gradient's norm is {norm}: not finite in {where}")
     if norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)
