@@ -103,7 +103,7 @@ def test_adapter_loads_in_plain_peft(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.equal(theirs, ours)
     assert not torch.equal(untrained, ours)  # else the adapter did nothing
     config = json.loads((folder / "checkpoints/step_00002/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "starter"
+    assert config["base_model_name_or_path"] == str(STARTER)
     assert config["layers_to_transform"] == [3, 4, 5]
 
 

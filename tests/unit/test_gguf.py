@@ -27,7 +27,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 def tiny_llama(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256 + 1,
+        vocab_size=len(SPECIAL) + 256 + 2,
         hidden_size=HIDDEN,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -65,12 +65,12 @@ def write_gguf(
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges(["1 2", "12 3"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(tokens.index(eos))
     writer.add_unk_token_id(0)
@@ -225,7 +225,7 @@ def test_cut_file(tiny: Path, home: Path, keep: float) -> None:
 
 def test_architecture_transformers_does_not_know(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", tiny_llama(0), architecture="rwkv6")
-    with pytest.raises(UserError, match=r"can't be converted .*rwkv6"):
+    with pytest.raises(UserError, match=r"'rwkv6' is not served.* llama, qwen2, qwen3"):
         import_gguf(file)
 
 

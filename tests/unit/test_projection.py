@@ -13,7 +13,7 @@ from torch import Tensor
 from operando.errors import UserError
 from operando.internals.directions import DirectionSet, denoise, unit
 from operando.models.load import Loaded
-from operando.models.policy import Policy
+from operando.models.policy import Policy, recomputed_blocks
 from operando.recipe import LoraConfig, ModelConfig, OptimConfig, ProjectionConfig
 from operando.run import SeedTree
 from operando.update import projection as pj
@@ -283,7 +283,7 @@ def test_token_mode_is_the_same_in_parts_and_under_checkpointing(tmp_path: Path)
             assert isinstance(site.module, torch.nn.Linear)
             torch.nn.init.normal_(site.module.weight, generator=torch.Generator().manual_seed(0))
         if checkpointing:
-            policy.base.activation_checkpointing_enable({"use_reentrant": False})
+            recomputed_blocks(policy.base)
             policy.base.train()
         ids = torch.randint(2, 258, (4, 12), generator=torch.Generator().manual_seed(1))
         for part in ids.split(2 if split else 4):

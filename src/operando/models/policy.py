@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,16 @@ from jaxtyping import Float
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from operando import parallel
 from operando.errors import UserError
+from operando.models.folders import save_folder
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks, is_apart, is_multimodal, parse_layer_set
-from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype
+from operando.models.load import Loaded, head_weight, is_llama_like, lora_in_model_dtype, resolve
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.lora import with_lora
 from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
@@ -121,12 +125,7 @@ class Policy:
             self.model: PreTrainedModel | PeftModel = base
         else:
             self.model = with_lora(base, self.blocks_name, self.layers, config, seeds)
-        # transformers recomputes a block where the block's own flag says training; the modules
-        # inside stay in eval mode, so that no dropout acts.
-        self._recomputed: list[nn.Module] = []
-        if config.gradient_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-            self._recomputed = [m for m in base.modules() if vars(m).get("gradient_checkpointing")]
+        self._recomputed = recomputed_blocks(base) if config.gradient_checkpointing else []
         self.base = base
         _check_dropout(base, self._recomputed)
         # Packs need an attention mask of their own; plain causal attention is sure to obey it.
@@ -177,13 +176,12 @@ class Policy:
         if isinstance(self.model, PeftModel):
             config = self.model.peft_config["default"]
             config.inference_mode = True
-            config.base_model_name_or_path = self.config.id  # not the path it was loaded from
+            config.base_model_name_or_path = resolve(self.config.id)  # what AutoPeft can open here
             config.save_pretrained(str(folder))
             config.inference_mode = False
             save_file(dict(weights), folder / "adapter_model.safetensors", {"format": "pt"})
         else:
-            self.base.save_pretrained(folder, state_dict=dict(weights))
-            self.tokenizer.save_pretrained(folder)
+            save_folder(folder, self.base, self.tokenizer, weights)
 
     def micro_batches(
         self, batch: Batch, rows: Sequence[int] | None, micro_tokens: int
@@ -347,6 +345,22 @@ class Policy:
             value_BT,
             credit_BT,
         )
+
+
+def recomputed_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Set every block to be recomputed in the backward pass where its own flag says training.
+
+    The modules inside stay in eval mode, so that no dropout acts.
+    """
+    blocks: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    if not blocks:
+        raise UserError(f"model.gradient_checkpointing: {type(model).__name__} can't recompute")
+    for block in blocks:
+        recompute = partial(checkpoint, use_reentrant=False)
+        vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=recompute)
+    return blocks
 
 
 @contextmanager

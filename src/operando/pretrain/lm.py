@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from operando.errors import UserError
+from operando.models.folders import save_folder
 from operando.models.recursive import RecursiveCausalLM, preset
 from operando.recipe import MixtureRecipe, PretrainRecipe
 from operando.tasks.words import is_held_out, make_problem
@@ -189,8 +190,7 @@ def pretrain(
         rate = tokens / (time.monotonic() - started)
         on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
     out = Path(recipe.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_folder(out, model, tokenizer)
     facts = {
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -22,6 +22,7 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from operando.models.folders import save_folder
 from operando.models.load import pad_id, pick_device
 from operando.pretrain.fit import IGNORED, Batch, fit, forget_state
 from operando.pretrain.lm import CHAT_TEMPLATE, EOS, PAD, PretrainProgress, build_model
@@ -138,8 +139,7 @@ def pretrain_mixture(
     min_loops = recipe.model.min_loops
     fitted = fit(model, recipe, steps, batch_at, digest, resume, on_step, min_loops)
     out = Path(recipe.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_folder(out, model, tokenizer)
     facts = {
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "sources": manifest_of(taken),

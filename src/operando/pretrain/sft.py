@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
+from operando.models.folders import save_folder
 from operando.models.load import load_model, pad_id
 from operando.pretrain.fit import IGNORED, Batch, fit, forget_state
 from operando.pretrain.lm import PretrainProgress
@@ -125,8 +126,7 @@ def finetune(
     steps, min_loops = num_steps(recipe), recipe.min_loops
     fitted = fit(model, recipe, steps, batch_at, digest, resume, on_step, min_loops)
     out = Path(recipe.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_folder(out, model, tokenizer)
     manifest = {
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "model": identity,

@@ -16,9 +16,10 @@ class LoraConfig(Config):
     """Rank r of the update B A."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+    )
     """Names of the linear modules inside a decoder block that get an update."""
 
 

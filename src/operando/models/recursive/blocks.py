@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from operando.models.recursive.configuration import MODULATED, RecursiveConfig
@@ -84,8 +85,8 @@ class ModulatedLinear(nn.Linear):
         """Set the bases to the leading singular directions of the weight as it is now."""
         rank = len(self.basis_in)
         left, values, right = torch.linalg.svd(self.weight.float(), full_matrices=False)
-        self.basis_in.copy_(right[:rank])
-        self.basis_out.copy_(left[:, :rank] * values[:rank])
+        initialization.copy_(self.basis_in, right[:rank])  # but not where they were loaded
+        initialization.copy_(self.basis_out, left[:, :rank] * values[:rank])
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x) + F.linear(F.linear(x, self.basis_in) * z, self.basis_out)
