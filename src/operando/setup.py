@@ -127,6 +127,7 @@ def set_up(
     if parallel.rank() == 0:
         run.note(
             model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
+            model_type=loaded.model.config.model_type,
             data=dict(task.source), prompts_sha256=prompts_sha256, sampler=sampler.name,
         )  # fmt: skip
         for warning in hygiene.check_machine():

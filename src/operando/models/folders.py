@@ -14,7 +14,20 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from operando.models.recursive import RecursiveCausalLM
 from operando.run import write_json
+
+RECURSIVE_CARD = """# A recursive language model
+
+transformers learns of its class from operando, in the process that loads it:
+
+```python
+import operando.models.recursive
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")
+```
+"""
 
 Json = dict[str, object]
 
@@ -28,6 +41,8 @@ def save_folder(
     """Write model and tokenizer into a folder; `weights` stand for the model's own, if given."""
     model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(folder)
+    if isinstance(model, RecursiveCausalLM):
+        (folder / "README.md").write_text(RECURSIVE_CARD, encoding="utf-8")
     _edit(folder / "config.json", with_rope_of_4)
     _edit(folder / "tokenizer_config.json", _with_class_of_4)
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from operando.audit.findings import series
 from operando.errors import UserError
+from operando.models.recursive import RecursiveConfig
 from operando.recipe import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
 from operando.run import atomic_path
@@ -145,12 +146,14 @@ def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
     where = f'resolve("{model.id}")' if ours else f'"{model.id}"'
     revision = f', revision="{model.revision}"' if model.revision is not None else ""
     imports = ["from operando.models.load import resolve"] if ours else []
+    recursive = manifest.get("model_type") == RecursiveConfig.model_type
+    first = ["import operando.models.recursive"] if recursive else []
     if model.lora is None:
-        lines = [f"from transformers import {auto}, AutoTokenizer", "",
+        lines = [*first, f"from transformers import {auto}, AutoTokenizer", "",
                  f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
                  'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")']  # fmt: skip
     else:
-        lines = [*imports, "from peft import PeftModel",
+        lines = [*first, *imports, "from peft import PeftModel",
                  f"from transformers import {auto}, AutoTokenizer", "",
                  f"base = {auto}.from_pretrained({where}{revision})",
                  'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',

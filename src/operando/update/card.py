@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from operando.models.load import auto_class
 from operando.models.policy import Policy
+from operando.models.recursive import RecursiveCausalLM
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 
@@ -26,6 +27,10 @@ def draft_card(recipe: Recipe, step: int, policy: Policy) -> str:
         if lora is not None
         else f"{auto}.from_pretrained(HERE)"
     )
+    first = "import operando.models.load\n" if own else ""
+    if isinstance(policy.base, RecursiveCausalLM):
+        first += "import operando.models.recursive\n"  # transformers learns of the class from it
+    first += "from peft import PeftModel\n" if lora is not None else ""
     kind = f"LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora is not None else "full parameters"
     return f"""---
 base_model: {recipe.model.id}
@@ -39,9 +44,7 @@ tags: [operando, reinforcement-learning]
 Not evaluated in this card: see `results.json` and `evals/` of the run.
 
 ```python
-{"import operando.models.load" if own else "# the base model is loaded by its name"}
-from peft import PeftModel
-from transformers import {auto}
+{first}from transformers import {auto}
 
 model = {load}
 ```

@@ -74,10 +74,38 @@ class RecursiveConfig(PreTrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
+        self._check_shape()
         for key in ("num_hidden_layers", "head_dim", "model_type"):
             kwargs.pop(key, None)  # they follow from the others
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
+
+    def _check_shape(self) -> None:
+        """Refuse a shape that the forward could not run, or a setting that could mean nothing."""
+        heads, loops = self.num_attention_heads, self.num_loops
+        narrow = min(self.hidden_size, self.core_intermediate_size)
+        threshold = self.halt_threshold
+        rules = {
+            f"num_attention_heads = {heads} must divide hidden_size = {self.hidden_size} into "
+            "heads of an even size": heads > 0 and self.hidden_size % (2 * heads) == 0,
+            f"num_key_value_heads = {self.num_key_value_heads} must divide num_attention_heads = "
+            f"{heads}": self.num_key_value_heads > 0 and heads % self.num_key_value_heads == 0,
+            f"mod_rank = {self.mod_rank} must be 1 to {narrow}, the smaller side of a core matrix":
+                1 <= self.mod_rank <= narrow,
+            f"num_core_blocks = {self.num_core_blocks} must be at least 1":
+                self.num_core_blocks > 0,
+            f"num_loops = {loops} must be 1 to max_loops = {self.max_loops}":
+                1 <= loops <= self.max_loops,
+            f"min_loops = {self.min_loops} must be 1 to num_loops = {loops}":
+                1 <= self.min_loops <= loops,
+            f"draft_tokens = {self.draft_tokens} must be 0 to num_speculative_heads = "
+            f"{self.num_speculative_heads}": 0 <= self.draft_tokens <= self.num_speculative_heads,
+            f"halt_threshold = {threshold} is compared with a probability: above 0 and at most 1, "
+            "or None": threshold is None or 0 < threshold <= 1,
+        }  # fmt: skip
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise UserError(f"RecursiveConfig: {'; '.join(broken)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from operando.errors import UserError
 from operando.models.caches import CACHE
 from operando.models.recursive.blocks import AnchorAttention, CoreBlock, Layer, ModulatedLinear
 from operando.models.recursive.cache import SlotCache
@@ -147,6 +148,11 @@ class RecursiveModel(RecursivePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert isinstance(inputs_embeds, Tensor), "neither input_ids nor inputs_embeds"
         past = past_key_values if cache is None else cache
+        if isinstance(past, StaticCache):
+            raise UserError(
+                "a static cache has room for whole sequences, and the core keeps one latent a "
+                "token for all its loops: leave cache_implementation out"
+            )
         if past is None and use_cache:
             past = DynamicCache()
         position_BT, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
@@ -326,10 +332,19 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         past_key_values: Past = None,
         logits_to_keep: int = 0,
+        num_loops: int | None = None,
+        halt_threshold: float | None = None,
+        exit_loops: Tensor | None = None,
+        output_loop_states: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalOutput:
         """Return the logits of the last loop (`logits_to_keep` 0: all positions); see the decoder
-        for num_loops, halt_threshold, exit_loops and output_loop_states."""
+        for num_loops, halt_threshold (generate takes both), exit_loops and output_loop_states.
+
+        num_items_in_batch: of how many tokens the loss is a mean, where a Trainer gathers the
+        gradients of several parts of a batch; None means of these.
+        """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -338,12 +353,20 @@ class RecursiveCausalLM(RecursivePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            num_loops=num_loops,
+            halt_threshold=halt_threshold,
+            exit_loops=exit_loops,
+            output_loop_states=output_loop_states,
             **kwargs,
         )
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            each, target = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(each, target)
+            else:
+                loss = F.cross_entropy(each, target, reduction="sum") / num_items_in_batch
         result = CausalOutput(
             loss=loss,
             logits=logits,
