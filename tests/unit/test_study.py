@@ -162,14 +162,19 @@ def test_runs_without_a_promise_are_refused(tmp_path: Path) -> None:
 # --- claims --------------------------------------------------------------------------------------
 
 
-def planted(trained: float, still: float, spread: float = 0.02, problems: int = 400) -> Values:
-    """Two arms of two seeds with about these pass rates, on problems both answer alike."""
+def planted(
+    trained: float, still: float, spread: float = 0.02, problems: int = 400, wobble: float = 0.0
+) -> Values:
+    """Two arms of two seeds with about these pass rates, on problems both answer alike.
 
-    def arm(rate: float) -> np.ndarray:
+    `wobble` is added to the second seed of the trained arm: else both pairs differ alike.
+    """
+
+    def arm(rate: float, more: float = 0.0) -> np.ndarray:
         rank = (np.arange(problems) + 0.5) / problems
-        return np.array([rank < rate - spread / 2, rank < rate + spread / 2], dtype=float)
+        return np.array([rank < rate - spread / 2, rank < rate + spread / 2 + more], dtype=float)
 
-    values = {"trained": arm(trained), "still": arm(still)}
+    values = {"trained": arm(trained, wobble), "still": arm(still)}
     for name in ("trained", "still"):
         values[base_of(name)] = (np.arange(problems) < 0.3 * problems)[None].astype(float)
     return {name: {"pass": v, "cut": np.zeros_like(v)} for name, v in values.items()}
@@ -201,7 +206,7 @@ SAME = "kind='equivalence', arm='trained', versus='still', metric='pass', margin
         (RATE, 0.05, 0.5, "supported"),
         (RATE, 0.9, 0.5, "falsified"),
         (RATE, 0.3, 0.5, "undecided"),
-        (SAME, 0.3, 0.3, "supported"),
+        (SAME, 0.3, 0.3, "undecided"),
         (SAME, 0.5, 0.3, "falsified"),
         (SAME, 0.35, 0.3, "undecided"),
     ],
@@ -213,8 +218,13 @@ def test_planted_truths_are_judged_so(
 
 
 def test_runs_that_agree_on_few_problems_prove_no_equivalence() -> None:
-    assert verdict(SAME, planted(0.5, 0.5, problems=16))[0] == "undecided"
-    assert verdict(SAME, planted(0.5, 0.5, problems=400))[0] == "supported"
+    assert verdict(SAME, planted(0.5, 0.5, problems=16, wobble=0.07))[0] == "undecided"
+    assert verdict(SAME, planted(0.5, 0.5, problems=400, wobble=0.005))[0] == "supported"
+
+
+def test_runs_that_are_alike_to_the_last_answer_test_nothing() -> None:
+    said = verdict(SAME, planted(0.5, 0.5))
+    assert said[0] == "undecided" and "all alike, so no test, over 2 seed pairs" in said[1]
 
 
 def test_a_sentence_names_verdict_claim_and_number() -> None:
@@ -297,7 +307,7 @@ def test_the_pareto_front_is_taken_seed_by_seed() -> None:
 
 def test_the_page_says_everything(tmp_path: Path) -> None:
     study = recipe_with(f"claims.A={{text='It rises.', {DIFFERENCE}}}")
-    values = planted(0.3, 0.3)
+    values = planted(0.3, 0.3, wobble=0.005)
     result = StudyResult(
         study, rows_of(study, values), judge_claims(study, values),
         visible_differences(study, values), pareto_points(study, values), ["seeds [5]"],
@@ -306,7 +316,8 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
     page = study_page(result)
     assert "- A falsified: It rises." in page and "Amended after preregistration: seeds [5]" in page
     assert "| pass | trained | 2 | 30.0%" in page and "not significant" in page
-    assert "differ by 1.4 points (SD), so 2 seeds an arm show a difference of 8.0 points" in page
+    assert "has a standard error of" in page and "so 2 seeds an arm show one of" in page
+    assert "two seeds find a difference where there is none in about 11 % of studies" in page
     assert "cut: the runs of an arm are all alike" in page
 
 

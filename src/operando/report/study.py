@@ -78,9 +78,9 @@ def visible_sentences(result: StudyResult) -> list[str]:
         text = f"{v.metric}: the runs of an arm are all alike, so what the seeds can see is unknown"
         if v.difference is not None:
             text = (
-                f"{v.metric}: runs of one arm differ by {100 * v.sd:.1f} points (SD), so "
-                f"{v.num_seeds} seeds an arm show a difference of {100 * v.difference:.1f} points "
-                "with 80 % power"
+                f"{v.metric}: a difference to the control has a standard error of "
+                f"{100 * v.se:.1f} points, paired by seed and problem, so {v.num_seeds} seeds an "
+                f"arm show one of {100 * v.difference:.1f} points with 80 % power"
             )
         sentences.append(f"{text}.")
     return sentences
@@ -144,7 +144,8 @@ def _test_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         if row.against_control is not None:
             texts = [row.metric, row.arm]
             for test in (row.against_control.seed_paired, row.against_control.problem_paired):
-                texts += [points(test.difference), str(test.df), f"{test.p_value:.2g}"]
+                chance = "all alike" if test.p_value is None else f"{test.p_value:.2g}"
+                texts += [points(test.difference), str(test.df), chance]
             cells.append(tuple(texts))
     return cells
 

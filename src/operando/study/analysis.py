@@ -55,10 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Visible:
-    """The smallest difference that two arms of so many runs show with 80 % power."""
+    """The smallest difference to the control that the headline test shows with 80 % power."""
 
     metric: str
-    sd: float  # between the runs of an arm, pooled over arms
+    se: float  # of an arm minus the control, paired by seed and problem, pooled over arms
     difference: float | None  # None where all runs are alike
     num_seeds: int
 
@@ -134,12 +134,18 @@ def _adjusted(rows: Sequence[Row]) -> list[Row]:
 
 
 def visible_differences(study: StudyRecipe, values: Values) -> list[Visible]:
-    """Return for each metric what this number of seeds can see, from the runs' own spread."""
+    """Return for each metric what this design can see, by the error of its own headline test."""
     found = []
     for metric in study.metrics:
-        variances = [values[arm][metric].mean(1).var(ddof=1) for arm in study.arms]
-        sd, n = float(np.sqrt(np.mean(variances))), len(study.seeds)
-        found.append(Visible(metric, sd, smallest_difference(sd, n) if sd > 0 else None, n))
+        tests = [
+            row.against_control.hierarchical
+            for row in rows_of(study, values)
+            if row.metric == metric and row.against_control is not None
+        ]
+        se = float(np.sqrt(np.mean([test.se**2 for test in tests]))) if tests else 0.0
+        df = float(np.median([test.df for test in tests if test.se > 0])) if se > 0 else 0.0
+        difference = smallest_difference(se, df) if se > 0 else None
+        found.append(Visible(metric, se, difference, len(study.seeds)))
     return found
 
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import brentq
-from scipy.stats import binomtest, fisher_exact, nct
+from scipy.stats import binomtest, chi2, fisher_exact, norm
 from scipy.stats import t as student
 
 from operando.study.stats import RESAMPLES, Interval, t_interval, wilson
 
+QUANTILES = 4000
 CHUNK = 1000  # bootstrap resamples computed at once
 
 
@@ -25,7 +26,7 @@ class PairedT(NamedTuple):
     """A paired t-test. Example: PairedT(Interval(0.2, 0.1, 0.3), p_value=0.013, df=2)"""
 
     difference: Interval
-    p_value: float
+    p_value: float | None  # None: all pairs are alike, so nothing was tested
     df: int
 
 
@@ -35,13 +36,15 @@ class Hierarchical(NamedTuple):
     interval: Interval
     p_value: float  # two-sided, of a mean of zero; belongs to `interval`
     percentile: Interval  # the plain percentile limits, too narrow for few seeds
+    se: float  # standard error of the mean and its degrees of freedom; 0 where nothing varies
+    df: float
 
 
 class Tost(NamedTuple):
     """Two one-sided tests. Example: Tost(Interval(0.01, -0.02, 0.04), p_value=0.02, n=5)"""
 
     difference: Interval  # 95 % Student limits
-    p_value: float  # of the hypothesis that the arms differ by the margin or more
+    p_value: float | None  # that the arms differ by the margin or more; None: nothing varies
     n: int
 
 
@@ -56,7 +59,7 @@ def paired_t(differences: Sequence[float], level: float = 0.95) -> PairedT:
     interval = t_interval(differences, level)
     sd = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1))
     if sd == 0:
-        return PairedT(interval, 1.0 if interval.value == 0 else 0.0, n - 1)
+        return PairedT(interval, None, n - 1)
     ratio = abs(interval.value) / (sd / math.sqrt(n))
     return PairedT(interval, float(2 * student.sf(ratio, n - 1)), n - 1)
 
@@ -89,7 +92,7 @@ def hierarchical_bootstrap(
         miss = 1 - (alpha / 2) ** (1 / num_problems)
         around = Interval(mean, max(-1.0, mean - miss), min(1.0, mean + miss))
         p_value = 1.0 if mean == 0 else min(1.0, 2 * 0.5**num_problems)
-        return Hierarchical(around, p_value, Interval(mean, mean, mean))
+        return Hierarchical(around, p_value, Interval(mean, mean, mean), 0.0, num_seeds - 1)
     means = _resampled_means(values_SP, seed, resamples)
     var_seeds = float(values_SP.mean(1).var(ddof=1)) / num_seeds
     var_problems = float(values_SP.mean(0).var(ddof=1)) / num_problems
@@ -103,6 +106,8 @@ def hierarchical_bootstrap(
         Interval(mean, max(-1.0, mean - half), min(1.0, mean + half)),
         float(2 * student.sf(abs(mean) / math.sqrt(var), df)),
         Interval(mean, float(low), float(high)),
+        math.sqrt(var),
+        df,
     )
 
 
@@ -157,31 +162,35 @@ def tost(differences: Sequence[float], margin: float) -> Tost:
     interval = t_interval(differences)
     se = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1)) / math.sqrt(n)
     if se == 0:
-        return Tost(interval, 0.0 if abs(interval.value) < margin else 1.0, n)
+        return Tost(interval, None, n)
     above = student.sf((interval.value + margin) / se, n - 1)
     below = student.cdf((interval.value - margin) / se, n - 1)
     return Tost(interval, float(max(above, below)), n)
 
 
-def smallest_difference(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Return the difference of two arms of n runs each that a two-sided t-test sees with `power`.
+def smallest_difference(se: float, df: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Return the difference that a two-sided t-test with this standard error sees with `power`.
 
-    The runs' standard deviation is `sd`; solves P(|T'| > t_{1-alpha/2}) = power for the noncentral
-    T' with 2n - 2 df and noncentrality d / (sd sqrt(2/n)).
+    Solves P(|T'| > t_{1-alpha/2}) = power for the noncentral T' with `df` degrees of freedom and
+    noncentrality d / se. The standard error is that of the test that is reported: of a difference
+    paired by seed and problem, say, and not of two arms by themselves.
     """
-    assert sd >= 0 and n > 1 and alpha < power < 1, f"sd = {sd}, n = {n}, power = {power}"
-    df = 2 * n - 2
+    assert se >= 0 and df > 0 and alpha < power < 1, f"se = {se}, df = {df}, power = {power}"
     limit = float(student.ppf(1 - alpha / 2, df))
 
+    # Over the quantiles of the variance's chi-square; scipy's noncentral t is NaN at 1 df.
+    share = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    at = limit * np.sqrt(chi2.ppf(share, df) / df)
+
     def short(shift: float) -> float:
-        return float(nct.sf(limit, df, shift) + nct.cdf(-limit, df, shift)) - power
+        return float((norm.sf(at - shift) + norm.cdf(-at - shift)).mean()) - power
 
     high = 1.0
     while short(high) < 0:
         high *= 2
     shift = brentq(short, 0.0, high)
     assert isinstance(shift, float)
-    return shift * sd * math.sqrt(2 / n)
+    return shift * se
 
 
 def exact_share(count: int, n: int) -> Interval:
