@@ -79,6 +79,10 @@ class Math500TaskConfig(Config):
     is a test set and has no training split of its own, so training needs this."""
     test: str = "HuggingFaceH4/MATH-500"
     """A hub id, or a local file as `train`; the held-out split."""
+    grader: Literal["ours", "math_verify"] = "ours"
+    """Who says that two answers are equal. ours: spellings, numbers, units and lists, nothing
+    simplified. math_verify: Math-Verify as shipped, a computer algebra system, which needs the
+    extra `operando[math]`."""
 
 
 class MmluTaskConfig(Config):
