@@ -294,6 +294,22 @@ def test_every_gold_solution_is_right() -> None:
 
 
 @needs_data
+def test_every_gold_solution_is_right_by_math_verify() -> None:
+    pytest.importorskip("math_verify")
+    config = Math500TaskConfig(kind="math500", test=str(FILE), grader="math_verify")
+    task = load_math500(config)
+    assert [e.id for e in task.held_out if not task.verify(e, e.solution, False).correct] == []
+
+
+@needs_data
+def test_no_gold_is_its_own_square_or_cube() -> None:
+    golds = {
+        e.answer for e in load_math500(Math500TaskConfig(kind="math500", test=str(FILE))).held_out
+    }
+    assert [g for g in golds if same_answer(f"{g}^2", g) or same_answer(f"{g}^3", g)] == []
+
+
+@needs_data
 def test_no_two_golds_that_differ_are_taken_for_the_same() -> None:
     """Of the neighbours in the file each is wrong for the other, save where they do agree."""
     task = load_math500(Math500TaskConfig(kind="math500", test=str(FILE)))

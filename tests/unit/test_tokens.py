@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from operando.models.tokens import (
     text_ids,
 )
 from operando.pretrain.sft import encode_pairs
-from operando.recipe import ModelConfig, PromptConfig
+from operando.recipe import ModelConfig, PromptConfig, RolloutConfig
 from operando.rewards.formats import is_one_block, whole_answer
 from operando.rollout.engine import Engine
 from operando.rollout.sampler import Sampling, finish
@@ -292,8 +293,8 @@ def test_a_stop_text_that_no_completion_holds_is_refused(stop: str) -> None:
     tokenizer = byte_bpe()
     with pytest.raises(UserError, match=r"rollout\.stop = .* can't be found.*</s>"):
         check_stop(tokenizer, (tokenizer.eos_token_id,), (stop,))
-    with pytest.raises(UserError, match="empty text"):
-        check_stop(tokenizer, (tokenizer.eos_token_id,), ("",))
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        RolloutConfig(stop=("",))
 
 
 def test_a_sampler_refuses_it_before_it_samples() -> None:
