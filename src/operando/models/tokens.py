@@ -27,7 +27,7 @@ def load_tokenizer(where: str, revision: str | None = None) -> PreTrainedTokeniz
         where, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
     )
     kind = AutoTokenizer if file is None else PreTrainedTokenizerFast
-    tokenizer = kind.from_pretrained(where, revision=revision)
+    tokenizer = kind.from_pretrained(where, revision=revision or "main")
     assert isinstance(tokenizer, PreTrainedTokenizerBase), type(tokenizer)
     return tokenizer
 
@@ -120,7 +120,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
     Without beginning, end and padding tokens. Every other special token stands as it is spelled:
     a <think> that is registered as special is part of the answer.
     """
-    hidden = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    hidden = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     shown = [i for i in ids if i not in hidden]
     text = tokenizer.decode(shown, clean_up_tokenization_spaces=False)
     assert isinstance(text, str), type(text)

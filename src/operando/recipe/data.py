@@ -170,7 +170,7 @@ class PromptConfig(Config):
     """Text of a worked example's answer, for `few_shot`."""
     prefill: str = ""
     """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
-    steps count it as part of the answer, as they do a <think> that the template itself ends with."""
+    steps count it as part of the answer, as they do a <think> that the template ends with."""
     separator: str = "\n\n"
     """Between worked examples; raw only."""
     system: str | None = None

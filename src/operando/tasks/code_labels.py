@@ -189,24 +189,29 @@ def same_value(text: str, expected: str) -> bool:
 def _decode(plain: object) -> object:
     """Return the value that `_plain` wrote; bytes, lists of nodes and trees as tagged tuples."""
     match plain:
-        case list():
-            return [_decode(value) for value in plain]
-        case {"f": str(text)} if len(plain) == 1:
-            return float(text)
-        case {"t": list(values)} if len(plain) == 1:
-            return tuple(_decode(value) for value in values)
-        case {"s": list(values)} if len(plain) == 1:
-            return frozenset(_decode(json.loads(value)) for value in values)
-        case {"d": list(pairs)} if len(plain) == 1:
-            return {_decode(json.loads(key)): _decode(value) for key, value in pairs}
-        case {"r": str(text)} if len(plain) == 1:
-            return ("r", text)
-        case {"n": list(values)} if len(plain) == 1:
-            return ("n", [_decode(value) for value in values])
-        case {"o": [str(name), value]} if len(plain) == 1:
-            return ("o", name, _decode(value))
         case None | bool() | int() | str():
             return plain
+        case list():
+            return [_decode(value) for value in plain]
+        case dict():
+            ((tag, held),) = plain.items()
+        case _:
+            raise ValueError(f"not a value: {str(plain)[:80]}")
+    match tag, held:
+        case "f", str():
+            return float(held)
+        case "t", list():
+            return tuple(_decode(value) for value in held)
+        case "s", list():
+            return frozenset(_decode(json.loads(value)) for value in held)
+        case "d", list():
+            return {_decode(json.loads(key)): _decode(value) for key, value in held}
+        case "r", str():
+            return (tag, held)
+        case "n", list():
+            return (tag, [_decode(value) for value in held])
+        case "o", [str(name), value]:
+            return (tag, name, _decode(value))
         case _:
             raise ValueError(f"not a value: {str(plain)[:80]}")
 
