@@ -167,6 +167,13 @@ def test_another_character_in_its_place_is_an_error_too() -> None:
         text_ids(shuffles, ["ab"], "a text")
 
 
+def test_a_character_that_is_added_is_an_error() -> None:
+    adds = byte_bpe()
+    adds._tokenizer.normalizer = normalizers.Replace("a", "ax")
+    with pytest.raises(UserError, match=r"In their place: 'x' x 1"):
+        text_ids(adds, ["la"], "a text")
+
+
 def test_added_spaces_and_composed_accents_are_no_loss() -> None:
     assert text_ids(piece_bpe(), ["a  b\n c"], "a text")
     composes = byte_bpe()
