@@ -148,6 +148,7 @@ def test_spellings_of_one_answer_are_equal(answered: str, gold: str) -> None:
         (r"12\text{ cm}^2", r"12\text{ cm}^3"),
         (r"\$5", r"5\text{ cents}"),
         ("5 million", "5"),
+        (r"5\text{ million dollars}", "5"),
         (r"5\text{ or more}", "5"),
         ("y=3", "x=3"),
         (r"y \in [-2,7]", r"x \in [-2,7]"),
