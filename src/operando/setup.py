@@ -21,6 +21,7 @@ from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
 from operando.models.policy import Policy, Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
+from operando.models.tokens import check_stop
 from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
 from operando.rewards.base import RewardFunction
 from operando.rewards.compose import RewardPart, make_parts
@@ -30,7 +31,7 @@ from operando.rollout.steered import SteeredSampler
 from operando.run import Run, read_manifest, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
-from operando.tasks.prompts import make_prompts
+from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import hygiene
 from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
@@ -105,11 +106,13 @@ def set_up(
         policy.shard()
     train_prompts, held_out_prompts = make_prompt_sets(recipe, task, loaded)
     prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
+    ends = stop_ids(policy.base, loaded.tokenizer)
+    check_stop(loaded.tokenizer, ends, recipe.rollout.stop)
     sampler = make_sampler(
         recipe.rollout.engine,
         policy.base,
         loaded.tokenizer,
-        stop_ids(policy.base, loaded.tokenizer),
+        ends,
         recipe.rollout.max_batch,
     )
     shift = open_shift(recipe, task, policy)
@@ -132,6 +135,8 @@ def set_up(
         )  # fmt: skip
         for warning in hygiene.check_machine():
             run.warn(warning)
+        if unstarted := missing_start(recipe.prompt, loaded.tokenizer):
+            run.warn(unstarted)
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
                 run.warn(f"rewards.{part.name}: trained on a pack whose gate is closed: {why}")

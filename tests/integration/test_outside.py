@@ -72,6 +72,8 @@ def test_three_tasks_from_local_files(
     assert "1 too long" in said.err
     rows = pq.read_table(out[-1]).to_pylist()
     assert [r["task"] for r in rows] == ["gsm8k", "gsm8k", "mmlu", "mmlu", "math500"]
+    assert [r["graded_by"] for r in rows[1:4]] == ["last_number", "mmlu", "mmlu"]
+    assert rows[4]["graded_by"] == "ours"
     first = rows[0]
     assert first["prompt"].endswith("How many pens does Tom have?\nA:")
     assert first["example_id"] == "gsm8k/test/0" and first["answer"] == "5"
@@ -119,6 +121,8 @@ def test_the_runs_own_task_in_another_format(run: Path) -> None:
     [
         (["--tasks", "gsm8q"], "--tasks gsm8q: no such task; .*Did you mean 'gsm8k'"),
         (["--tasks", "words,words"], "named twice"),
+        (["--tasks", "math500", "--grader", "sympy"], "--grader sympy: expected ours or math_ver"),
+        (["--tasks", "gsm8k", "--grader", "ours"], "--grader ours is for math500, which --tasks"),
         (["--tasks", ","], "expected names such as gsm8k,mmlu,math500"),
         (["--tasks", "gsm8k", "--data", "gsm8k"], "expected TASK=PATH"),
         (["--tasks", "gsm8k", "--data", "gsm=x"], "--data gsm=.*Did you mean 'gsm8k'"),

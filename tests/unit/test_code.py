@@ -22,8 +22,10 @@ from operando.tasks.code_labels import (
     extract_code,
     grade_all,
     parse_assert,
+    same_value,
 )
 from operando.tasks.sandbox import Limits
+from operando.tasks.sandbox_child import encode
 from operando.types import Example, Prompt, Rollout
 
 GOOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
@@ -117,10 +119,79 @@ def test_the_pass_rate_is_the_share_of_tests() -> None:
     assert grade(GOOD).pass_rate == 1.0
 
 
-def test_code_is_all_fences_joined_and_an_open_one_runs_to_the_end() -> None:
-    assert extract_code("a ```python\nx\n``` b ```\ny\n``` c") == "x\n\n\ny\n"
-    assert extract_code("```python\nx = 1") == "x = 1"
-    assert extract_code("no fence: x = 1") == ""
+DEF = "def f(n):\n    return 2 * n"
+OWN = "def run_tests():\n    pass"
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("a ```python\nx = 1\n``` b ```\ny = 2\n``` c", "x = 1\n\ny = 2"),
+        ("```python\nx = 1", "x = 1"),
+        ("no fence: x = 1", ""),
+        *(
+            (f"```{tag}\n{DEF}\n```", DEF)
+            for tag in ("", "py", "Python", "python3", " python", "python title=a.py", "PYTHON ")
+        ),
+        (f"~~~python\n{DEF}\n~~~", DEF),
+        (f"````python\n{DEF}\n````", DEF),
+        (f"  ```python\n{DEF}\n  ```", DEF),
+        (f"```python\r\n{DEF}\r\n```\r\n".replace("\n", "\r\n").replace("\r\r", "\r"), DEF),
+        (f"```python\n{DEF}```", DEF),
+        (f"Run:\n```bash\npython f.py\n```\n```python\n{DEF}\n```", DEF),
+        ('```json\n{"a": 1}\n```\n```py\n' + DEF + "\n```", DEF),
+        (f"```python\n{DEF}\n```\nOutput:\n```\nf(3) -> 6\n```", DEF),
+        (f"```python\n{DEF}\n```\nOutput:\n```\nhello\n```", DEF),
+        (f"```python\n{DEF}\n```\nand\n```\n{OWN}\n```", f"{DEF}\n\n{OWN}"),
+        (f"```python\n{DEF}\n```python\n{OWN}\n```", f"{DEF}\n\n{OWN}"),
+        (f"<think>\n```python\ndef f(:\n```\n</think>\n```python\n{DEF}\n```", DEF),
+        (f"<think>\n```python\n{OWN}\n```\n</think>\n```python\n{DEF}\n```", DEF),
+        (f"```python\ndef f(n): return (\n```\nNo:\n```python\n{DEF}\n```", DEF),
+        ("```python\nclass A:\n```\n```python\n    x = 1\n```", "class A:\n\n    x = 1"),
+        ("```bash\nls\n```", ""),
+        ("```python\ndef f(:\n```", "def f(:"),
+        ("```\nprint(1)\n```", "print(1)"),
+    ],
+)
+def test_code_is_the_python_of_all_fences(completion: str, code: str) -> None:
+    assert extract_code(completion) == code
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "same"),
+    [
+        (6.0, 6, True),
+        (True, 1, True),
+        (2, 2.0, True),
+        ([1.0, (True, None)], [1, (1, None)], True),
+        ({1: 2.0}, {1.0: 2}, True),
+        ({1.0, 2}, {1, 2}, True),
+        (float("nan"), float("nan"), True),  # a test that the canonical solution passes
+        (6, 7, False),
+        (0.1 + 0.2, 0.3, False),
+        ([1], (1,), False),
+        ("6", 6, False),
+        (None, 0, False),
+        (None, False, False),
+        ([], None, False),
+        ({"f": "6.0"}, 6, False),  # a dict is no number, whatever it spells
+        ({"t": [1]}, (1,), False),
+        (b"a", "a", False),
+        (b"a", "b'a'", False),
+    ],
+)
+def test_values_are_equal_as_python_has_it(value: object, expected: object, same: bool) -> None:
+    assert same_value(encode(value), encode(expected)) is same
+    assert same_value(encode(expected), encode(value)) is same
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "6.0", "[6", '{"f":"x"}', '{"f":6}', '{"s":[[]]}', '{"d":[[1]]}', '{"x":6}', "9" * 5000,
+     '{"s":["[1]"]}', "[" * 100_000, "NaN", '{"f":"6.0","t":[]}'],
+)  # fmt: skip
+def test_what_is_no_value_is_equal_to_none(text: str) -> None:
+    assert not same_value(text, "6")
 
 
 # --- tests as data -------------------------------------------------------------------------------
@@ -264,6 +335,22 @@ ROW = {
 }  # fmt: skip
 
 
+def test_a_value_that_python_calls_equal_is_no_bad_problem(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    rows = [ROW | {"tests": [[[1, 2], 3.0]]}, ROW | {"id": "other"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"kind": "code", "problems": str(file), "num_held_out": 1}
+    assert load_code(CodeTaskConfig.model_validate(config)).source["dropped"] == 0
+
+
+def test_rows_of_another_kind_are_named_where_all_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "humaneval.jsonl"
+    file.write_text(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():"}) + "\n")
+    config = {"kind": "code", "problems": str(file), "failing": "drop"}
+    with pytest.raises(UserError, match=r"has no problems; 1 rows can't be read, the first: .*:1"):
+        load_code(CodeTaskConfig.model_validate(config))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -272,7 +359,7 @@ ROW = {
         ({"canonical": ""}, "`canonical` must be text"),
         ({"canonical": BAD}, r"canonical solution of add fails: .* gave -7, expected 3"),
         ({"canonical": "def f(:"}, r"canonical solution of add fails: .* gave nothing, expected 3"),
-        ({"tests": [[[1, 2], 3.0]]}, r"gave 3, expected \{\"f\":\"3.0\"\}"),
+        ({"tests": [[[1, 2], 3.5]]}, r"gave 3, expected \{\"f\":\"3.5\"\}"),
         ({"tests": [[1, 2]]}, r"a test must be \[\[argument"),
         ({"tests": "assert"}, "`tests` must be a list"),
     ],

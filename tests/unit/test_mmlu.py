@@ -35,7 +35,41 @@ DEV = "Q?,a,b,c,d,B\n"  # as hendrycks wrote them: no header, letters
         (r"\boxed{A}", "A"),
         ("A.", "A"),
         ("A is right", "A"),
-        ("B or C", "B"),  # the first one
+        ("B or C", None),  # a choice of two is none
+        ("A, B", None),
+        ("The answer is A or B.", None),
+        ("The answer is (A) and (B).", None),
+        (r"\boxed{A} or \boxed{B}", "B"),  # the last that is stated
+        ("Vitamin C is needed, so the answer is B.", "B"),
+        ("<think>Could be A or C.</think>\nC", "C"),
+        ("<think>The answer is A.</think> B", "B"),
+        ("The answer is A.</think>B", "B"),  # the prompt opened it
+        ("<think>The answer is A", None),  # never said
+        ("the answer is d", "D"),
+        ("Answer: (b)", "B"),
+        ("**Answer:** B", "B"),
+        ("answer_B", "B"),
+        ("The correct answer is option C.", "C"),
+        ('Answer: "D"', "D"),
+        ("The answer is A. No, the answer is C.", "C"),
+        ("'C'", "C"),
+        ("b", "B"),
+        ("(b)", "B"),
+        ("\uff22", "B"),  # full-width
+        ("A is wrong; the answer is B", "B"),
+        ("A is wrong; B is right", "B"),
+        ("A could be, but it is D", "D"),
+        ("A Roman emperor, so B", "B"),
+        ("B. Because A is no bone", "B"),
+        ("B, because A is no bone", "B"),
+        ("It is between A and C", None),
+        ("The answer is a dog, which is C", "C"),
+        ("the answer is not A", None),
+        ("A is wrong", None),
+        ("It's not B, I'd say. A isn't it. Then C", "C"),
+        ("It needs vitamin C", "C"),  # a limit
+        ("The bone is D", "D"),
+        (" B\n\nQuestion: Why?\nAnswer: C", "B"),  # a next question of its own
         ("Apples and Bananas", None),  # a letter inside a word
         ("A dog bites: C", "C"),  # the article
         ("a b c d", None),
@@ -44,7 +78,7 @@ DEV = "Q?,a,b,c,d,B\n"  # as hendrycks wrote them: no header, letters
         ("", None),
     ],
 )
-def test_first_letter_that_stands_alone(completion: str, letter: str | None) -> None:
+def test_the_letter_that_a_completion_answers_with(completion: str, letter: str | None) -> None:
     assert find_letter(completion) == letter
 
 

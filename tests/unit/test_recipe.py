@@ -6,12 +6,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from operando.errors import UserError
 from operando.recipe import (
     ClipLoss,
     Config,
     GspoTokenLoss,
+    LoraConfig,
     Recipe,
     RlooAdvantage,
     WordsTaskConfig,
@@ -405,3 +407,8 @@ def test_a_resolved_recipe_writes_every_default() -> None:
 
 def test_a_shipped_recipe_with_a_point_in_its_name_is_found() -> None:
     assert load_recipe("layer_frozen_qwen1.5b").model.layers == "24-27"
+
+
+def test_an_update_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        LoraConfig(targets=())

@@ -202,7 +202,11 @@ FORGERIES = {
         "import pickle\nclass P:\n    def __reduce__(self): return (eval, ('3',))\n"
         "class Solution:\n    def add(self, a, b): return P()"
     ),
-    "bool for int": "class Solution:\n    def add(self, a, b): return float(a + b)",
+    "text for int": "class Solution:\n    def add(self, a, b): return str(a + b)",
+    "equal to everything": (
+        "class E(int):\n    __eq__ = lambda *a: True\n    __hash__ = int.__hash__\n"
+        "class Solution:\n    def add(self, a, b): return [E(a + b)][0]"
+    ),
     "exception as value": "class Solution:\n    def add(self, a, b): raise SystemExit(3)",
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from operando.errors import UserError
 from operando.models.load import load_model, pad_id, stop_ids
 from operando.models.policy import Policy
+from operando.models.tokens import completion_text
 from operando.recipe import FeatureReward, Recipe
 from operando.rewards.base import TrainerState
 from operando.rewards.compose import RewardPart, make_parts, pay
@@ -173,8 +174,7 @@ def gaming_text(bench: _Bench, wrong: Rollout, span: tuple[int, ...]) -> Rollout
     """Return the span, repeated up to the length limit, before a wrong answer."""
     room = bench.recipe.rollout.max_completion_length - len(wrong.completion_ids)
     ids = (span * (room // SPAN + 1))[: max(room, 0)] + wrong.completion_ids
-    text = bench.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
-    assert isinstance(text, str)
+    text = completion_text(bench.loaded.tokenizer, ids)
     return replace(wrong, completion=text, completion_ids=ids, sampling_logp=(0.0,) * len(ids))
 
 

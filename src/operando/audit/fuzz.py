@@ -36,6 +36,7 @@ from operando.rewards.formats import is_one_block
 from operando.run import read_recipe, write_json
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
+from operando.tasks.prompts import answer_so_far
 from operando.types import Example, Prompt, Rollout
 
 EPSILON = 1e-6  # pay is float32
@@ -239,7 +240,8 @@ def _prompt(config: PromptConfig, example: Example, text: str | None = None) -> 
         if config.format == "chat"
         else ()
     )
-    return Prompt(example, asked if text is None else text, (0,), messages, config.prefill)
+    text = asked if text is None else text
+    return Prompt(example, text, (0,), messages, answer_so_far(text, config.prefill))
 
 
 def _made_cases(recipe: Recipe, task: Task, num: int) -> list[Case]:

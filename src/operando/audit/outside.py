@@ -28,6 +28,7 @@ from operando.types import Example, Prompt, Rollout
 
 OUTSIDE = ("gsm8k", "mmlu", "math500")
 GENERATED = ("graph_search", "clrs", "words")  # audit/side_by_side.py
+GRADERS = ("ours", "math_verify")
 DATA_KEYS = ("gsm8k", "gsm8k.train", "mmlu", "math500")
 
 BOX = "Put the final answer in \\boxed{}."
@@ -47,7 +48,7 @@ class OutsideConfig:
     """What to ask, and how. Example: OutsideConfig(("gsm8k", "mmlu"), num=500)
 
     `temperature` None: greedy. `data` maps a task to a local file or hub id. `format` and
-    `few_shot` None: as the run's own prompts.
+    `few_shot` None: as the run's own prompts. `grader` is MATH-500's; None: "ours".
     """
 
     tasks: tuple[str, ...]
@@ -58,6 +59,7 @@ class OutsideConfig:
     samples: int = 1
     few_shot: int | None = None
     max_completion_length: int | None = None
+    grader: str | None = None
 
 
 class Plan(NamedTuple):
@@ -113,7 +115,7 @@ class Outside:
 def outside_config(
     tasks: str | None, prompt: str | None, data: Sequence[str], num: int | None,
     few_shot: int | None, greedy: bool, temperature: float | None, samples: int,
-    max_completion_length: int | None,
+    max_completion_length: int | None, grader: str | None = None,
 ) -> OutsideConfig | None:  # fmt: skip
     """Return the options of `operando eval`, checked; None if nothing but the run's own is asked.
 
@@ -135,12 +137,18 @@ def outside_config(
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     if tasks is not None and not names:
         raise UserError(f"--tasks {tasks!r}: expected names such as {','.join(OUTSIDE)}")
+    if grader is not None and grader not in GRADERS:
+        raise UserError(
+            f"--grader {grader}: expected ours or math_verify.{nearest(grader, GRADERS)}"
+        )
+    if grader is not None and "math500" not in names:
+        raise UserError(f"--grader {grader} is for math500, which --tasks does not name")
     if not names and not data and prompt is None and temperature is None and few_shot is None:
         return None
     return OutsideConfig(
         names, num, None if prompt is None else formats[prompt],
         {key: path for key, _, path in pairs}, temperature, samples, few_shot,
-        max_completion_length,
+        max_completion_length, grader,
     )  # fmt: skip
 
 
@@ -195,8 +203,9 @@ def _check(config: OutsideConfig, names: Sequence[str], recipe: Recipe) -> None:
 def _plan(name: str, config: OutsideConfig, contest: Contest) -> Plan:
     data = config.data or {}
     is_own = name == contest.recipe.task.kind and not any(k.startswith(name) for k in data)
+    is_own = is_own and (name != "math500" or config.grader is None)
     prompt = _prompt(name, config, contest.recipe)
-    task = load_task(contest.recipe.task) if is_own else load_outside(name, data, prompt)
+    task = load_task(contest.recipe.task) if is_own else load_outside(name, config, prompt)
     length = contest.length(config.max_completion_length)
     is_cut = prompt.format == "raw" and not is_own
     stop = contest.recipe.rollout.stop if is_own else NEXT_QUESTION_STOPS if is_cut else ()
@@ -244,9 +253,9 @@ def _fitting(
     return fitting
 
 
-def load_outside(name: str, data: Mapping[str, str], prompt: PromptConfig) -> Task:
+def load_outside(name: str, config: OutsideConfig, prompt: PromptConfig) -> Task:
     """Return a task from `--data` or the hub, whatever the run was trained on."""
-    key = f"--data {name}"
+    key, data = f"--data {name}", config.data or {}
     match name:
         case "mmlu":
             source = data.get("mmlu")
@@ -254,7 +263,8 @@ def load_outside(name: str, data: Mapping[str, str], prompt: PromptConfig) -> Ta
             return load_mmlu(MmluTaskConfig.model_validate({"kind": "mmlu"} | given), key)
         case "math500":
             test = data.get("math500")
-            given = {} if test is None else {"test": test}
+            given = {"grader": config.grader or "ours"}
+            given |= {} if test is None else {"test": test}
             return load_math500(Math500TaskConfig.model_validate({"kind": "math500"} | given), key)
         case _:
             return _load_gsm8k(data, with_train=prompt.few_shot > 0)
@@ -272,7 +282,8 @@ def _load_gsm8k(data: Mapping[str, str], with_train: bool) -> Task:
         train, train_digest = find("gsm8k.train", "train")
         if train_digest == digest:
             raise UserError("--data gsm8k and --data gsm8k.train are the same file")
-    return Task("gsm8k", train, held_out, gsm8k_verifier("last_number"))
+    scorer = "last_number"
+    return Task("gsm8k", train, held_out, gsm8k_verifier(scorer), source={"scorer": scorer})
 
 
 # --- what came of it -----------------------------------------------------------------------------
@@ -342,6 +353,9 @@ def _write(
     after = [j for judged in trained for j in judged]
     columns: dict[str, list[object]] = {
         "task": [n for n, judged in zip(names, base, strict=True) for _ in judged],
+        "graded_by": [
+            plan.task.graded_by for plan, judged in zip(plans, base, strict=True) for _ in judged
+        ],
         "example_id": [j.rollout.prompt.example.id for j in before],
         "sample": [j.rollout.sample for j in before],
         "prompt": [j.rollout.prompt.text for j in before],

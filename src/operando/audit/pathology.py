@@ -44,6 +44,7 @@ from operando.calibrate.source import is_run, open_recursive
 from operando.errors import UserError
 from operando.models.load import pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
+from operando.models.tokens import text_ids
 from operando.recipe import PromptConfig, Recipe, TaskConfig
 from operando.recipe.base import Config
 from operando.recipe_io import apply_override, check
@@ -213,13 +214,11 @@ def gold_texts(subject: Subject) -> Texts:
     context = subject.model.config.max_position_embeddings
     end = tokenizer.eos_token_id
     assert isinstance(end, int), end
-    answers = [
-        [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        for text in (
-            question.worked.replace("{solution}", e.solution).replace("{answer}", e.answer)
-            for e in question.examples
-        )
+    worked = [
+        question.worked.replace("{solution}", e.solution).replace("{answer}", e.answer)
+        for e in question.examples
     ]
+    answers = [[*ids, end] for ids in text_ids(tokenizer, worked, "a gold answer")]
     room = context - max(map(len, answers))
     prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room)
     pairs = [(p.ids, answer) for p, answer in zip(prompts, answers, strict=True)]

@@ -233,7 +233,7 @@ def _question(
         if given is not None:
             task = load_task(given.model_copy(update={"num_train": 1}))
         else:
-            task = _generated(name, num, sizes) or load_outside(name, config.data or {}, prompt)
+            task = _generated(name, num, sizes) or load_outside(name, config, prompt)
     count = config.num or len(task.held_out)
     if count > len(task.held_out):
         raise UserError(f"--num {count}: {name} has {len(task.held_out)} held-out problems")
@@ -375,16 +375,16 @@ def _write(
     file: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Answers]]
 ) -> None:
     columns: dict[str, list[object]] = {
-        key: [] for key in ("model", "example_id", "prompt", "gold", "completion", "correct",
-                            "reason", "truncated", "labels")
+        key: [] for key in ("model", "graded_by", "example_id", "prompt", "gold", "completion",
+                            "correct", "reason", "truncated", "labels")
     }  # fmt: skip
     for model, tasks in answers.items():
         both = zip(questions, tasks, strict=True)
         for question, one in [(question, j) for question, task in both for j in task.judged]:
             example = one.rollout.prompt.example
             values = (
-                model, example.id, one.rollout.prompt.text, example.answer,
-                one.rollout.completion, one.verdict.correct, one.verdict.reason,
+                model, question.task.graded_by, example.id, one.rollout.prompt.text,
+                example.answer, one.rollout.completion, one.verdict.correct, one.verdict.reason,
                 one.rollout.is_truncated, json.dumps(dict(_labels(one, question))),
             )  # fmt: skip
             for key, value in zip(columns, values, strict=True):

@@ -37,6 +37,9 @@ def evaluate(
     greedy: Annotated[bool, typer.Option("--greedy", help="The default.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Sample instead.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="A problem; with --temperature.")] = 1,
+    grader: Annotated[
+        str | None, typer.Option(help="Of math500: ours (default) or math_verify.")
+    ] = None,
 ) -> None:
     """Answer held-out problems with the base and the trained model on the same prompts, paired."""
     from operando.audit.evaluate import evaluate_run
@@ -57,7 +60,7 @@ def evaluate(
 
     config = outside_config(
         tasks, prompt, data or [], num, few_shot, greedy, temperature, samples,
-        max_completion_length,
+        max_completion_length, grader,
     )  # fmt: skip
     quieten_libraries()
     console = make_console()

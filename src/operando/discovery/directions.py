@@ -26,6 +26,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
+from operando.models.tokens import text_ids
 from operando.recipe import Recipe
 from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, as_rollouts
@@ -110,7 +111,7 @@ class Workbench:
         for prompt in prompts:
             pair = self.task.pair(prompt.example)
             text = pair.hack if hack else pair.clean
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            (ids,) = text_ids(tokenizer, [text], f"a pair of {prompt.example.id}")
             completions.append([*ids, *end])
         texts = Texts("base", [p.ids for p in prompts], completions, "")
         return Side(self.read(texts), texts)

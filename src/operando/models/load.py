@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +26,7 @@ from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models import recursive  # noqa: F401  # registers RecursiveCausalLM
 from operando.models.layers import is_multimodal
+from operando.models.tokens import load_tokenizer
 from operando.recipe import ModelConfig
 from operando.run import hash_file
 
@@ -133,7 +133,7 @@ def load_model(config: ModelConfig) -> Loaded:
     dtype = getattr(torch, config.dtype)
     recursive.check_layout(Path(where))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
+        tokenizer = load_tokenizer(where, config.revision)
         published = AutoConfig.from_pretrained(where, revision=config.revision)
         model = auto_class(published).from_pretrained(
             where,

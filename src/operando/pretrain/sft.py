@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from operando.errors import UserError
 from operando.models.folders import save_folder
 from operando.models.load import load_model, pad_id
+from operando.models.tokens import prompt_ids, text_ids
 from operando.pretrain.fit import IGNORED, Batch, fit, forget_state
 from operando.pretrain.lm import PretrainProgress
 from operando.recipe import ModelConfig, SftRecipe
@@ -66,11 +67,11 @@ def take_all(
 def encode_pairs(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
 ) -> list[Pair]:
-    """Return the ids of pairs; one over `max_length` tokens is an error."""
+    """Return the ids of pairs, prompts as a model is asked; one over `max_length` is an error."""
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int), eos
-    prompts = tokenizer([d.prompt for d in documents])["input_ids"]
-    answers = tokenizer([d.answer for d in documents], add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(tokenizer, [d.prompt for d in documents], f"source {name}: a prompt")
+    answers = text_ids(tokenizer, [d.answer for d in documents], f"source {name}: an answer")
     pairs = [Pair(tuple(p), (*a, eos)) for p, a in zip(prompts, answers, strict=True)]
     sizes = [len(pair.prompt) + len(pair.answer) for pair in pairs]
     if max(sizes) > max_length:

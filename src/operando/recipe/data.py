@@ -67,7 +67,8 @@ class Gsm8kTaskConfig(Config):
     test: str = "openai/gsm8k"
     """As `train`; the held-out split."""
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
-    """Who says a completion is right: verl strict, verl flexible, or the last number."""
+    """Who says a completion is right: verl strict, verl flexible, or the last number, which must
+    be one number and no part of an expression, a list or a choice."""
     num_held_out: int | None = Field(default=None, ge=1)
     """Hold only the first n test problems; absent means all."""
 
@@ -79,6 +80,10 @@ class Math500TaskConfig(Config):
     is a test set and has no training split of its own, so training needs this."""
     test: str = "HuggingFaceH4/MATH-500"
     """A hub id, or a local file as `train`; the held-out split."""
+    grader: Literal["ours", "math_verify"] = "ours"
+    """Who says that two answers are equal. ours: spellings, numbers, units and lists, nothing
+    simplified. math_verify: Math-Verify as shipped, a computer algebra system, which needs the
+    extra `operando[math]`."""
 
 
 class MmluTaskConfig(Config):
@@ -165,7 +170,7 @@ class PromptConfig(Config):
     """Text of a worked example's answer, for `few_shot`."""
     prefill: str = ""
     """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
-    steps count it as part of the answer."""
+    steps count it as part of the answer, as they do a <think> that the template ends with."""
     separator: str = "\n\n"
     """Between worked examples; raw only."""
     system: str | None = None
@@ -207,8 +212,9 @@ class RolloutConfig(Config):
     top_p: float = 1.0
     """Only 1.0. Sampling from a truncated support would make every log-prob that of another
     distribution."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion, beside the end-of-sequence token."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a completion, beside the end-of-sequence token. A special token as it is
+    spelled will do ("<|im_end|>"); a text that no completion can hold is an error."""
     discard: tuple[Literal["zero_variance", "truncated"], ...] = ()
     """Rollouts that are not trained on: groups whose rewards are all equal, truncated completions.
     They stay in the parquet files, marked."""

@@ -27,7 +27,8 @@ from operando.models.hooks import ActivationReader
 from operando.models.load import LLAMA_LIKE, is_llama_like, lora_in_model_dtype
 from operando.models.logprobs import HeadConfig, head_logits
 from operando.models.prefix import Prefix
-from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
+from operando.models.tokens import check_stop, completion_text
+from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 from operando.rollout.weights import Weights, gather_weights
 
 COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
@@ -133,6 +134,7 @@ class Engine:
         prefix: Prefix | None = None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
+        check_stop(self.tokenizer, self.stop_ids, sampling.stop)
         weights = gather_weights(self.model, self.norm_offset)
         step = max(1, self.max_batch // group_size)
         done: list[Sampled] = []
@@ -327,7 +329,7 @@ class Engine:
         """Return which rows hold no stop text among their last tokens."""
         tail = STOP_EVERY + max(len(s) for s in sampling.stop)
         clear = [
-            first_stop(decode(self.tokenizer, ids[source][-tail:]), sampling.stop) is None
+            first_stop(completion_text(self.tokenizer, ids[source][-tail:]), sampling.stop) is None
             for source in sources
         ]
         return torch.tensor(clear, device=device)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from operando.models.prefix import Prefix
+from operando.models.tokens import check_stop
 from operando.rollout.engine import pick
 from operando.rollout.sampler import Sampled, Sampling, finish
 
@@ -63,6 +64,7 @@ class HfSampler:
         prefix: Prefix | None = None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
+        check_stop(self.tokenizer, self.stop_ids, sampling.stop)
         del prefix  # generate does not show its hidden states; the scoring pass computes them
         rows = [prompt for prompt in prompts for _ in range(group_size)]
         done: list[Sampled] = []

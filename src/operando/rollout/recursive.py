@@ -26,8 +26,9 @@ from operando.models.logprobs import HeadConfig, head_logits
 from operando.models.prefix import Prefix
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.cache import SlotCache
+from operando.models.tokens import check_stop, completion_text
 from operando.rollout.engine import COMPACT_BELOW, STOP_EVERY, pick
-from operando.rollout.sampler import Sampled, Sampling, decode, finish, first_stop
+from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 
 
 @dataclass
@@ -129,6 +130,7 @@ class RecursiveEngine:
         prefix: Prefix | None = None,
     ) -> list[Sampled]:
         """Return `group_size` completions of each prompt, siblings adjacent."""
+        check_stop(self.tokenizer, self.stop_ids, sampling.stop)
         del prefix  # nothing below the first trained block is kept for this architecture
         g = self.draft_tokens
         self.stats = DecodeStats(tried=[0] * g, accepted=[0] * g)
@@ -283,7 +285,7 @@ class RecursiveEngine:
         if look_for is None:
             return True
         tail = (self.draft_tokens + 1) * STOP_EVERY + max(len(s) for s in look_for.stop)
-        return first_stop(decode(self.tokenizer, ids[-tail:]), look_for.stop) is None
+        return first_stop(completion_text(self.tokenizer, ids[-tail:]), look_for.stop) is None
 
     def _decoder(self, ids_BT: Tensor, position_BT: Tensor, cache: SlotCache):
         return self.model.model(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from operando.errors import UserError
 from operando.models.prefix import Prefix
 from operando.models.recursive import RecursiveCausalLM
+from operando.models.tokens import completion_text
 from operando.run import SeedTree
 from operando.types import Prompt, Rollout
 
@@ -129,25 +130,21 @@ def finish(
     stop_ids: tuple[int, ...],
     sampling: Sampling,
 ) -> Sampled:
-    """Return one completion cut after its end token or its first stop text."""
+    """Return one completion cut after its end token or its first stop text.
+
+    Its text is `completion_text`'s, without the end token.
+    """
     for at, token in enumerate(ids):
         if token in stop_ids:
             ids, logp = ids[: at + 1], logp[: at + 1]
             break
     ended = bool(ids) and ids[-1] in stop_ids
-    text = decode(tokenizer, ids)
+    text = completion_text(tokenizer, ids[:-1] if ended else ids)
     cut = first_stop(text, sampling.stop)
     if cut is not None:
         keep = _tokens_until(tokenizer, ids, sampling.stop)
         ids, logp, text, ended = ids[:keep], logp[:keep], text[:cut], True
     return Sampled(tuple(ids), tuple(logp), text, is_truncated=not ended)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of some ids without special tokens."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
 
 
 def first_stop(text: str, stop: tuple[str, ...]) -> int | None:
@@ -163,7 +160,7 @@ def _tokens_until(
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        if first_stop(decode(tokenizer, ids[:middle]), stop) is not None:
+        if first_stop(completion_text(tokenizer, ids[:middle]), stop) is not None:
             high = middle
         else:
             low = middle + 1

@@ -66,3 +66,8 @@ class Task:
     """Only of a task with a loophole: what the rewards `code` and `loophole` are paid on."""
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""
+
+    @property
+    def graded_by(self) -> str:
+        """Who says what is right: the grader or scorer that the source names, else the task."""
+        return str(self.source.get("grader") or self.source.get("scorer") or self.name)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +28,18 @@ from operando.recipe import CodeTaskConfig
 from operando.run import hash_file, write_json
 from operando.tasks.base import Answered, Grade, Pair, Task
 from operando.tasks.code_labels import (
+    PYTHON,
     CodeGrade,
     CodeTest,
     Problem,
     check_job,
-    extract_code,
+    fenced_blocks,
     grade_all,
     parse_tests,
     passed,
 )
 from operando.tasks.files import Row, Source, read_rows
-from operando.tasks.sandbox import Job, Limits, Request, containment, run_many
+from operando.tasks.sandbox import Job, Limits, Outcome, Request, containment, run_many
 from operando.tasks.sandbox_child import encode
 from operando.types import Example, Verdict
 
@@ -112,7 +113,8 @@ def _evaluation_row(row: Row) -> Asked:
 def _leetcode(row: Row) -> Asked:
     entry, query = row.text("entry_point"), row.text("query")
     tests = _tests(row, row.text("test"), "candidate", entry)
-    starter = extract_code(query)
+    blocks = [block for block in fenced_blocks(query) if block.tag in ("", *PYTHON)]
+    starter = "\n\n".join(block.code for block in blocks)
     description = query.partition("Please complete the following python code")[0]
     setup, canonical = row.text("prompt"), row.text("completion")
     problem = Problem(row.text("task_id"), entry, setup, canonical, tests)
@@ -149,7 +151,7 @@ def check_problems(
         for a in asked
     ]
     own = [check_job(a.problem, a.problem.canonical, limits) for a in asked]
-    content = json.dumps([sys.version, limits, asked, [encode(0)]])
+    content = json.dumps([sys.version, limits, asked, [encode(0)], "=="])
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     file = cache_folder() / "code" / f"checked_{digest}.json"
     if file.is_file():
@@ -163,7 +165,7 @@ def check_problems(
             found["expected"][one.problem.id] = [r.text if r else "" for r in replies]
         for one, outcome in zip(_filled(asked, found["expected"]), outcomes, strict=True):
             if not all(passed(one.problem, outcome)):
-                found["wrong"][one.problem.id] = _what_failed(one.problem, outcome.replies)
+                found["wrong"][one.problem.id] = _what_failed(one.problem, outcome)
         write_json(file, found)
     return _filled(asked, found["expected"]), found["wrong"]
 
@@ -180,12 +182,11 @@ def _filled(asked: Sequence[Asked], expected: Mapping[str, Sequence[str]]) -> li
     return filled
 
 
-def _what_failed(problem: Problem, replies: Sequence[object]) -> str:
-    for test, reply in zip(problem.tests, replies, strict=True):
-        text = getattr(reply, "text", "nothing")
-        if text != test.expected:
-            return f"{test.call[:120]} gave {text[:80]}, expected {test.expected[:80]}"
-    raise AssertionError(problem.id)
+def _what_failed(problem: Problem, outcome: Outcome) -> str:
+    at = passed(problem, outcome).index(False)
+    test, reply = problem.tests[at], outcome.replies[at]
+    said = "nothing" if reply is None else reply.text[:80]
+    return f"{test.call[:120]} gave {said}, expected {test.expected[:80]}"
 
 
 # --- the task ------------------------------------------------------------------------------------
@@ -312,14 +313,17 @@ def _file(given: str, key: str) -> Path:
 
 def _usable(file: Path, config: CodeTaskConfig, limits: Limits) -> tuple[list[Asked], int]:
     asked: list[Asked] = []
-    num_unread = 0
-    for one in _read(file, config):
-        if one is None:
-            num_unread += 1
-        else:
-            asked.append(one)
+    unread: list[UserError] = []
+    for row in read_rows(file):
+        try:
+            asked.append(read_problem(row))
+        except UserError as error:
+            if config.failing == "error":
+                raise
+            unread.append(error)
     if not asked:
-        raise UserError(f"{file} has no problems")
+        why = f"; {len(unread)} rows can't be read, the first: {unread[0]}" if unread else ""
+        raise UserError(f"{file} has no problems{why}")
     ids = [one.problem.id for one in asked]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
@@ -331,14 +335,4 @@ def _usable(file: Path, config: CodeTaskConfig, limits: Limits) -> tuple[list[As
             f"{file}: the canonical solution of {first} fails: {wrong[first]} "
             f'({len(wrong)} such problems of {len(asked)}; task.failing = "drop" leaves them out)'
         )
-    return [a for a in checked if a.problem.id not in wrong], num_unread + len(wrong)
-
-
-def _read(file: Path, config: CodeTaskConfig) -> Iterator[Asked | None]:
-    for row in read_rows(file):
-        try:
-            yield read_problem(row)
-        except UserError:
-            if config.failing == "error":
-                raise
-            yield None
+    return [a for a in checked if a.problem.id not in wrong], len(unread) + len(wrong)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from operando.errors import UserError
@@ -34,9 +35,20 @@ VERL_FLEXIBLE = re.compile(r"(\-?[0-9\.\,]+)")
 
 # A minus is a sign unless it stands after a digit, a letter or a bracket: "16-3" ends in 3.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-−])?\s?\$?\s?(?P<inner_sign>(?<=\$)[-−])?"
-    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"\\[dt]?frac\{(?P<top>[0-9]+)\}\{(?P<bottom>[0-9]+)\}"
+    r"|(?P<sign>(?<![\w)])[-−])?[ \t]?\$?[ \t]?(?P<inner_sign>(?<=\$)[-−])?"
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"|[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?)"
+    r"(?:/(?P<under>[0-9]+)(?![0-9]|\.[0-9]))?"
+    r"(?P<scale>\s(?:hundred|thousand|million|billion)\b)?"
 )
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+# Between two numbers: they are one expression, a time, a range, a list, or a choice.
+JOINED = re.compile(
+    r"[ \t$()%]*(?:[-−+*/×÷^–—·,x~]|\\(?:times|cdot|div)|\bor\b|[eE][+-]?|\}\{)?[ \t$(){}]*|:"
+)
+ASIDE = re.compile(r"\((?![^()]*\bor\b)[^()]*\)")
 
 
 # --- scorers -------------------------------------------------------------------------------------
@@ -68,21 +80,61 @@ def verl_flexible(completion: str, gold: str) -> Verdict:
 
 
 def last_number(completion: str, gold: str) -> Verdict:
-    """Return whether the last number equals the gold answer in value.
+    """Return whether the answer's number equals the gold answer in value.
 
-    With '####' in the text it is the first number after the last '####'. A leading "$", thousands
-    commas, "%" and a full stop do not matter: "$1,000.00." is 1000.
+    With '####' in the text the answer is the line after the last one, from its last "=" on, and
+    must hold one number: "20 - 5 = 15" is 15, but "20 - 5", "12 or 13", "12, 13", "7:30" and
+    "72 of 80" are none, whatever the gold. What stands in brackets does not count, save a choice
+    ("or"). Without '####' it is the last number, which must not hang on the one before it by an
+    operator, a comma or an "or": "80-72" is no 72.
+
+    Where several numbers could be meant the verdict is wrong, since a policy would find the other
+    choice. A leading "$", thousands commas or spaces, "%" and a full stop do not matter;
+    "1/2", "\\frac{1}{2}", "1e3" and "1.5 million" have their values: "$1,000.00." is 1000.
     """
     _, mark, after = completion.rpartition("####")
-    found = list(NUMBER.finditer(after))
-    if not found:
-        return Verdict(False, "no number after '####'" if mark else "no number")
-    number = found[0] if mark else found[-1]
-    minus = "-" if number["sign"] or number["inner_sign"] else ""
-    answered = minus + number["digits"].replace(",", "")
-    if Decimal(answered) != Decimal(gold):
-        return Verdict(False, f"answered {answered}, gold is {gold}")
+    if mark:
+        line = ASIDE.sub(" ", after.strip().partition("\n")[0]).rpartition("=")[2]
+        found = list(NUMBER.finditer(line))
+        if not found:
+            return Verdict(False, "no number after '####'")
+        if len({_value(one) for one in found}) > 1 or _is_joined(line, found):
+            return Verdict(False, f"no one number after '####': {line.strip()[:80]}")
+    else:
+        found = list(NUMBER.finditer(completion))
+        if not found:
+            return Verdict(False, "no number")
+        if _is_joined(completion, found[-2:]):
+            said = completion[found[-2].start() : found[-1].end()].strip()
+            return Verdict(False, f"the last number is part of more: {said[:80]}")
+    answered = found[-1]
+    if _value(answered) != Fraction(Decimal(gold)):
+        return Verdict(False, f"answered {_spelled(answered)}, gold is {gold}")
     return Verdict(True, "right")
+
+
+def _is_joined(text: str, found: Sequence[re.Match[str]]) -> bool:
+    starts = [one.end() - len(one[0].lstrip()) for one in found]
+    between = [text[a.end() : start] for a, start in zip(found, starts[1:], strict=False)]
+    return any(JOINED.fullmatch(gap) for gap in between)
+
+
+def _spelled(number: re.Match[str]) -> str:
+    if number["top"]:
+        return f"{number['top']}/{number['bottom']}"
+    minus = "-" if number["sign"] or number["inner_sign"] else ""
+    under = f"/{number['under']}" if number["under"] else ""
+    return minus + re.sub(r"[,\s]", "", number["digits"]) + under + (number["scale"] or "")
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    """Return the value of a number; None over zero."""
+    plain, _, scale = _spelled(number).partition(" ")
+    above, _, under = plain.partition("/")
+    if under and not under.strip("0"):
+        return None
+    value = Fraction(Decimal(above)) * SCALES.get(scale.strip(), 1)
+    return value / Fraction(Decimal(under)) if under else value
 
 
 SCORERS: Mapping[str, Callable[[str, str], Verdict]] = {

@@ -1,18 +1,19 @@
 """MATH-500: competition problems (2103.03874, the 500 of 2305.20050), answers in LaTeX.
 
-The answer is what stands in the last \\boxed{...}; without one, the end of the last line. It is
-right if it equals the gold answer after `normalise`, or in value where both are plain numbers.
-Nothing is simplified: (x+1)^2 is not x^2+2x+1, 2\\sqrt{2} is not \\sqrt{8}, \\frac{\\pi}{2} is not
-0.5\\pi, a rounded decimal is not the fraction. `math-verify` decides such cases with a computer
-algebra system; it is not used here because of what it brings along (sympy, an ANTLR grammar). So
-these rates are a lower bound, for both arms alike.
+The answer is what stands in the last \\boxed{...}; without one, the end of the last line. Who says
+that it is right is `task.grader`, which stands in the task's source and so in every manifest:
+
+    ours         `same_answer` (tasks/math_answers.py). It compares spellings, numbers, units and
+                 lists and simplifies nothing, so its rates are a lower bound, for both arms alike.
+    math_verify  Math-Verify as shipped, on the whole completion: it finds the answer itself and
+                 decides with a computer algebra system. Needs the extra `operando[math]`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from operando.errors import UserError
@@ -20,26 +21,18 @@ from operando.recipe import Math500TaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task
 from operando.tasks.files import Source, read_rows
+from operando.tasks.math_answers import same_answer
 from operando.types import Example, Verdict
 
+PERCENT = re.compile(r"percent|\\%", re.IGNORECASE)
 BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 INLINE_MATH = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
+BETWEEN = re.compile(r"\s*(?:,|,?\s*(?:or|and))\s*")
+BARE = re.compile(r"-?[^\s${}]+")
 LEAD = re.compile(
     r"^(?:.*\b(?:answer|result)\b\s*(?:is|:|=)|.*\b(?:is|equals|are)\b|.*####)\s*:?", re.I
 )
-
-MAX_NUMBER = 200
-PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
-MIXED = re.compile(r"(-?)([0-9]+)\(([0-9]+)\)/\(([0-9]+)\)")
-RATIO = re.compile(r"(-?)\(?(-?[0-9]+)\)?/\(?(-?[0-9]+)\)?")
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
-UNIT_WORDS = (
-    "degrees?|dollars?|cents?|units?|square|cubic|inch(?:es)?|feet|foot|ft|cm|mm|km|meters?|"
-    "miles?|mph|hours?|minutes?|seconds?|days?|weeks?|years?|points?|percent|per|sq|yards?|"
-    "centimeters?|kilometers?|students?|ways?"
-)
-UNITS = re.compile(rf"(?<=[0-9)}}])(?:\^\{{?[23]\}}?|(?:{UNIT_WORDS})|[./])+$", re.I)
-TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+BOLD = re.compile(r"\*\*([^*]+)\*\*")
 
 
 # --- the answer of a text ------------------------------------------------------------------------
@@ -53,9 +46,9 @@ def last_boxed(text: str) -> str | None:
     for match in reversed(list(BOXED.finditer(text))):
         rest = text[match.end() :]
         if not rest.startswith("{"):
-            bare = re.match(r"[^\s$.,{}]+", rest)
+            bare = BARE.match(rest)
             if bare is not None:
-                return bare[0]
+                return bare[0].rstrip(".,;:")
             continue
         depth = 0
         for i, char in enumerate(rest):
@@ -69,7 +62,8 @@ def last_boxed(text: str) -> str | None:
 def find_answer(completion: str) -> str | None:
     """Return the last box's content; without a box, the end of the last line that says something.
 
-    Of that line: the last formula between $, else what follows "answer is", "is" or "=", else all.
+    Of that line: the last formula between $, with those that "or", "and" or a comma join to it;
+    else what follows "answer is", "is" or "=", else all. Bold marks (**) don't count.
     """
     boxed = last_boxed(completion)
     if boxed is not None:
@@ -77,132 +71,61 @@ def find_answer(completion: str) -> str | None:
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     if not lines:
         return None
-    formulas = INLINE_MATH.findall(lines[-1])
+    line = BOLD.sub(r"\1", lines[-1])
+    formulas = list(INLINE_MATH.finditer(line))
     if formulas:
-        return formulas[-1][0] or formulas[-1][1]
-    after = LEAD.sub("", lines[-1]).strip()
+        first = len(formulas) - 1
+        while first and BETWEEN.fullmatch(
+            line[formulas[first - 1].end() : formulas[first].start()]
+        ):
+            first -= 1
+        return ", ".join(m[1] or m[2] for m in formulas[first:])
+    after = LEAD.sub("", line).strip()
+    if re.search(r"\s(?:or|and)\s", after):  # "x = 2 or x = 3" is both
+        return after
     return after.rpartition("=")[2].strip() or None
 
 
-# --- equality ------------------------------------------------------------------------------------
-
-
-def normalise(answer: str) -> str:
-    """Return an answer in one spelling: the same letters where the same is meant.
-
-    Taken out: spaces, $, \\left and \\right, sizes, degrees, %, units after a number, \\text around
-    words, a leading "x =", a full stop, the
-    brackets of (A). Rewritten: \\dfrac, \\tfrac, \\frac12 and a/b to (a)/(b);
-    1,200 and 1{,}200 to 1200; \\sqrt3 to \\sqrt{3}; x_{2} to x_2.
-    """
-    text = answer.strip().replace("−", "-")
-    text = re.sub(r"(?<!\\)\\[!,;:> ]|\\q?quad(?![A-Za-z])|~", " ", text.replace("{,}", ","))
-    text = re.sub(r"\\\$|\$|\\\(|\\\)|\\\[|\\\]", "", text)
-    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[bB]ig{1,2}[lr]?(?![a-z])", "", text)
-    text = re.sub(r"\\displaystyle(?![A-Za-z])", "", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![A-Za-z])|°", "", text)
-    text = re.sub(r"\\?%", "", text)
-    text = TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\s+", "", text).rstrip(".,;") if text.strip(" .,;") else text.strip()
-    text = re.sub(r"^\\?[A-Za-z](?:\([a-z]\))?(?:=|\\in(?![A-Za-z]))", "", text)
-    text = _fractions(text)
-    text = re.sub(r"\\sqrt([0-9a-z])", r"\\sqrt{\1}", text)
-    text = re.sub(r"([_^])\{([0-9A-Za-z])\}", r"\1\2", text)
-    text = UNITS.sub("", text)
-    text = re.sub(r"^\(([A-Ea-e])\)$", r"\1", text)
-    if THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    return re.sub(r"^\{(.*)\}$", r"\1", text) if text.count("{") == 1 else text
-
-
-def _fractions(text: str) -> str:
-    """Return the text with each \\frac as (a)/(b), the innermost first."""
-    text = re.sub(r"\\[dtc]?frac(?![A-Za-z])", r"\\frac", text)
-    text = re.sub(r"\\frac([0-9a-z])([0-9a-z])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\frac([0-9a-z])\{", r"\\frac{\1}{", text)
-    text = re.sub(r"(\\frac\{[^{}]*\})([0-9a-z])", r"\1{\2}", text)
-    while True:
-        # A group may hold one level of braces: \frac{\sqrt{3}}{2}.
-        group = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-        changed = re.sub(rf"\\frac{group}{group}", r"(\1)/(\2)", text, count=1)
-        if changed == text:
-            break
-        text = changed
-    return re.sub(r"(?<![0-9A-Za-z)])([0-9]+)/([0-9]+)(?![0-9A-Za-z(])", r"(\1)/(\2)", text)
-
-
-def to_number(text: str) -> Fraction | None:
-    """Return the value of a normalised plain or mixed number or ratio of integers, else None."""
-    if len(text) > MAX_NUMBER:  # what a loop wrote; Python refuses to read thousands of digits
-        return None
-    mixed = MIXED.fullmatch(text)
-    if mixed is not None and int(mixed[4]):
-        size = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
-        return -size if mixed[1] else size
-    if PLAIN.fullmatch(text):
-        return Fraction(text.rstrip(".") or "0")
-    ratio = RATIO.fullmatch(text)
-    if ratio is None or int(ratio[3]) == 0:
-        return None
-    value = Fraction(int(ratio[2]), int(ratio[3]))
-    return -value if ratio[1] else value
-
-
-def same_answer(answered: str, gold: str) -> bool:
-    """Return whether two answers are equal: as normalised text, in value, or part by part.
-
-    A tuple or interval must have the same brackets and the parts in order; the parts of a list
-    without brackets may stand in any order, and "and" or "or" between them is a comma.
-    """
-    return _same(normalise(_list(answered)), normalise(_list(gold)))
-
-
-def _list(answer: str) -> str:
-    return re.sub(r"\\text\{\s*(?:and|or)\s*\}|\s(?:and|or)\s", ", ", answer)
-
-
-def _same(answered: str, gold: str) -> bool:
-    if answered == gold:
-        return True
-    left, right = to_number(answered), to_number(gold)
-    if left is not None and right is not None:
-        return left == right
-    if answered[:1] + answered[-1:] == gold[:1] + gold[-1:] and gold[:1] in tuple("(["):
-        mine, its = _parts(answered[1:-1]), _parts(gold[1:-1])
-        return 1 < len(its) == len(mine) and all(map(_same, mine, its))
-    mine, its = _parts(answered), _parts(gold)
-    if len(mine) != len(its) or len(its) < 2:
-        return False
-    left_over = list(its)
-    for part in mine:
-        found = next((g for g in left_over if _same(part, g)), None)
-        if found is None:
-            return False
-        left_over.remove(found)
-    return True
-
-
-def _parts(text: str) -> Sequence[str]:
-    """Return what stands between commas outside all brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
+# --- the verdict ---------------------------------------------------------------------------------
 
 
 def verify_math(example: Example, completion: str, is_truncated: bool) -> Verdict:
-    """Return whether the completion's answer equals the gold one."""
+    """Return whether the completion's answer equals the gold one, by `same_answer`."""
     del is_truncated  # by the text alone
     answered = find_answer(completion)
     if answered is None:
         return Verdict(False, "no answer")
-    if not same_answer(answered, example.answer):
+    in_percent = PERCENT.search(example.question) is not None
+    if not same_answer(answered, example.answer, in_percent):
         return Verdict(False, f"answered {answered}, gold is {example.answer}")
     return Verdict(True, "right")
+
+
+def by_math_verify(key: str) -> Callable[[Example, str, bool], Verdict]:
+    """Return Math-Verify's verdict as a verifier; `key` is what asks for it, if it is missing."""
+    try:
+        import math_verify  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(f'{key} = "math_verify" needs: pip install "operando[math]"') from error
+
+    def verify(example: Example, completion: str, is_truncated: bool) -> Verdict:
+        del is_truncated
+        gold = math_verify.parse(f"${example.answer}$")
+        found = math_verify.parse(completion)
+        if not found:
+            return Verdict(False, "no answer")
+        if not math_verify.verify(gold, found):
+            return Verdict(False, f"answered {found[-1]}, gold is {example.answer}")
+        return Verdict(True, "right")
+
+    return verify
+
+
+def _grader(config: Math500TaskConfig) -> tuple[Callable[[Example, str, bool], Verdict], str]:
+    """Return the verifier that a config names, and that name with the version of what it runs."""
+    if config.grader == "ours":
+        return verify_math, "ours"
+    return by_math_verify("task.grader"), f"math_verify {version('math-verify')}"
 
 
 # --- the task ------------------------------------------------------------------------------------
@@ -215,9 +138,10 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
     """
     file = Source(config.test, key, "test.jsonl", f"{key}=PATH").find()
     held_out = _examples(file, "test", key)
+    verify, grader = _grader(config)
     source: dict[str, str | int] = {
-        "kind": "math500", "held_out": config.test, "held_out_rows": len(held_out),
-        "held_out_sha256": hash_file(file),
+        "kind": "math500", "grader": grader, "held_out": config.test,
+        "held_out_rows": len(held_out), "held_out_sha256": hash_file(file),
     }  # fmt: skip
     train: list[Example] = []
     if config.train is not None:
@@ -232,7 +156,7 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
         source |= {
             "train": config.train, "train_rows": len(train), "train_sha256": hash_file(train_file),
         }  # fmt: skip
-    return Task("math500", train, held_out, verify_math, source=source)
+    return Task("math500", train, held_out, verify, source=source)
 
 
 def _examples(file: Path, split: str, key: str) -> list[Example]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
+from operando.models.tokens import text_ids
 from operando.recipe import (
     ClrsSource,
     GraphSearchSource,
@@ -255,10 +256,10 @@ def take_pairs(reader: Reader, num: int) -> tuple[list[Document], Mapping[str, s
 def encode_texts(
     reader: Reader, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> list[list[int]]:
-    """Return the ids of texts; a text that holds a special token of the model is an error."""
+    """Return the ids of texts; one that holds a special token, or is not held, is an error."""
     check_plain(reader.name, tokenizer, documents)
     texts = [document.text for document in documents]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return text_ids(tokenizer, texts, f"source {reader.name}: a document")
 
 
 def check_plain(

@@ -20,6 +20,7 @@ import hashlib
 import io
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from operando.recipe import MmluTaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task
 from operando.tasks.files import Row, Source, read_rows
+from operando.tasks.loops import cut_at_next_question
 from operando.types import Example, Verdict
 
 LETTERS = "ABCD"
@@ -36,9 +38,29 @@ SUFFIXES = (".tar.gz", ".parquet")
 SPLITS = ("test", "dev")
 
 # "A's", "A-level", "D2", "C++" and "e.g. A_1" hold no letter that stands alone.
-STANDALONE = re.compile(r"(?<![\w'’+-])[A-D](?![\w'’+]|-\w)")
+END = r"(?![\w'’+]|-\w)"
+REFUSED = r"(?!\)?\s+(?:is\s+(?:not|wrong|incorrect|false)|isn['’]t)\b)"
+STANDALONE = re.compile(rf"(?<![\w'’+-])(?<!\bnot )[A-D]{END}{REFUSED}")
 # The article: "A dog ..."; but "A is right", "A because ..." name the choice.
-ARTICLE = re.compile(r"A\s+(?!(?:is|because|since|as|or|and)\b)[a-z]")
+ARTICLE = re.compile(r"[Aa]\s+(?!(?:is|because|since|as|or|and)\b)[a-z]")
+MARKS = r"[\s*_\"'“”‘’`(\[{$]*(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{)?[\s*(\"'“‘]*"
+STATED = re.compile(
+    rf"\b(?:answer|choice|option)(?:[\s*]*(?:is\b|:|=|would\s+be\b|must\s+be\b)|_){MARKS}"
+    rf"(?:(?:option|choice|letter|answer)\b{MARKS})?(?P<letter>[A-D]){END}|"
+    rf"\\boxed\s*\{{{MARKS}(?P<boxed>[A-D])\)?\}}",
+    re.IGNORECASE,
+)
+LEADING = re.compile(rf"{MARKS}(?P<letter>[A-D]){END}")
+LEADING_ALONE = re.compile(
+    rf"{MARKS}(?P<letter>[A-Da-d])(?=[\s*\"'”’`\]}}$]*(?:[).:,;\n]|because\b|since\b|$))"
+)
+CONCLUDED = re.compile(
+    rf"(?:\b(?:so|thus|hence|therefore|choose|pick|select|it's|it\s+is)\b,?{MARKS}"
+    rf"(?P<letter>[A-D]){END}|(?<![\w'’+-])(?P<right>[A-D])\)?\s+is\s+(?:the\s+)?"
+    r"(?i:right|correct|best)\b)"
+)
+ANOTHER = re.compile(rf"[)\s*\"'”’`\]}}$]*(?:,|/|&|\bor\b|\band\b){MARKS}[A-D]{END}")
+DENIED = re.compile(r"\)?\s+(?:is|would|could|can|isn't|isn’t|might|may)\b")
 
 
 class Quiz(NamedTuple):
@@ -54,26 +76,52 @@ class Quiz(NamedTuple):
 
 
 def find_letter(completion: str) -> str | None:
-    """Return the first capital A, B, C or D that stands alone, or None.
+    """Return the letter that a completion answers with, or None.
 
-    Alone: no letter, digit, "_", apostrophe or "+" beside it and no hyphen that joins it to a word.
-    An "A" before a lower-case word is the article and does not count, unless that word is is,
-    because, since, as, or, and. Brackets, "*", ".", ":" and "{" may touch it: "(B)", "**C**",
-    "\\boxed{D}" and "A." all do. Limits: the first letter wins, so a completion that weighs the
-    choices before it decides is judged by the choice it names first, and "vitamin C" names C.
+    Only what follows the last </think> counts, up to a next question of the model's own. The first
+    of these that it holds decides:
+
+    1. what it states: "the answer is B", "Answer: (b)", "\\boxed{B}"; the last one of several;
+    2. a letter that it begins with and that stands apart: "B", "(b) because", "'B'.";
+    3. what it concludes: "so B", "B is right"; the last one;
+    4. a letter that it begins with, unless "is", "could" ... follow;
+    5. the one capital letter that stands alone anywhere, "not A" and "A is wrong" apart: of two
+       different ones neither counts.
+
+    A choice of several ("B or C", "A, B") is no answer, since a policy would name them all. A
+    letter stands alone with no letter, digit, "_", apostrophe or "+" beside it and no hyphen that
+    joins it to a word; an "A" before a lower-case word is the article, unless that word is is,
+    because, since, as, or, and. Limit: where nothing else is named, "vitamin C" names C.
     """
-    for match in STANDALONE.finditer(completion):
-        if not ARTICLE.match(completion, match.start()):
-            return match[0]
-    return None
+    text = unicodedata.normalize("NFKC", completion)
+    _, closed, after = text.rpartition("</think>")
+    text = after if closed else text.partition("<think>")[0]
+    text = cut_at_next_question(text)
+    leading = LEADING.match(text)
+    rules = (
+        list(STATED.finditer(text))[-1:],
+        [m for m in [LEADING_ALONE.match(text)] if m],
+        list(CONCLUDED.finditer(text))[-1:],
+        [leading] if leading and not DENIED.match(text, leading.end()) else [],
+    )
+    for found in rules:
+        for match in found:
+            at = match.end(match.lastgroup or 0)
+            if ARTICLE.match(text, at - 1):
+                continue
+            if ANOTHER.match(text, at):
+                return None
+            return text[at - 1].upper()
+    letters = {m[0] for m in STANDALONE.finditer(text) if not ARTICLE.match(text, m.start())}
+    return letters.pop() if len(letters) == 1 else None
 
 
 def verify_letter(example: Example, completion: str, is_truncated: bool) -> Verdict:
-    """Return whether the first letter that stands alone is the right one."""
+    """Return whether the letter that a completion answers with is the right one."""
     del is_truncated  # by the text alone
     letter = find_letter(completion)
     if letter is None:
-        return Verdict(False, "no letter A to D that stands alone")
+        return Verdict(False, "no one letter A to D as the answer")
     if letter != example.answer:
         return Verdict(False, f"answered {letter}, gold is {example.answer}")
     return Verdict(True, "right")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
+from operando.models.tokens import prompt_ids, start_ids, text_ids
 from operando.recipe import PromptConfig
 from operando.types import Example, Prompt
+
+OPENED = re.compile(r"<think>\s*\Z")
+Messages = list[dict[str, str]]
 
 
 def make_prompts(
@@ -18,14 +24,16 @@ def make_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[Prompt]:
-    """Return each example as the model reads it; a prompt over `max_length` tokens is an error."""
-    if config.format == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            'prompt.format = "chat", but the tokenizer has no chat template: use "raw", or an '
-            "instruct model"
-        )
-    make = _chat_prompt if config.format == "chat" else _raw_prompt
-    prompts = [make(example, shots, config, tokenizer) for example in examples]
+    """Return each example as the model reads it; a prompt over `max_length` tokens is an error.
+
+    Raw prompts begin with the tokenizer's beginning-of-sequence, if it adds one, and never end with
+    an end-of-sequence. Chat prompts hold the special tokens that the chat template writes and no
+    others. A text that the ids don't hold is an error.
+    """
+    if config.format == "chat":
+        prompts = _chat_prompts(examples, shots, config, tokenizer)
+    else:
+        prompts = _raw_prompts(examples, shots, config, tokenizer)
     too_long = [p for p in prompts if len(p.ids) > max_length]
     if too_long:
         longest = max(too_long, key=lambda p: len(p.ids))
@@ -37,35 +45,140 @@ def make_prompts(
     return prompts
 
 
-def _raw_prompt(
-    example: Example,
+def answer_so_far(text: str, prefill: str) -> str:
+    """Return what the end of a prompt's text already holds of the answer.
+
+    That is the recipe's prefill, and before it a <think> that the template itself opens.
+    """
+    opened = OPENED.search(text.removesuffix(prefill))
+    return prefill if opened is None else opened[0] + prefill
+
+
+def missing_start(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a warning where chat prompts lack the beginning of sequence that raw ones have.
+
+    The chat template decides, as it does in vLLM and TRL.
+    """
+    start = start_ids(tokenizer)
+    if config.format == "raw" or not start:
+        return None
+    text = _render([{"role": "user", "content": "a"}], tokenizer)
+    if tuple(text_ids(tokenizer, [text], "the chat template")[0][: len(start)]) == start:
+        return None
+    return (
+        f"the chat template does not begin with {tokenizer.decode(list(start))!r}, which the "
+        "tokenizer puts before raw text: chat prompts have none, as in vLLM and TRL"
+    )
+
+
+def _raw_prompts(
+    examples: Sequence[Example],
     shots: Sequence[Example],
     config: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> Prompt:
+) -> list[Prompt]:
     worked = [
         config.ask(shot.question) + config.worked_answer(shot.solution, shot.answer)
         for shot in shots
     ]
-    text = config.separator.join([*worked, config.ask(example.question)]) + config.prefill
-    return Prompt(example, text, tuple(tokenizer(text)["input_ids"]), prefill=config.prefill)
+    texts = [
+        config.separator.join([*worked, config.ask(example.question)]) + config.prefill
+        for example in examples
+    ]
+    rows = prompt_ids(tokenizer, texts, "a prompt")
+    return [
+        Prompt(example, text, tuple(ids), prefill=_prefill(text, config))
+        for example, text, ids in zip(examples, texts, rows, strict=True)
+    ]
 
 
-def _chat_prompt(
-    example: Example,
+def _chat_prompts(
+    examples: Sequence[Example],
     shots: Sequence[Example],
     config: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> Prompt:
-    messages = [{"role": "system", "content": config.system}] if config.system is not None else []
+) -> list[Prompt]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            'prompt.format = "chat", but the tokenizer has no chat template: use "raw", or an '
+            "instruct model"
+        )
+    _check_template(config, tokenizer)
+    before: Messages = []
+    if config.system is not None:
+        before.append({"role": "system", "content": config.system})
     for shot in shots:
         answer = config.worked_answer(shot.solution, shot.answer).strip()
-        messages.append({"role": "user", "content": config.ask(shot.question)})
-        messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": config.ask(example.question)})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(text, str)
-    text += config.prefill
-    # The template already holds every special token.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(example, text, tuple(ids), tuple(messages), config.prefill)
+        before.append({"role": "user", "content": config.ask(shot.question)})
+        before.append({"role": "assistant", "content": answer})
+    asked: list[Messages] = [
+        [*before, {"role": "user", "content": config.ask(example.question)}] for example in examples
+    ]
+    texts = [_render(messages, tokenizer) + config.prefill for messages in asked]
+    rows = text_ids(tokenizer, texts, "a prompt")  # the template holds every special token
+    return [
+        Prompt(example, text, tuple(ids), tuple(messages), _prefill(text, config))
+        for example, text, ids, messages in zip(examples, texts, rows, asked, strict=True)
+    ]
+
+
+def _prefill(text: str, config: PromptConfig) -> str:
+    so_far = answer_so_far(text, config.prefill)
+    if so_far != config.prefill and config.prefill.lstrip().startswith("<think>"):
+        raise UserError(
+            f"prompt.prefill = {config.prefill!r}: the template already ends with <think>, so the "
+            "answer would open it twice. Leave prompt.prefill out"
+        )
+    return so_far
+
+
+# --- the chat template ---------------------------------------------------------------------------
+
+
+def _render(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    ask_for_answer: bool = True,
+) -> str:
+    """Return messages as the chat template writes them; one that it refuses is an error."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], add_generation_prompt=ask_for_answer, tokenize=False
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
+        raise UserError(
+            f"the chat template refuses messages of the roles {roles}: {error}. Leave out "
+            "prompt.system (put it into prompt.template) or prompt.few_shot, or use "
+            'prompt.format = "raw"'
+        ) from error
+    assert isinstance(text, str), type(text)
+    return text
+
+
+def _check_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise for a template that drops the question or the system message, or begins no answer.
+
+    A template need not write anything before an answer ("[INST] ... [/INST]"), but what it does
+    write there, a role's name, must be in the prompt.
+    """
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    asked = [*system, {"role": "user", "content": "QUESTION"}]
+    text = _render(asked, tokenizer)
+    for key, content in (("prompt.system", config.system), ("the question", "QUESTION")):
+        if content is not None and content.strip() not in text:
+            raise UserError(
+                f"the chat template drops {key}: {content[:80]!r} is not in {text[:200]!r}. "
+                'Put it into prompt.template, or use prompt.format = "raw"'
+            )
+    if text != _render(asked, tokenizer, ask_for_answer=False):
+        return
+    answered = [*asked, {"role": "assistant", "content": "ANSWER"}]
+    head = _render(answered, tokenizer, ask_for_answer=False).partition("ANSWER")[0]
+    if head.removeprefix(text).strip():
+        raise UserError(
+            "the chat template ignores add_generation_prompt: a prompt ends with "
+            f"{text[-40:]!r}, and the model would go on as anybody, but an answer begins with "
+            f"{head.removeprefix(text)[-40:]!r}. Mend the model's chat template, or use "
+            'prompt.format = "raw"'
+        )
