@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from operando.drift.chain import ChainConfig, load_chain, sae_folder
 from operando.drift.collect import acts_file, chosen_texts, load_acts, read_texts
-from operando.drift.commands import compare_drift, show_drift, train_run_saes
+from operando.drift.commands import show_drift, train_run_saes
+from operando.drift.compare import check_conditions, compare_drift
 from operando.drift.evaluate import evaluate_saes
 from operando.drift.report import drift_report
 from operando.errors import UserError
@@ -39,17 +40,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_number_has_its_null_beside_it(run: Path) -> None:
     report = drift_report(run, chosen_texts(run))
-    assert [(r.site[7], r.from_step, r.to_step) for r in report.transitions] == [
-        ("1", 0, 2), ("1", 2, 4), ("4", 0, 2), ("4", 2, 4),
-    ]  # fmt: skip
+    cells = [("1", 0, 2), ("1", 2, 4), ("4", 0, 2), ("4", 2, 4)]
+    measures = ("decoder", "encoder", "decoupling")
+    assert [(r.site[7], r.from_step, r.to_step, r.measure) for r in report.transitions] == [
+        (*cell, measure) for cell in cells for measure in measures
+    ]
     assert all(r.real > 0 and r.null > 0 for r in report.transitions)
     # Layers 3 to 5 are trained: after layer 1 nothing changed, so both arms are equal to the bit.
     frozen = [r for r in report.transitions if r.site.startswith("blocks.1.")]
-    assert all(r.real == r.null and r.excess[0] == 0 and r.q_t == 1 for r in frozen)
+    assert all(r.real == r.null and r.excess[0] == 0 and r.q == 1 for r in frozen)
+    assert {n.name for n in report.names if n.site.startswith("blocks.1.")} == {"no drift shown"}
     moved = [r for r in report.transitions if r.site == SITE]
     assert all(r.real != r.null for r in moved)
     written = json.loads(report.file.read_text())
-    assert len(written["transitions"]) == 4 and report.file.with_suffix(".parquet").is_file()
+    assert len(written["transitions"]) == 12 and report.file.with_suffix(".parquet").is_file()
 
 
 def test_the_null_arm_is_the_base_at_every_stage(run: Path) -> None:
@@ -94,12 +98,53 @@ def test_a_killed_training_goes_on_to_the_same_bits(run: Path, tmp_path: Path) -
         assert again.sha256() == whole.sha256()
 
 
-def test_three_runs_are_compared_only_as_far_as_the_nulls_allow(run: Path) -> None:
-    file = compare_drift(QUIET, [run, run, run])
-    rows = json.loads(file.read_text())["transitions"]
+def with_recipe(run: Path, copy: Path, **tables: object) -> Path:
+    """The run under another recipe: what drift compare asks is the recipe, not the name."""
+    shutil.copytree(run, copy)
+    recipe = read_recipe(run)
+    copied = recipe.model_copy(update={"name": copy.name, **tables})
+    (copy / "recipe.toml").write_text(dump_toml(copied))
+    return copy
+
+
+def test_three_runs_are_compared_only_as_far_as_the_nulls_allow(run: Path, tmp_path: Path) -> None:
+    strict = with_recipe(run, tmp_path / "strict", rewards=OTHER_REWARD)
+    more_kl = with_recipe(run, tmp_path / "more_kl", kl=KlConfig(coef=0.5))
+    with pytest.raises(UserError, match="one is a copy of the other"):
+        compare_drift(QUIET, [run, strict, more_kl])
+    for number, folder in enumerate((strict, more_kl)):
+        shutil.rmtree(folder / "saes")
+        train(folder, first_seed=2 + 2 * number)
+    rows = json.loads(compare_drift(QUIET, [run, strict, more_kl]).read_text())["cells"]
+    assert [(r["site"][7], r["from_step"], r["measure"]) for r in rows[:4]] == [
+        ("1", 0, "decoder"), ("1", 0, "encoder"), ("1", 0, "decoupling"), ("1", 2, "decoder"),
+    ]  # fmt: skip
     assert {row["verdict"] for row in rows if row["site"].startswith("blocks.1.")} == {"undecided"}
+    for row in rows:
+        A, B, C = row["excess"]
+        assert row["reward_effect"][0] == pytest.approx(B[0] - A[0])
+        assert row["kl_effect"][0] == pytest.approx(C[0] - A[0])
+
+
+def test_runs_that_are_no_three_conditions_are_refused(run: Path, tmp_path: Path) -> None:
+    strict = with_recipe(run, tmp_path / "strict", rewards=OTHER_REWARD)
+    more_kl = with_recipe(run, tmp_path / "more_kl", kl=KlConfig(coef=0.5))
+    both = with_recipe(run, tmp_path / "both", kl=KlConfig(coef=0.5), rewards=OTHER_REWARD)
     with pytest.raises(UserError, match="expected three runs"):
         compare_drift(QUIET, [run, run])
+    with pytest.raises(UserError, match="given twice"):
+        compare_drift(QUIET, [run, run, run])
+    for runs, message in (
+        ([run, more_kl, strict], r"more_kl \(B\) is paid as .* \(A\): rewards must differ"),
+        ([run, strict, both], r"both \(C\) is paid otherwise than .* only kl may differ"),
+        ([run, both, more_kl], r"both \(B\) differs from .* in kl too"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_conditions(runs)
+    longer = with_recipe(run, tmp_path / "longer", kl=KlConfig(coef=0.5), optim=OTHER_OPTIM)
+    assert check_conditions([run, strict, more_kl]) == []
+    (line,) = check_conditions([run, strict, longer])
+    assert "differs from" in line and "in optim" in line
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,8 @@ def drift(
 ) -> None:
     """Show what changed inside between a run's stages, the null arm beside every number."""
     from operando.display import make_console
-    from operando.drift.commands import compare_drift, show_drift, show_frozen, show_grid
+    from operando.drift.commands import show_drift, show_frozen, show_grid
+    from operando.drift.compare import compare_drift
     from operando.launch import quieten_libraries
 
     quieten_libraries()
