@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig
 
-from operando.drift.chain import ChainConfig, train_chains
-from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of
+from operando.drift.chain import chain_config, check_settings, train_chains
+from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of, stages_of
 from operando.drift.report import drift_report
 from operando.drift.show import (
     draw_drift,
@@ -21,6 +21,7 @@ from operando.drift.show import (
     grid_lines,
     grid_table,
     stage_table,
+    training_table,
     verdict_lines,
 )
 from operando.drift.without_refit import frozen_report, grid_report
@@ -33,8 +34,11 @@ from operando.recipe import Recipe
 from operando.run import read_recipe
 
 WRITERS = ("base", "last", "both")
-MODES = ("default", "seed")
-SELECTIONS = ("float32", "bfloat16")
+CHOICES = {
+    "mode": ("default", "seed"),
+    "select": ("float32", "bfloat16"),
+    "sinks": ("drop", "keep"),
+}
 
 
 def train_run_saes(
@@ -43,22 +47,30 @@ def train_run_saes(
     layers: str,
     writer: str,
     tokens: int,
-    config: ChainConfig,
     num_seeds: int,
+    mode: str = "default",
+    expansion: int = 8,
+    **given: object,
 ) -> None:
     """Collect the activations of every stage and train all chains with their null arms.
 
-    `config.d_sae` is the expansion factor here; it is multiplied by the model's width.
+    `given` are settings of drift/chain.py:ChainConfig; what is absent or None is the mode's.
     """
     recipe = read_recipe(run)
     writer = _one_of("--texts", writer, WRITERS)
-    _one_of("--mode", config.mode, MODES)
-    _one_of("--select", config.select, SELECTIONS)
-    sites = sites_of(parse_layer_set(layers, count_layers(recipe.model)))
-    config = ChainConfig(
-        config.d_sae * width_of(recipe.model), config.k, config.mode, config.epochs,
-        config.batch_size, config.lr, config.select,
-    )  # fmt: skip
+    for key, known in CHOICES.items():
+        value = {"mode": mode, **given}.get(key)
+        if value is not None:
+            _one_of(f"--{key}", str(value), known)
+    num_layers = count_layers(recipe.model)
+    chosen = parse_layer_set(layers, num_layers)
+    d_sae = expansion * width_of(recipe.model)
+    configs = {
+        site: chain_config(mode, d_sae, layer == num_layers - 1, **given)  # pyright: ignore[reportArgumentType]
+        for site, layer in zip(sites_of(chosen), chosen, strict=True)
+    }
+    sites, seeds = list(configs), range(num_seeds)
+    check_settings(run, configs, stages_of(run), seeds)
     texts = choose_texts(run, writer, tokens)  # pyright: ignore[reportArgumentType]
     with _progress(console) as progress:
         reading = progress.add_task("activations", total=None)
@@ -67,9 +79,10 @@ def train_run_saes(
         )
         training = progress.add_task("SAEs, real and null", total=None)
         train_chains(
-            run, texts, sites, stages, range(num_seeds), config,
+            run, texts, configs, stages, seeds,
             lambda n, of: progress.update(training, completed=n, total=of),
         )  # fmt: skip
+    console.print(training_table(run, configs, stages, seeds))
 
 
 def show_drift(console: Console, run: Path) -> Path:

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from operando.drift.chain import ARMS, Arm, ChainConfig, sae_folder, training_of
 from operando.drift.report import DriftReport
 from operando.drift.transitions import MEASURES, NO_DRIFT
 from operando.drift.without_refit import Effect, FrozenReport, GridReport
 from operando.run import atomic_path
+
+
+def training_table(
+    run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
+) -> Table:
+    """Return how the training of the chains went: one row a site, stage and arm, mean over seeds.
+
+    The curve of every SAE, an entry an epoch, is in its folder's training.json.
+    """
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
+    for column in ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead"):
+        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
+    for site in configs:
+        for step in stages:
+            for arm in ("first",) if step == stages[0] else ARMS:
+                own: Arm = "real" if arm == "first" else arm
+                of_seed = [training_of(sae_folder(run, own, s, step, site)) for s in seeds]
+                config, num = of_seed[0].settings, len(of_seed)
+                table.add_row(
+                    site.removesuffix(".hook_resid_post"), str(step), arm, str(config.k),
+                    f"{config.lr:g}",
+                    f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
+                    f"{sum(t.val_error for t in of_seed) / num:.4f}",
+                    f"{sum(t.dead for t in of_seed) / num:.1%}",
+                )  # fmt: skip
+    return table
 
 
 def drift_table(report: DriftReport) -> Table:

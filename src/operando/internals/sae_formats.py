@@ -35,7 +35,7 @@ SAELENS_VERSION = "6.54.12"  # without a version >= 6 in the metadata sae-lens d
 EXACT = "operando.safetensors"
 KNOWN_FILES = {
     "cfg.json", "sae_weights.safetensors", EXACT, "sae.safetensors", "sparsity.safetensors",
-    "runner_cfg.json", "config.json", "ae.pt", "README.md",
+    "runner_cfg.json", "config.json", "ae.pt", "README.md", "training.json",
 }  # fmt: skip
 EXPECTED = (
     "expected cfg.json + sae_weights.safetensors (SAELens), cfg.json + sae.safetensors (sparsify), "
