@@ -183,8 +183,8 @@ def test_runs_that_are_no_three_conditions_are_refused(run: Path, tmp_path: Path
         ({"mode": "seed"}, "mode default there, seed asked"),
         ({"sinks": "keep"}, "sinks drop there, keep asked"),
         ({"sinks": "kept"}, "Did you mean 'keep'"),
-        ({"expansion": 2}, "d_sae 96 there, 192 asked"),
-        ({"k": 97}, "k = 97 active features of 96"),
+        ({"expansion": 2}, "d_sae 128 there, 256 asked"),
+        ({"k": 129}, "k = 129 active features of 128"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(
@@ -255,14 +255,16 @@ def test_quality_of_every_sae_on_texts_that_were_held_out(run: Path) -> None:
 def test_how_an_sae_was_trained_is_kept(run: Path) -> None:
     for step, arm in ((0, "real"), (4, "null")):
         kept = training_of(sae_folder(run, arm, 1, step, SITE))
-        assert kept.settings == chain_config("default", 96, k=4, epochs=1, batch_size=64)
+        assert kept.settings == chain_config("default", 128, k=4, epochs=1, batch_size=64)
         assert len(kept.history) == 1 and kept.best_epoch == 1
         # the error over the variance is that of the SAE on the tokens it was not trained on
         texts, sae = chosen_texts(run), load_sae(sae_folder(run, arm, 1, step, SITE))
         held_N = ~split_tokens(texts, kept.settings) & kept_tokens(run, texts, SITE, kept.settings)
         x_ND = load_acts(run, texts, 0, SITE)[held_N]
         error = (x_ND - sae.reconstruct(x_ND)).square().mean()
-        assert kept.val_error == pytest.approx(float(error / x_ND.var(0, correction=0).mean()), 1e-3)
+        assert kept.val_error == pytest.approx(
+            float(error / x_ND.var(0, correction=0).mean()), 1e-3
+        )
         assert kept.tokens < texts.num_tokens - int(held_N.sum()) + 1
     shown = Console(record=True, width=100)
     train_run_saes(shown, run, "1,4", "both", 1000, 2, **CONFIG)

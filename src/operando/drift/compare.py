@@ -76,7 +76,11 @@ def compare_drift(console: Console, runs: Sequence[Path]) -> Path:
     for line in others:
         console.print(line, highlight=False, markup=False)
     file = runs[0] / "drift" / "compare.json"
-    value = {"runs": [str(run) for run in runs], "also_differ": others, "cells": [asdict(r) for r in rows]}
+    value = {
+        "runs": [str(run) for run in runs],
+        "also_differ": others,
+        "cells": [asdict(r) for r in rows],
+    }
     write_json(file, value)
     return file
 
@@ -145,7 +149,9 @@ def _moved(runs: Sequence[Path], sites: Sequence[str]) -> tuple[list[Cell], list
                     numbers(cosines(load_chain(run, site, arm, seed)))
                     for seed in trained_seeds(run)
                 ]
-                kept[arm].append({m: torch.stack([c[m] for c in chains])[:, index] for m in MEASURES})
+                kept[arm].append(
+                    {m: torch.stack([c[m] for c in chains])[:, index] for m in MEASURES}
+                )
     if not cells:
         raise UserError("the three runs have no transition between the same two steps in common")
     return cells, [
