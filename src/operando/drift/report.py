@@ -186,19 +186,18 @@ def _by_match(
     for site in dict.fromkeys(cell[0] for cell in cells):
         spans = [cell[1:] for cell in cells if cell[0] == site]
         for arm in ARMS:
-            kept = []
+            turned = []
             for seed in seeds:
                 chain = load_chain(run, site, arm, seed)
-                kept.append([matched(chain[a], chain[b]) for a, b in spans])
-            found[arm].append(
-                {
-                    "decoder": torch.tensor([[measures.drift(c[0]) for c in t] for t in kept]),
-                    "encoder": torch.tensor([[measures.drift(c[1]) for c in t] for t in kept]),
-                }
+                turned.append([matched(chain[a], chain[b]) for a, b in spans])
+            dec, enc = (
+                torch.tensor([[measures.drift(c[which]) for c in t] for t in turned])
+                for which in (0, 1)
             )
+            found[arm].append({"decoder": dec, "encoder": enc})
+    kept: tuple[Measure, ...] = ("decoder", "encoder")
     real, null = (
-        {key: torch.cat([site[key] for site in found[arm]], dim=1) for key in found[arm][0]}
-        for arm in ARMS
+        {key: torch.cat([site[key] for site in found[arm]], dim=1) for key in kept} for arm in ARMS
     )
     return rows_of(cells, real, null)
 

@@ -23,6 +23,7 @@ from operando.internals.sae import SAE
 Measure = Literal["decoder", "encoder", "decoupling"]
 MEASURES: tuple[Measure, ...] = ("decoder", "encoder", "decoupling")
 FDR = 0.05
+NAN = float("nan")
 NO_DRIFT = "no drift shown"
 RENAMED = 0.9  # the part of an excess that must vanish by best match to be called renaming
 
@@ -133,13 +134,13 @@ def rows_of(
         found = drift_against_null(values[:, tested], beside[:, tested], paired=True)
         q_c = (len(MEASURES) * benjamini_hochberg(found.p_t)).clamp(max=1.0)
         for c, (site, before, after) in enumerate(cells):
-            nan, span = float("nan"), max(after - before, 1)
+            span = max(after - before, 1)
             i = place.get(c)
             if i is None:
                 rows.append(
                     DriftRow(
-                        site, before, after, measure, nan, nan, (nan,) * 3, (nan,) * 3, nan, nan,
-                        found.p_floor, (nan, nan),
+                        site, before, after, measure, NAN, NAN, (NAN, NAN, NAN), (NAN, NAN, NAN),
+                        NAN, NAN, found.p_floor, (NAN, NAN),
                     )
                 )  # fmt: skip
                 continue
