@@ -143,6 +143,3 @@ def test_a_score_that_is_length_alone_does_not_pass(kind: str) -> None:
             opened[name] += gate.passed
             assert gate.passed or ["same length" in reason for reason in gate.reasons] == [True]
     assert opened["length"] <= 2 and opened["more"] == 10
-    alike = replace(answers, correct_R=length_R > 120)
-    gate = gate_of(config, measure("features", length_R.float(), alike, rng), [])
-    assert not gate.passed

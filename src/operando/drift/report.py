@@ -196,10 +196,11 @@ def _by_match(
             )
             found[arm].append({"decoder": dec, "encoder": enc})
     kept: tuple[Measure, ...] = ("decoder", "encoder")
-    real, null = (
-        {key: torch.cat([site[key] for site in found[arm]], dim=1) for key in kept} for arm in ARMS
-    )
-    return rows_of(cells, real, null)
+    joined: dict[Arm, dict[Measure, Tensor]] = {
+        arm: {key: torch.cat([site[key] for site in found[arm]], dim=1) for key in kept}
+        for arm in ARMS
+    }
+    return rows_of(cells, joined["real"], joined["null"])
 
 
 def _shape(span: tuple[str, int, int], arm: Arm, turned: Sequence[Cosines]) -> ShapeRow:
