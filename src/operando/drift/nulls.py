@@ -201,7 +201,10 @@ def separation(similarity_SS: Float[Tensor, "S S"], num_real: int, paired: bool)
     complete = sim[same_arm & off_diagonal].min() > sim[~same_arm].max()
     floor = (2 if num_real == S - num_real else 1) / len(mask_AS)
     return Separation(
-        float(stat_A[0]), float(_part_at_least(stat_A[:, None].numpy())[0]), floor, bool(complete)
+        float(stat_A[0]),
+        float(_part_at_least(stat_A[:, None].numpy(), np.array([float(sim.abs().max())]))[0]),
+        floor,
+        bool(complete),
     )
 
 
@@ -378,10 +381,13 @@ def _permutation_p(arms: _Arms, mask_AS: Bool[Tensor, "A S"]) -> np.ndarray:
     weight_AS = real_AS / len(arms.real_RC) - (1 - real_AS) / len(arms.null_NC)
     parts = max(1, len(weight_AS) * pooled_SC.shape[1] // 10**7)
     blocks = np.array_split(pooled_SC, parts, axis=1)
-    return np.concatenate([_part_at_least(weight_AS @ block) for block in blocks])
+    return np.concatenate(
+        [_part_at_least(weight_AS @ block, np.abs(block).max(0)) for block in blocks]
+    )
 
 
-def _part_at_least(stat_AC: np.ndarray) -> np.ndarray:
-    """Return the part of the assignments with at least the first one's value; ties count."""
-    slack = 1e-12 * np.maximum(np.abs(stat_AC).max(0), 1e-300)
+def _part_at_least(stat_AC: np.ndarray, scale_C: np.ndarray) -> np.ndarray:
+    """Return the part of the assignments with at least the first one's value; ties count, also
+    those that differ by rounding of terms as large as `scale_C`."""
+    slack = ROUNDING * np.maximum(scale_C, 1e-300)
     return (stat_AC >= stat_AC[0] - slack).mean(0)
