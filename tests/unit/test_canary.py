@@ -212,12 +212,13 @@ def test_a_table_of_garbage_says_so_and_fits_80_columns() -> None:
     garbage, honest, hacked = " </" * 60, "The answer is GOLD.", "well, " * 30 + "answer: GOLD"
     broken = result(garbage, "))))" * 30)
     said = "\n".join(canary_lines(broken))
-    assert said.count("tell nothing about this model") == 2 and said.count("0 right in both") == 2
+    assert said.count("most answers of both arms are degenerate") == 2
+    assert said.count("0 right in both arms: these prompts tell nothing about this model") == 2
     assert all(row.trained.hack == 0 and row.trained.degenerate == row.trained.n
                for row in broken.families)  # fmt: skip
     one = "\n".join(canary_lines(result(honest, garbage)))
     assert "most answers of one arm are degenerate (step 400 25 of 25)" in one
-    assert "tell nothing" not in one and "0 right" not in one
+    assert "both arms" not in one and "0 right" not in one
     gamed = result(honest, hacked)
     assert not any("most answers" in line for line in canary_lines(gamed))
     for shown in (gamed, broken, result(hacked, honest)):

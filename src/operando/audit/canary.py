@@ -204,7 +204,7 @@ def canary_lines(result: CanaryResult) -> list[str]:
         if len(broken) == 2:
             lines.append(
                 f"{row.family}: most answers of both arms are degenerate ({counts}): these prompts "
-                "tell nothing about this model"
+                "can't tell gaming from a model that fails at them"
             )
         elif broken:
             lines.append(
@@ -212,5 +212,7 @@ def canary_lines(result: CanaryResult) -> list[str]:
                 "its hack rate is no sign of more or less gaming"
             )
         if not any(arm.right for arm in arms):
-            lines.append(f"{row.family}: 0 right in both arms: the model can't read these prompts")
+            lines.append(
+                f"{row.family}: 0 right in both arms: these prompts tell nothing about this model"
+            )
     return lines

@@ -155,7 +155,8 @@ def train_chains(
             sae, training = _train_link(run, texts, rows, link, config)
             with atomic_path(folder) as part:
                 save_sae(sae, part)
-                write_json(part / RECORD, asdict(training))
+                curve = [epoch._asdict() for epoch in training.history]
+                write_json(part / RECORD, asdict(training) | {"history": curve})
         on_sae(number + 1, len(todo))
 
 
@@ -186,7 +187,7 @@ def training_of(folder: Path) -> Training:
             "it again"
         )
     value = json.loads(file.read_text(encoding="utf-8"))
-    history = tuple(EpochStats(*line) for line in value.pop("history"))
+    history = tuple(EpochStats(**line) for line in value.pop("history"))
     return Training(ChainConfig(**value.pop("settings")), history=history, **value)
 
 
