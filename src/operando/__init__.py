@@ -11,7 +11,7 @@ def __getattr__(name: str) -> object:
 
             return load_sae
         case "load_chain":
-            from operando.drift.chain import load_chain
+            from operando.drift.published import load_chain
 
             return load_chain
         case _:

@@ -165,7 +165,7 @@ def test_worked_examples_need_a_training_split(
 def test_canary(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert run_cli(monkeypatch, "canary", str(run)) == 0
     said = capsys.readouterr()
     out, table = said.out.strip().splitlines(), said.err.splitlines()
@@ -173,9 +173,11 @@ def test_canary(
     rows = pq.read_table(out[-1]).to_pylist()
     assert len(rows) == 61
     for family, n in (("instruction_conflict", 25), ("gaming", 36)):
-        (line,) = (line for line in table if line.startswith(family))
+        place = [line.strip() for line in table].index(family)
         base = [r["base_label"] for r in rows if r["family"] == family]
-        assert line.split()[1:4] == ["base", str(n), str(base.count("hack"))]
+        said_of_base = table[place + 1].split()
+        assert said_of_base[:4] == ["base,", "n", str(n), str(base.count("hack"))]
+        assert said_of_base[-4] == str(base.count("degenerate"))
     assert run_cli(monkeypatch, "canary", str(run), "--classifier", "seed") == 0
     other = capsys.readouterr().out.strip().splitlines()[-1]
     theirs = pq.read_table(other).to_pylist()

@@ -107,3 +107,50 @@ def test_sparsify_there_and_back(tmp_path: Path) -> None:
     back = load_sae(tmp_path / "layers.7")
     assert back.origin.site == "blocks.7.hook_resid_post"
     assert torch.allclose(back.reconstruct(X_ND), x_hat_ND, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "MatryoshkaBatchTopK", "JumpReLU"])
+def test_we_read_what_a_training_of_sae_lens_exports(tmp_path: Path, kind: str) -> None:
+    sae_lens = pytest.importorskip("sae_lens", reason=REASON.format("sae-lens==6.54.12"))
+    own = {"k": K} if "TopK" in kind else {"l0_coefficient": 1.0}
+    if kind == "MatryoshkaBatchTopK":
+        own |= {"matryoshka_widths": [16, M]}
+    training = getattr(sae_lens, f"{kind}TrainingSAE")
+    theirs = training(getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=M, **own))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    if "BatchTopK" in kind:
+        theirs.topk_threshold.fill_(0.7)
+    theirs.save_inference_model(tmp_path / "sae")
+    ours, read = load_sae(tmp_path / "sae"), sae_lens.SAE.load_from_disk(tmp_path / "sae")
+    assert torch.allclose(ours.reconstruct(X_ND), read(X_ND), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "batch_top_k", "jumprelu", "standard"])
+def test_we_read_what_a_trainer_of_dictionary_learning_saves(tmp_path: Path, kind: str) -> None:
+    reason = REASON.format("dictionary-learning==0.1.0")
+    pytest.importorskip("dictionary_learning", reason=reason)
+    module = pytest.importorskip(f"dictionary_learning.trainers.{kind}", reason=reason)
+    common = {"steps": 100, "activation_dim": D, "dict_size": M, "layer": 4, "lm_name": "m",
+              "submodule_name": "resid_post_4", "device": "cpu", "warmup_steps": 1}  # fmt: skip
+    match kind:
+        case "top_k":
+            trainer = module.TopKTrainer(k=K, **common)
+        case "batch_top_k":
+            trainer = module.BatchTopKTrainer(k=K, **common)
+            trainer.ae.threshold.fill_(0.7)
+        case "jumprelu":
+            trainer = module.JumpReluTrainer(sparsity_warmup_steps=1, **common)
+        case _:
+            trainer = module.StandardTrainer(sparsity_warmup_steps=1, **common)
+    with torch.no_grad():
+        for parameter in trainer.ae.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    torch.save(trainer.ae.state_dict(), tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer.config}))
+    ours = load_sae(tmp_path)
+    with torch.no_grad():
+        expected = trainer.ae(X_ND)
+    assert ours.origin.site == "blocks.4.hook_resid_post"
+    assert torch.allclose(ours.reconstruct(X_ND), expected, atol=1e-4, rtol=1e-5)

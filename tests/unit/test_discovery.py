@@ -12,6 +12,7 @@ import torch
 
 from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
+from operando.discovery.judging import gate_of, measure
 from operando.internals.contrast import shuffle_within
 from operando.internals.packs import FeaturePack, Gate, load_pack, pack_sae
 from operando.internals.sae import SAE
@@ -119,3 +120,26 @@ def test_halves_keep_tokens_with_their_answers() -> None:
     half = answers.chosen(answers.prompt_R >= 3)
     assert len(half.rollouts) == 24 and torch.equal(half.prompt_R.unique(), torch.tensor([3, 4, 5]))
     assert torch.equal(half.mean_acts(), answers.mean_acts()[24:])
+
+
+@pytest.mark.parametrize("kind", ["auc", "rho"])
+def test_a_score_that_is_length_alone_does_not_pass(kind: str) -> None:
+    """Longer answers are right more often, and the score rises with length: nothing else."""
+    config = DiscoverConfig(site="blocks.0.hook_resid_post", measure=kind, minimum=0.3)  # pyright: ignore[reportArgumentType]
+    opened = {"length": 0, "more": 0}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        answers = planted_answers(seed, 0.0, prompts=60)
+        length_R = torch.from_numpy(rng.integers(20, 220, 480))
+        right_R = torch.from_numpy(
+            rng.random(480) < 1 / (1 + np.exp((120 - length_R.numpy()) / 20))
+        )
+        answers = replace(answers, length_R=length_R, correct_R=right_R)
+        length_only_R = length_R / 50 + 0.3 * torch.from_numpy(rng.normal(size=480))
+        for name, score_R in (("length", length_only_R), ("more", length_only_R + 2 * right_R)):
+            found = measure("features", score_R, answers, rng)
+            gate = gate_of(config, found, [])
+            assert found.low > 0.8 and found.rho > 0.5  # it would have passed
+            opened[name] += gate.passed
+            assert gate.passed or ["same length" in reason for reason in gate.reasons] == [True]
+    assert opened["length"] <= 2 and opened["more"] == 10

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from operando.drift.frozen import (
     FrozenDiff,
     FrozenSums,
+    _sign_flip_p,
     add,
     empty_sums,
     finish,
@@ -166,6 +167,19 @@ def test_p_is_near_the_exact_sign_flip_test() -> None:
         exact = np.mean(np.abs(signs @ s_G.numpy()) >= abs(float(s_G.sum())) - 1e-9)
         ours = float(run(parts, chunk=12)[1].p_TM[1, 0])
         assert ours == pytest.approx(float(exact), abs=0.03)
+
+
+def test_a_few_large_differences_make_p_too_small_as_documented() -> None:
+    g = generator(5)
+    for large, rate in ((4, 2 / 16), (5, 2 / 32), (8, 18 / 256)):
+        size_G = torch.cat([torch.ones(large), 1e-4 * torch.rand(40, generator=g)]).double()
+        sign_GM = torch.randint(2, (large + 40, 40_000), generator=g) * 2 - 1
+        delta_GM = size_G[:, None] * sign_GM
+        p_M = _sign_flip_p(
+            delta_GM.sum(0)[None], delta_GM.square().sum(0)[None],
+            torch.full((1, 40_000), large + 40.0, dtype=torch.float64),
+        )  # fmt: skip
+        assert float((p_M <= 0.05).double().mean()) == pytest.approx(rate, abs=0.006)
 
 
 def test_rate_interval_is_wilsons_for_texts_of_one_token_and_wider_for_bursts() -> None:

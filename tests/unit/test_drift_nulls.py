@@ -75,6 +75,12 @@ def test_permutation_p_by_a_slow_loop() -> None:
     assert_close(far.p_permutation, torch.full((5,), 1 / 35, dtype=torch.float64))
 
 
+def test_equal_arms_are_ties_in_every_assignment() -> None:
+    real = 2e-4 * normal(3, 50, seed=12).abs()
+    found = drift_against_null(real, real.clone(), paired=True)
+    assert (found.p_permutation == 1).all() and (found.p_t == 1).all()
+
+
 def test_ties_count_in_spite_of_rounding() -> None:
     whole = torch.randint(0, 4, (7, 200), generator=torch.Generator().manual_seed(4))
     real, null = whole[:3].double() / 10, whole[3:].double() / 10

@@ -135,6 +135,24 @@ def test_a_bfloat16_pass_decides_as_float32_does(activation: str) -> None:
     assert not torch.equal(rough_NF > 0, exact_NF > 0)  # bfloat16 alone would not do
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_large_biases_do_not_move_a_feature_into_the_top_k(size: float) -> None:
+    """Biases of like size and small differences: rounded to bfloat16 they would decide wrongly."""
+    generator = torch.Generator().manual_seed(3)
+    D, M, k = 24, 4096, 32
+    W_MD = torch.randn(M, D, generator=generator)
+    # some at the top at `size`, a few hundred thousandths apart
+    b_M = torch.randn(M, generator=generator)
+    b_M[:200] = size + 0.02 * torch.randn(200, generator=generator)
+    zero_D = torch.zeros(D)
+    sae = SAE(0.02 * W_MD, b_M, W_MD, zero_D, zero_D, "topk_relu", k=k)
+    x_ND = torch.randn(600, D, generator=generator)
+    ids = tuple(range(0, 400, 2))
+    exact_NF = sae.encode_dense(x_ND)[:, list(ids)]
+    wrong = int(((ChosenFeatures(sae, ids)(x_ND) > 0) != (exact_NF > 0)).sum())
+    assert wrong == 0, f"{wrong} of {exact_NF.numel()} memberships"
+
+
 def test_neither_padding_nor_micro_batches_nor_an_adapter_move_a_reward(tmp_path: Path) -> None:
     reward = open_reward("features", config(make_pack(tmp_path), read="policy", mode="immediate"))
     batch = random_batch(4, 4)

@@ -117,8 +117,9 @@ def test_foreign_dictionary_learning_classes(tmp_path: Path) -> None:
         )
         bias = "bias" if kind == "AutoEncoder" else "b_dec"
         state = {"encoder.weight": sae.W_enc_MD, "encoder.bias": sae.b_enc_M,
-                 "decoder.weight": sae.W_dec_MD.T.contiguous(), bias: sae.b_dec_D,
-                 "k": torch.tensor(3), "threshold": torch.tensor(0.6)}  # fmt: skip
+                 "decoder.weight": sae.W_dec_MD.T.contiguous(), bias: sae.b_dec_D}  # fmt: skip
+        if kind == "BatchTopKSAE":
+            state |= {"k": torch.tensor(3), "threshold": torch.tensor(0.6)}
         if kind == "JumpReluAutoEncoder":
             state = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M,
                      "W_dec": sae.W_dec_MD, "b_dec": sae.b_dec_D,
@@ -148,6 +149,211 @@ def test_the_seeds_own_checkpoint(tmp_path: Path) -> None:
     back = load_sae(tmp_path / "l6.pt")
     assert (back.activation, back.origin.checkpoint) == ("topk", "ppo/step_10")
     assert torch.allclose(back.reconstruct(X_ND), expected, atol=3e-6)
+
+
+def sae_rl_file(file: Path, k: int = 3, source: str = "ppo_step100_layer12") -> dict[str, object]:
+    """A checkpoint as scripts/topk/05_train_sae.py writes it; returns its config."""
+    encoder, decoder = torch.nn.Linear(8, 24), torch.nn.Linear(24, 8)
+    state = {"b_pre": torch.randn(8)}
+    state |= {f"encoder.{key}": v for key, v in encoder.state_dict().items()}
+    state |= {f"decoder.{key}": v for key, v in decoder.state_dict().items()}
+    config = {
+        "d_model": 8, "d_sae": 24, "k": k, "source": source, "source_kind": "split", "seed": 0,
+        "init_from_stage": "ppo_step60", "best_epoch": 19, "best_train_loss": 0.1,
+        "best_val_loss": 0.2, "selection_metric": "val",
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "config": config}, file)
+    return config
+
+
+def test_what_a_sae_rl_file_says_is_kept(tmp_path: Path) -> None:
+    config = sae_rl_file(tmp_path / "a.pt")
+    back = load_sae(tmp_path / "a.pt")
+    assert (back.origin.site, back.origin.checkpoint) == (
+        "blocks.12.hook_resid_post", "ppo_step100_layer12",
+    )  # fmt: skip
+    save_sae(back, tmp_path / "b.pt", "seed")
+    again = torch.load(tmp_path / "b.pt", weights_only=True)["config"]
+    assert {key: again[key] for key in config} == config
+    assert load_sae(tmp_path / "b.pt").origin == back.origin
+
+
+def test_the_readme_lines_of_sae_rl_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from operando import load_chain, load_sae
+
+    for name, k in (
+        ("sae_flexible/sae_ppo_step100_layer12.pt", 3),
+        ("sae_strict/k64/sae_ppo_step116_layer23.pt", 4),
+        ("sae_strict/l23_k256/sae_ppo_step116_layer23.pt", 6),
+        ("sae_kl0p025/sae_ppo_step30_layer18.pt", 5),
+    ):
+        sae_rl_file(tmp_path / name, k, Path(name).stem.removeprefix("sae_"))
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(5, 8)
+    sae, cfg = load_sae("sae_flexible/sae_ppo_step100_layer12.pt", device="cpu")
+    assert cfg["best_val_loss"] == 0.2 and sae.k == 3
+    x_hat, z = sae(x)
+    assert torch.allclose(x_hat, sae.reconstruct(x), atol=1e-6) and z.shape == (5, 24)
+    assert torch.equal(z, sae.encode_dense(x)) and int((z != 0).sum()) == 15
+    h, mask = torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    patched = torch.where(mask.unsqueeze(-1).bool(), sae(h)[0], h)
+    assert torch.allclose(patched[0, 1], sae.reconstruct(h[0, 1:2])[0], atol=1e-6)
+    assert torch.equal(patched[1, 1], h[1, 1])
+    one, cfg = load_chain("flexible", "ppo_step100", 12, root=".", device="cpu")
+    assert one.sha256() == sae.sha256() and cfg["k"] == 3
+    assert load_chain("kl0p025", "ppo_step30", 18, root=".").origin.site[7:9] == "18"
+    # the folders' names say k; the files here say otherwise on purpose, so that one sees which
+    assert load_chain("strict", "ppo_step116", 23, k=256, root=".").k == 6
+    assert load_chain("strict", "ppo_step116", 23, k=64, root=".").k == 4
+    for arguments, k, message in (
+        (("strict", "ppo_step116", 23), None, "with k = 256, 64"),
+        (("strict", "ppo_step116", 23), 32, "given k = 32"),
+        (("flexible", "ppo_step100", 12), 64, "has k = 3, not 64"),
+        (("flexible", "ppo_step10", 12), None, "Did you mean 'ppo_step100'"),
+        (("flexibel", "ppo_step100", 12), None, "Did you mean 'flexible'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_chain(*arguments, k=k)
+
+
+def test_mechreward(tmp_path: Path) -> None:
+    """TopKSAEBackend.encode and decode of src/mechreward/sae/topk_sae.py, from the file alone."""
+    sae = random_sae()
+    held = {"W_enc": sae.W_enc_MD.T.contiguous(), "W_dec": sae.W_dec_MD, "b_enc": sae.b_enc_M,
+            "b_dec": sae.b_dec_D, "d_model": 8, "d_sae": 24, "k": 20, "step": 900}  # fmt: skip
+    torch.save(held, tmp_path / "sae_final.pt")
+    z_NM = (X_ND - held["b_dec"]) @ held["W_enc"] + held["b_enc"]
+    value, idx = z_NM.topk(20)  # of 24: the k-th is often below 0, and relu then counts
+    assert (value < 0).any()
+    f_NM = torch.zeros(200, 24).scatter_(1, idx, value).relu()
+    back = load_sae(tmp_path / "sae_final.pt")
+    assert (back.k, back.origin.site) == (20, "")
+    assert torch.allclose(back.encode_dense(X_ND), f_NM, atol=1e-5)
+    expected = f_NM @ held["W_dec"] + held["b_dec"]
+    assert torch.allclose(back.reconstruct(X_ND), expected, atol=1e-5)
+    about = {"d_model": 8, "d_sae": 24, "k": 20, "model": "Qwen/Qwen3.5-4B", "layer": 18,
+             "tokens_trained": 5, "algorithm": "topk", "training_script": "s",
+             "trained_at": "t"}  # fmt: skip
+    (tmp_path / "sae_final.json").write_text(json.dumps(about))
+    origin = load_sae(tmp_path / "sae_final.pt").origin
+    assert (origin.site, origin.model) == ("blocks.18.hook_resid_post", "Qwen/Qwen3.5-4B")
+    torch.save(held | {"d_sae": 25}, tmp_path / "sae_final.pt")
+    with pytest.raises(UserError, match=r"'W_enc' has shape \(8, 24\), expected \(8, 25\)"):
+        load_sae(tmp_path / "sae_final.pt")
+
+
+def test_old_saelens_scaling_is_folded_or_refused(tmp_path: Path) -> None:
+    """x_hat = (s f) W_dec + b_dec, as SAELens before 6.0 decodes with finetuning_scaling_factor."""
+    sae = random_sae()
+    s_M = torch.linspace(0.3, 3, 24)
+    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
+               "b_dec": sae.b_dec_D}  # fmt: skip
+    old = {"d_in": 8, "d_sae": 24, "hook_point": "blocks.2.hook_resid_pre", "lr": 3e-4,
+           "hook_point_head_index": None, "activation_fn_str": "relu"}  # fmt: skip
+    f_NM = ((X_ND - sae.b_dec_D) @ sae.W_enc_MD.T + sae.b_enc_M).relu()
+    for key in ("scaling_factor", "finetuning_scaling_factor"):
+        write_saelens(tmp_path / key, tensors | {key: s_M}, **old, finetuning_scaling_factor=True)
+        back = load_sae(tmp_path / key)
+        assert torch.allclose(back.encode_dense(X_ND), f_NM, atol=1e-5)
+        expected = (f_NM * s_M) @ sae.W_dec_MD + sae.b_dec_D
+        assert torch.allclose(back.reconstruct(X_ND), expected, atol=1e-4)
+        assert back.origin.site == "blocks.2.hook_resid_pre"
+    write_saelens(tmp_path / "off", tensors | {"scaling_factor": s_M}, **old)
+    with pytest.raises(UserError, match="is off, but 'scaling_factor' in the weights is not 1"):
+        load_sae(tmp_path / "off")
+    write_saelens(tmp_path / "gone", tensors, **old, finetuning_scaling_factor=True)
+    with pytest.raises(UserError, match="and sae_weights.safetensors holds no such tensor"):
+        load_sae(tmp_path / "gone")
+    write_saelens(tmp_path / "ones", tensors | {"scaling_factor": torch.ones(24)}, **old)
+    assert torch.allclose(load_sae(tmp_path / "ones").encode_dense(X_ND), f_NM, atol=1e-5)
+    kwargs = {**old, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
+    write_saelens(tmp_path / "topk", tensors, **kwargs)
+    assert (load_sae(tmp_path / "topk").activation, load_sae(tmp_path / "topk").k) == (
+        "topk_relu", 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hook_head_index": 3}, "hook_head_index=3 is not supported"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not supported"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"hook_name": "blocks.1.attn.hook_z"}, "hook_z is the input"),
+        ({"architecture": "gated"}, "architecture 'gated'"),
+        ({"input_gain": 2.0}, "the keys input_gain are not read here"),
+    ],
+)
+def test_what_changes_a_saelens_sae_and_is_not_read_is_refused(
+    tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    sae = random_sae()
+    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
+               "b_dec": sae.b_dec_D}  # fmt: skip
+    cfg = {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True} | changed
+    if cfg["architecture"] == "gated":
+        del tensors["b_enc"]
+    write_saelens(tmp_path / "sae", tensors, **cfg)
+    with pytest.raises(UserError, match=message):
+        load_sae(tmp_path / "sae")
+
+
+def test_a_key_or_a_tensor_that_nobody_reads_is_an_error_in_every_format(tmp_path: Path) -> None:
+    extra = {"input_scale": torch.ones(8)}
+    for format, weights, config in (
+        ("saelens", "sae_weights.safetensors", "cfg.json"),
+        ("sparsify", "sae.safetensors", "cfg.json"),
+        ("dictionary_learning", "ae.pt", "config.json"),
+    ):
+        folder = tmp_path / format
+        save_sae(random_sae(), folder, format)  # pyright: ignore[reportArgumentType]
+        file = folder / weights
+        if weights.endswith(".pt"):
+            torch.save(torch.load(file, weights_only=True) | extra, file)
+        else:
+            save_file(load_file(file) | extra, file)
+        with pytest.raises(UserError, match=f"{weights}: the tensors input_scale are not read"):
+            load_sae(folder)
+        save_sae(random_sae(), folder, format)  # pyright: ignore[reportArgumentType]
+        held = json.loads((folder / config).read_text())
+        held.get("trainer", held)["gain"] = 2
+        (folder / config).write_text(json.dumps(held))
+        with pytest.raises(UserError, match=f"{config}: the keys gain are not read"):
+            load_sae(folder)
+    sae_rl_file(tmp_path / "rl.pt")
+    held = torch.load(tmp_path / "rl.pt", weights_only=True)
+    qwen = {"W_enc": torch.zeros(24, 8), "W_dec": torch.zeros(8, 24), "b_enc": torch.zeros(24),
+            "b_dec": torch.zeros(8)}  # fmt: skip
+    mech = {"W_enc": torch.zeros(8, 24), "W_dec": torch.zeros(24, 8), "b_enc": torch.zeros(24),
+            "b_dec": torch.zeros(8), "d_model": 8, "d_sae": 24, "k": 3}  # fmt: skip
+    for changed in (
+        held | {"ema": 1},
+        {"state_dict": held["state_dict"] | extra, "config": held["config"]},
+        {"state_dict": held["state_dict"], "config": held["config"] | {"gain": 2}},
+        qwen | extra,
+        mech | extra,
+        mech | {"gain": 2},
+    ):
+        torch.save(changed, tmp_path / "L0_3.pt")
+        with pytest.raises(UserError, match=r"the (keys|tensors) (ema|gain|input_scale) are not"):
+            load_sae(tmp_path / "L0_3.pt")
+
+
+def test_a_sparsify_folder_says_its_site(tmp_path: Path) -> None:
+    for name, site in (
+        ("layers.5", "blocks.5.hook_resid_post"),
+        ("layers.20.mlp", "blocks.20.hook_mlp_out"),
+        ("layers.7.self_attn", "blocks.7.hook_attn_out"),
+        ("layers.7.rotary", ""),
+    ):
+        save_sae(random_sae(), tmp_path / name, "sparsify")
+        cfg = json.loads((tmp_path / name / "cfg.json").read_text())
+        del cfg["operando"]
+        (tmp_path / name / "cfg.json").write_text(json.dumps(cfg))
+        assert load_sae(tmp_path / name).origin.site == site
 
 
 def test_qwen_scope(tmp_path: Path) -> None:
@@ -225,7 +431,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("operando.internals.sae_formats.save_file", fail)
+    monkeypatch.setattr("operando.internals.saelens.save_file", fail)
     with pytest.raises(UserError, match="no space left"):
         save_sae(random_sae(seed=1), tmp_path / "sae")
     assert load_sae(tmp_path / "sae").sha256() == random_sae().sha256()

@@ -92,7 +92,7 @@ def canary(
     ] = "ours",
 ) -> None:
     """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
-    from operando.audit.canary import canary_table, run_canary
+    from operando.audit.canary import canary_lines, canary_table, run_canary
     from operando.audit.feature_gaming import game_features, gaming_lines
     from operando.display import make_console
     from operando.launch import quieten_libraries
@@ -104,6 +104,8 @@ def canary(
     )  # fmt: skip
     console = make_console()
     console.print(canary_table(result))
+    for line in canary_lines(result):
+        console.print(line, highlight=False, markup=False)
     gaming = game_features(run, step)
     for one in gaming:
         for line in gaming_lines(one):

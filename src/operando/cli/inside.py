@@ -109,26 +109,36 @@ def sae_train(
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     layers: Annotated[str, typer.Option(help='Layers to read after, e.g. "2,4".')],
     expansion: Annotated[int, typer.Option(min=1, help="Features a dimension.")] = 8,
-    k: Annotated[int, typer.Option(min=1, help="Active features a token.")] = 16,
+    k: Annotated[int | None, typer.Option(min=1, help="Active features a token; 16.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Chains an arm.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    lr: Annotated[float, typer.Option(min=0.0)] = 1e-3,
-    mode: Annotated[str, typer.Option(help='"default", or "seed" as OhhMoo/SAE-RL.')] = "default",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 10.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Default: 1e-3.")] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help='"default", or "seed": as sae_rl (k 64, after the last layer 256; 20 epochs at '
+            "1e-4; 20 % of the rows held out; sinks kept). Options given beside it count."
+        ),
+    ] = "default",
     select: Annotated[
-        str, typer.Option(help="float32, or bfloat16: preselect features, then exact values.")
-    ] = "float32",
+        str | None, typer.Option(help="float32, or bfloat16: preselect features, then exact.")
+    ] = None,
+    sinks: Annotated[
+        str | None, typer.Option(help="drop, or keep: train on attention sinks too.")
+    ] = None,
     texts: Annotated[str, typer.Option(help="Whose completions: base, last, or both.")] = "both",
     tokens: Annotated[int, typer.Option(min=1000, help="Most tokens to read.")] = 20_000,
 ) -> None:
     """Train a warm-start SAE chain over the stages, with its null arm. Goes on where it stopped."""
     from operando.display import make_console
-    from operando.drift.chain import ChainConfig
     from operando.drift.commands import train_run_saes
     from operando.launch import quieten_libraries
 
     quieten_libraries()
-    config = ChainConfig(expansion, k, mode, epochs, lr=lr, select=select)  # pyright: ignore[reportArgumentType]
-    train_run_saes(make_console(), run, layers, texts, tokens, config, seeds)
+    train_run_saes(
+        make_console(), run, layers, texts, tokens, seeds, mode, expansion,
+        k=k, epochs=epochs, lr=lr, select=select, sinks=sinks,
+    )  # fmt: skip
     print(run / "saes")
 
 
@@ -163,7 +173,8 @@ def drift(
 ) -> None:
     """Show what changed inside between a run's stages, the null arm beside every number."""
     from operando.display import make_console
-    from operando.drift.commands import compare_drift, show_drift, show_frozen, show_grid
+    from operando.drift.commands import show_drift, show_frozen, show_grid
+    from operando.drift.compare import compare_drift
     from operando.launch import quieten_libraries
 
     quieten_libraries()

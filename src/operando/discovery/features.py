@@ -20,6 +20,7 @@ from torch import Tensor
 
 from operando.discovery.answers import Answers, sample_answers
 from operando.discovery.judging import Measured, Null, answer_scores, gate_of, measure, null
+from operando.drift.quality import sink_tokens
 from operando.drift.sae_train import SaeTrainConfig, train_sae
 from operando.errors import UserError
 from operando.internals import contrast as ct
@@ -143,8 +144,10 @@ def _check_halves(find: Answers, judge: Answers) -> None:
 
 
 def _train_sae(config: DiscoverConfig, find: Answers, recipe: Recipe, site: str) -> SAE:
-    """Return an SAE of the finding half's activations; it never sees the judging half."""
+    """Return an SAE of the finding half's activations, attention sinks left out; it never sees the
+    judging half."""
     prompts = find.prompt_R.unique()
+    kept_N = ~sink_tokens(find.acts_ND)
     val_N = torch.isin(find.prompt_R, prompts[-max(1, len(prompts) // 10) :])[find.row_N]
     training = SaeTrainConfig(
         d_sae=config.expansion * find.acts_ND.shape[1],
@@ -154,7 +157,9 @@ def _train_sae(config: DiscoverConfig, find: Answers, recipe: Recipe, site: str)
         seed=recipe.seed,
     )
     origin = Origin(model=recipe.model.id, site=site, checkpoint="base")
-    return train_sae(find.acts_ND[~val_N], find.acts_ND[val_N], training, origin=origin).sae
+    return train_sae(
+        find.acts_ND[kept_N & ~val_N], find.acts_ND[kept_N & val_N], training, origin=origin
+    ).sae
 
 
 def mean_features(sae: SAE, answers: Answers) -> Float[Tensor, "R M"]:

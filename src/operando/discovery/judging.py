@@ -24,10 +24,10 @@ class Measured:
     """How well one score tells right from wrong answers on the prompts held out.
 
     `within` compares answers of the same prompt only, `controlled` only answers of similar length
-    and equal truncation; NaN where there is no such pair.
+    and equal truncation, with its own interval; NaN where there is no such pair.
 
     Example: Measured("features", auc=0.71, low=0.66, high=0.76, within=0.68, controlled=0.70,
-                      rho=0.33, rho_bound=0.85)
+                      controlled_low=0.64, controlled_high=0.75, rho=0.33, rho_bound=0.85)
     """
 
     name: str
@@ -36,6 +36,8 @@ class Measured:
     high: float
     within: float
     controlled: float
+    controlled_low: float
+    controlled_high: float
     rho: float
     rho_bound: float
 
@@ -59,6 +61,9 @@ def measure(
     correct_R = judged.correct_R
     low, high = ct.bootstrap_auc(score_R, correct_R, judged.prompt_R, generator)
     strata_R = ct.confound_strata(judged.length_R, judged.truncated_R)
+    same_low, same_high = ct.bootstrap_auc(
+        score_R, correct_R, judged.prompt_R, generator, stratum_R=strata_R
+    )
     rho = ct.spearman(score_R, correct_R)
     return Measured(
         name,
@@ -67,6 +72,8 @@ def measure(
         high,
         ct.auc(score_R, correct_R, judged.prompt_R).value,
         ct.auc(score_R, correct_R, strata_R).value,
+        same_low,
+        same_high,
         rho.value,
         rho.bound,
     )
@@ -97,7 +104,8 @@ def answer_scores(pack: FeaturePack, sae: SAE | None, answers: Answers) -> Float
 
 
 def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) -> Gate:
-    """Return whether a pack may be paid for: over the minimum, and over both nulls' 95 %."""
+    """Return whether a pack may be paid for: over the minimum, over both nulls' 95 %, and more than
+    length: among answers of the same length the interval of its AUC must lie above 0.5."""
     if real is None:
         return Gate(False, (f"no feature has q <= {config.max_q}",))
     name = "AUC" if config.measure == "auc" else "rho"
@@ -113,4 +121,11 @@ def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) ->
             )
     if config.measure == "auc" and not real.low > 0.5:
         reasons.append(f"the AUC's interval [{real.low:.3f}, {real.high:.3f}] holds 0.5")
+    if not real.controlled_low > 0.5:
+        same = f"[{real.controlled_low:.3f}, {real.controlled_high:.3f}]"
+        reasons.append(
+            "no right and wrong answers of the same length to compare"
+            if real.controlled != real.controlled
+            else f"the AUC among answers of the same length, {same}, holds 0.5: length may be all"
+        )
     return Gate(not reasons, tuple(reasons))

@@ -56,7 +56,7 @@ def _measures(found: Discovery) -> Table:
             f"{m.auc:.3f}",
             f"[{m.low:.3f}, {m.high:.3f}]",
             f"{m.within:.3f}",
-            f"{m.controlled:.3f}",
+            f"{m.controlled:.3f} [{m.controlled_low:.3f}, {m.controlled_high:.3f}]",
             f"{m.rho:+.2f} ({m.rho_bound:.2f})",
         )
     for n in found.nulls:

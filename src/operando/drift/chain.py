@@ -6,29 +6,35 @@ at every stage: what it drifts is the drift of SAE training, not of RL (the "nul
 OhhMoo/SAE-RL, README at d919128). Chain r of both arms shares its first SAE.
 
     saes/first_seed0/step_00000/<site>/   saes/real_seed0/step_00010/<site>/   saes/null_seed0/...
+
+Beside its weights each folder keeps training.json: the settings, and how the training went.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.drift.collect import Texts, load_acts, stages_of
-from operando.drift.sae_train import SaeTrainConfig, train_sae
+from operando.drift.quality import mean_activation, sink_tokens
+from operando.drift.sae_train import EpochStats, SaeTrainConfig, train_sae
 from operando.errors import UserError
 from operando.internals.sae import SAE, Origin
 from operando.internals.sae_formats import load_sae, save_sae
-from operando.run import SeedTree
+from operando.run import SeedTree, atomic_path, write_json
 
 Arm = Literal["real", "null"]
+Mode = Literal["default", "seed"]
 ARMS: tuple[Arm, Arm] = ("real", "null")
-VAL_SHARE = 0.1  # of the texts; whole texts, so that no text is on both sides
+RECORD = "training.json"
 
 
 class Link(NamedTuple):
@@ -44,15 +50,70 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """Sizes and budget of every SAE. Example: ChainConfig(d_sae=1024, k=16, epochs=10)"""
+    """Sizes, budget and data of the SAEs of one site's chains.
+
+    split      texts: whole texts are held out, so that no text is on both sides. tokens: rows are,
+               whatever text they are of (as sae_rl)
+    val_share  the part that is held out
+    sinks      drop: tokens whose norm at the base is over 10 times the median are neither trained
+               on nor validated on, at no stage. keep: as sae_rl
+
+    Example: chain_config("default", d_sae=1024, k=32)
+    """
 
     d_sae: int
     k: int
-    mode: Literal["seed", "default"] = "default"
+    mode: Mode = "default"
     epochs: int = 10
     batch_size: int = 512
     lr: float = 1e-3
     select: Literal["float32", "bfloat16"] = "float32"
+    split: Literal["texts", "tokens"] = "texts"
+    val_share: float = 0.1
+    sinks: Literal["drop", "keep"] = "drop"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one SAE was trained.
+
+    `val_error` is the squared error on the held-out tokens over their variance, `dead` the share of
+    dead features, both of the best epoch (counted from 1); `history` has a line an epoch.
+
+    Example: training_of(sae_folder(run, "real", 0, 10, site)).val_error
+    """
+
+    settings: ChainConfig
+    tokens: int
+    best_epoch: int
+    val_error: float
+    dead: float
+    resampled: int
+    seconds: float
+    history: tuple[EpochStats, ...]
+
+
+def chain_config(
+    mode: Mode, d_sae: int, is_last_layer: bool = False, **given: object
+) -> ChainConfig:
+    """Return the settings of a mode with those given beside it.
+
+    seed is the published protocol of sae_rl (model card of OhhMoo/sae-rl-qwen05b-layers): k 64 and
+    256 after the last layer, 20 epochs at 1e-4, batches of 512, 20 % of the rows held out, sinks
+    kept. Its texts are not a setting: here they are the run's completions.
+    """
+    config = ChainConfig(d_sae, k=16)
+    if mode == "seed":
+        config = ChainConfig(
+            d_sae, k=256 if is_last_layer else 64, mode="seed", epochs=20, lr=1e-4,
+            split="tokens", val_share=0.2, sinks="keep",
+        )  # fmt: skip
+    config = replace(config, **{key: value for key, value in given.items() if value is not None})
+    if config.k > d_sae:
+        raise UserError(
+            f"k = {config.k} active features of {d_sae}: give a smaller --k or a larger --expansion"
+        )
+    return config
 
 
 def sae_folder(run: Path, arm: Arm, seed: int, step: int, site: str) -> Path:
@@ -74,26 +135,69 @@ def links(sites: Sequence[str], stages: Sequence[int], seeds: Sequence[int]) -> 
 def train_chains(
     run: Path,
     texts: Texts,
-    sites: Sequence[str],
+    configs: Mapping[str, ChainConfig],
     stages: Sequence[int],
     seeds: Sequence[int],
-    config: ChainConfig,
     on_sae: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> None:
-    """Train every SAE that is not there yet; a killed call goes on where it stopped."""
-    todo = list(links(sites, stages, seeds))
-    on_train = split_texts(texts)
+    """Train every SAE that is not there yet, each site with its settings; a killed call goes on
+    where it stopped. SAEs of other settings are an error, found by `check_settings`."""
+    todo = list(links(list(configs), stages, seeds))
+    site, kept_N, on_train_N = "", torch.empty(0), torch.empty(0)
     for number, link in enumerate(todo):
         folder = sae_folder(run, link.arm, link.seed, link.step, link.site)
         if not folder.exists():
-            sae = _train_link(run, texts, on_train, link, config)
-            save_sae(sae, folder)
+            config = configs[link.site]
+            if link.site != site:
+                site, on_train_N = link.site, split_tokens(texts, config)
+                kept_N = kept_tokens(run, texts, site, config)
+            rows = (kept_N & on_train_N, kept_N & ~on_train_N)
+            sae, training = _train_link(run, texts, rows, link, config)
+            with atomic_path(folder) as part:
+                save_sae(sae, part)
+                curve = [epoch._asdict() for epoch in training.history]
+                write_json(part / RECORD, asdict(training) | {"history": curve})
         on_sae(number + 1, len(todo))
 
 
-def _train_link(run: Path, texts: Texts, on_train: Tensor, link: Link, config: ChainConfig) -> SAE:
+def check_settings(
+    run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
+) -> None:
+    """Raise a UserError that names the settings in which an SAE that is there differs."""
+    for link in links(list(configs), stages, seeds):
+        folder = sae_folder(run, link.arm, link.seed, link.step, link.site)
+        if not folder.exists():
+            continue
+        there, asked = asdict(training_of(folder).settings), asdict(configs[link.site])
+        differ = [f"{key} {there[key]} there, {asked[key]} asked" for key in asked
+                  if there[key] != asked[key]]  # fmt: skip
+        if differ:
+            raise UserError(
+                f"{folder} was trained with other settings: {'; '.join(differ)}. A chain has one "
+                f"setting: give those, or remove the site's folders under {run}/saes"
+            )
+
+
+def training_of(folder: Path) -> Training:
+    """Return how the SAE of a chain was trained."""
+    file = folder / RECORD
+    if not file.is_file():
+        raise UserError(
+            f"{folder} holds no {RECORD}, so nobody knows how it was trained; remove it to train "
+            "it again"
+        )
+    value = json.loads(file.read_text(encoding="utf-8"))
+    history = tuple(EpochStats(**line) for line in value.pop("history"))
+    return Training(ChainConfig(**value.pop("settings")), history=history, **value)
+
+
+def _train_link(
+    run: Path, texts: Texts, rows: tuple[Tensor, Tensor], link: Link, config: ChainConfig
+) -> tuple[SAE, Training]:
     source = link.step if link.arm == "real" else 0  # the null arm never sees a later stage
     acts_ND = load_acts(run, texts, source, link.site)
+    train_TD, val_TD = (acts_ND[rows_N] for rows_N in rows)
+    del acts_ND
     parent = None
     if link.before is not None:
         parent = load_sae(sae_folder(run, link.arm, link.seed, link.before, link.site))
@@ -107,16 +211,34 @@ def _train_link(run: Path, texts: Texts, on_train: Tensor, link: Link, config: C
         model=f"{run.name}/step_{source:05d}", site=link.site, checkpoint=f"step_{source:05d}",
         arm=link.arm, data=texts.digest, split_seed=0,
     )  # fmt: skip
-    trained = train_sae(acts_ND[on_train], acts_ND[~on_train], settings, parent, origin)
-    return trained.sae
+    began = time.monotonic()
+    trained = train_sae(train_TD, val_TD, settings, parent, origin)
+    best = trained.history[trained.best_epoch]
+    spread = float((val_TD - mean_activation(val_TD)).double().square().mean())
+    return trained.sae, Training(
+        config, len(train_TD), trained.best_epoch + 1, best.val_mse / max(spread, 1e-30),
+        best.dead, int(trained.resampled_M.sum()), round(time.monotonic() - began, 2),
+        trained.history,
+    )  # fmt: skip
 
 
-def split_texts(texts: Texts) -> Tensor:
-    """Return which tokens are trained on [N]; whole texts are held out, the same for all."""
-    num = len(texts.completions)
+def split_tokens(texts: Texts, config: ChainConfig) -> Bool[Tensor, "N"]:
+    """Return which tokens are trained on, the same for all stages and seeds."""
     generator = SeedTree(0).generator("sae", "split")
-    held_out = torch.randperm(num, generator=generator)[: max(1, round(VAL_SHARE * num))]
-    return ~torch.isin(texts.text_of_token(), held_out)
+    num = len(texts.completions) if config.split == "texts" else texts.num_tokens
+    held_out = torch.randperm(num, generator=generator)[: max(1, round(config.val_share * num))]
+    if config.split == "texts":
+        return ~torch.isin(texts.text_of_token(), held_out)
+    on_train_N = torch.ones(num, dtype=torch.bool)
+    on_train_N[held_out] = False
+    return on_train_N
+
+
+def kept_tokens(run: Path, texts: Texts, site: str, config: ChainConfig) -> Bool[Tensor, "N"]:
+    """Return which tokens are read at all. The base decides which are sinks, for every stage."""
+    if config.sinks == "keep":
+        return torch.ones(texts.num_tokens, dtype=torch.bool)
+    return ~sink_tokens(load_acts(run, texts, 0, site))
 
 
 def load_chain(run: str | Path, site: str, arm: Arm = "real", seed: int = 0) -> dict[int, SAE]:

@@ -8,21 +8,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import AutoConfig
 
-from operando.drift.chain import (
-    ARMS,
-    Arm,
-    ChainConfig,
-    load_chain,
-    train_chains,
-    trained_seeds,
-    trained_sites,
-)
-from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of
-from operando.drift.nulls import classify
-from operando.drift.report import drift_report, transition_drift
+from operando.drift.chain import chain_config, check_settings, train_chains
+from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of, stages_of
+from operando.drift.report import drift_report
 from operando.drift.show import (
     draw_drift,
     drift_table,
@@ -31,6 +21,7 @@ from operando.drift.show import (
     grid_lines,
     grid_table,
     stage_table,
+    training_table,
     verdict_lines,
 )
 from operando.drift.without_refit import frozen_report, grid_report
@@ -40,11 +31,14 @@ from operando.internals.sae_formats import load_sae
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of
 from operando.recipe import Recipe
-from operando.run import read_recipe, write_json
+from operando.run import read_recipe
 
 WRITERS = ("base", "last", "both")
-MODES = ("default", "seed")
-SELECTIONS = ("float32", "bfloat16")
+CHOICES = {
+    "mode": ("default", "seed"),
+    "select": ("float32", "bfloat16"),
+    "sinks": ("drop", "keep"),
+}
 
 
 def train_run_saes(
@@ -53,22 +47,30 @@ def train_run_saes(
     layers: str,
     writer: str,
     tokens: int,
-    config: ChainConfig,
     num_seeds: int,
+    mode: str = "default",
+    expansion: int = 8,
+    **given: object,
 ) -> None:
     """Collect the activations of every stage and train all chains with their null arms.
 
-    `config.d_sae` is the expansion factor here; it is multiplied by the model's width.
+    `given` are settings of drift/chain.py:ChainConfig; what is absent or None is the mode's.
     """
     recipe = read_recipe(run)
     writer = _one_of("--texts", writer, WRITERS)
-    _one_of("--mode", config.mode, MODES)
-    _one_of("--select", config.select, SELECTIONS)
-    sites = sites_of(parse_layer_set(layers, count_layers(recipe.model)))
-    config = ChainConfig(
-        config.d_sae * width_of(recipe.model), config.k, config.mode, config.epochs,
-        config.batch_size, config.lr, config.select,
-    )  # fmt: skip
+    for key, known in CHOICES.items():
+        value = {"mode": mode, **given}.get(key)
+        if value is not None:
+            _one_of(f"--{key}", str(value), known)
+    num_layers = count_layers(recipe.model)
+    chosen = parse_layer_set(layers, num_layers)
+    d_sae = expansion * width_of(recipe.model)
+    configs = {
+        site: chain_config(mode, d_sae, layer == num_layers - 1, **given)  # pyright: ignore[reportArgumentType]
+        for site, layer in zip(sites_of(chosen), chosen, strict=True)
+    }
+    sites, seeds = list(configs), range(num_seeds)
+    check_settings(run, configs, stages_of(run), seeds)
     texts = choose_texts(run, writer, tokens)  # pyright: ignore[reportArgumentType]
     with _progress(console) as progress:
         reading = progress.add_task("activations", total=None)
@@ -77,9 +79,10 @@ def train_run_saes(
         )
         training = progress.add_task("SAEs, real and null", total=None)
         train_chains(
-            run, texts, sites, stages, range(num_seeds), config,
+            run, texts, configs, stages, seeds,
             lambda n, of: progress.update(training, completed=n, total=of),
         )  # fmt: skip
+    console.print(training_table(run, configs, stages, seeds))
 
 
 def show_drift(console: Console, run: Path) -> Path:
@@ -135,56 +138,6 @@ def _fitting_sae(recipe: Recipe, path: Path, site: str | None) -> tuple[SAE, str
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     return sae, check_fits(sae, model, width_of(recipe.model), site)
-
-
-def compare_drift(console: Console, runs: Sequence[Path]) -> Path:
-    """Say of each transition whether it is structural, reward-driven or KL-driven, if one can.
-
-    The runs are in this order: flexible reward, strict reward, flexible reward with more KL. Only
-    transitions that all three have, between the same steps, are compared.
-    """
-    if len(runs) != 3:
-        raise UserError(f"drift compare: expected three runs (A, B, KL), given {len(runs)}")
-    sites = set.intersection(*(set(trained_sites(run)) for run in runs))
-    if not sites:
-        raise UserError(f"{', '.join(map(str, runs))} have no site in common with SAE chains")
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = "what changed with what: excess over null arms, at a false discovery rate of 5 %"
-    for column in ("site", "steps", "verdict", "q structural", "q reward", "q KL"):
-        table.add_column(column, justify="right" if column.startswith("q") else "left")
-    cells: list[tuple[str, int, int]] = []
-    drifts: list[dict[Arm, list[torch.Tensor]]] = [{arm: [] for arm in ARMS} for _ in runs]
-    for site in sorted(sites):
-        spans = [_spans(run, site) for run in runs]
-        common = [span for span in spans[0] if all(span in other for other in spans)]
-        cells += [(site, *span) for span in common]
-        for run, own, kept in zip(runs, spans, drifts, strict=True):
-            index = [own.index(span) for span in common]
-            for arm in ARMS:
-                chains = [load_chain(run, site, arm, seed) for seed in trained_seeds(run)]
-                kept[arm].append(transition_drift(chains)[:, index])
-    if not cells:
-        raise UserError("the three runs have no transition between the same two steps in common")
-    joined = [(torch.cat(kept["real"], 1), torch.cat(kept["null"], 1)) for kept in drifts]
-    found = classify(joined[0], joined[1], joined[2])
-    rows = []
-    for i, (site, before, after) in enumerate(cells):
-        qs = [float(q[i]) for q in (found.q_structural, found.q_reward, found.q_kl)]
-        name = site.removesuffix(".hook_resid_post")
-        table.add_row(name, f"{before} to {after}", found.verdict[i], *(f"{q:.3f}" for q in qs))
-        rows.append({
-            "site": site, "from_step": before, "to_step": after, "verdict": found.verdict[i],
-            "q_structural": qs[0], "q_reward": qs[1], "q_kl": qs[2],
-        })  # fmt: skip
-    console.print(table)
-    file = runs[0] / "drift" / "compare.json"
-    write_json(file, {"runs": [str(run) for run in runs], "transitions": rows})
-    return file
-
-
-def _spans(run: Path, site: str) -> list[tuple[int, int]]:
-    steps = list(load_chain(run, site, "real", trained_seeds(run)[0]))
-    return list(zip(steps, steps[1:], strict=False))
 
 
 def _one_of(option: str, given: str, known: Sequence[str]) -> str:

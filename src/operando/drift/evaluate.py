@@ -11,7 +11,15 @@ from jaxtyping import Bool
 from rich.table import Table
 from torch import Tensor
 
-from operando.drift.chain import ARMS, Arm, load_chain, split_texts, trained_sites
+from operando.drift.chain import (
+    ARMS,
+    Arm,
+    load_chain,
+    sae_folder,
+    split_tokens,
+    trained_sites,
+    training_of,
+)
 from operando.drift.collect import Texts, chosen_texts, load_acts, padded_batches, stages_of
 from operando.drift.quality import (
     LossRecovered,
@@ -43,13 +51,17 @@ def evaluate_saes(run: Path, seed: int = 0) -> tuple[list[QualityRow], Path]:
     """Return and write the quality of every SAE of one seed's chains, both arms.
 
     An SAE of the real arm is asked about its own stage's model, one of the null arm about the base.
-    Tokens are those of the held-out texts; the cross-entropy runs over their completions.
+    Tokens are those that were held out of training. The cross-entropy runs over the completions
+    that hold any of them: with split = "tokens" these are texts that were trained on.
     """
     texts, sites, stages = chosen_texts(run), trained_sites(run), stages_of(run)
     if not sites:
         raise UserError(f"{run} has no SAE chains; run: operando sae train {run}")
-    held_out_N = ~split_texts(texts)
-    batches = list(held_out_batches(texts, held_out_N))
+    held_out = {}
+    for site in sites:
+        settings = training_of(sae_folder(run, "real", seed, 0, site)).settings
+        held_out[site] = ~split_tokens(texts, settings)
+    batches = {site: list(held_out_batches(texts, held_out[site])) for site in sites}
     first_N = first_tokens(texts)
     recipe = read_recipe(run)
     policy = Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed))
@@ -62,11 +74,11 @@ def evaluate_saes(run: Path, seed: int = 0) -> tuple[list[QualityRow], Path]:
             load_weights(run, step, policy)
         for (site, arm), chain in chains.items():
             asked = stages if arm == "null" and step == 0 else [step] if arm == "real" else []
-            acts_ND = load_acts(run, texts, step, site)[held_out_N]
+            acts_ND = load_acts(run, texts, step, site)[held_out[site]]
             for position in asked:
                 sae = chain[position]
-                quality = measure_quality(sae, acts_ND, first_N[held_out_N])
-                loss = loss_recovered(policy.base, sae, batches, site)
+                quality = measure_quality(sae, acts_ND, first_N[held_out[site]])
+                loss = loss_recovered(policy.base, sae, batches[site], site)
                 rows.append(QualityRow(site, position, arm, quality, loss))
     rows.sort(key=lambda row: (row.site, row.arm, row.step))
     file = run / "drift" / "quality.parquet"
@@ -108,7 +120,7 @@ def held_out_batches(texts: Texts, held_out_N: Bool[Tensor, " N"]) -> Iterator[T
 def quality_table(run: Path, rows: list[QualityRow]) -> Table:
     """Return one row an SAE."""
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"{run.name}: SAEs on held-out texts (seed 0)"
+    table.title = f"{run.name}: SAEs on held-out tokens (seed 0)"
     for column in (
         "site", "step", "arm", "NMSE", "FVU", "no sinks", "L0", "dead", "CE +nats",
         "recovered, mean", "recovered, zero",

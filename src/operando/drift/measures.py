@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 from torch import Tensor
 
@@ -114,11 +113,6 @@ def drift(cosine_M: Float[Tensor, "M"]) -> float:
     return 1.0 - float(_kept(cosine_M).mean())
 
 
-def drift_per_step(cosine_M: Float[Tensor, "M"], step_a: int, step_b: int) -> float:
-    """Return (1 - mean_i cos_i) / max(step_b - step_a, 1)."""
-    return drift(cosine_M) / max(step_b - step_a, 1)
-
-
 def decoupling(dec_cos_M: Float[Tensor, "M"], enc_cos_M: Float[Tensor, "M"]) -> float:
     """Return r, Pearson's correlation over features of decoder and encoder cosine.
 
@@ -190,12 +184,6 @@ def effective_count(used: Usage, kind: Kind) -> float:
     feature that fires often but faintly does not fill.
     """
     return 2.0 ** entropy_bits(_weight(used, kind))
-
-
-def participation_ratio(used: Usage, kind: Kind) -> float:
-    """Return (sum p)^2 / sum p^2, a count that common features dominate more than in 2^H."""
-    p = _weight(used, kind)
-    return float(p.sum().square() / p.square().sum())
 
 
 def seed_lifecycle(
@@ -288,19 +276,6 @@ def best_match(
     cosine_M = torch.cat([b.values for b in best]).double()
     index_M = torch.cat([b.indices for b in best])
     return BestMatch(index_M, cosine_M, cosine_M - (a_MD * b_MD).sum(1).double())
-
-
-def hungarian_match(W_a_MD: Float[Tensor, "M D"], W_b_MD: Float[Tensor, "M D"]) -> BestMatch:
-    """Return the one-to-one match of rows with the largest sum of cosines (Kuhn 1955).
-
-    It takes M^2 memory and up to M^3 time: a minute or more from some thousand features on.
-    """
-    a_MD, b_MD = _unit(W_a_MD), _unit(W_b_MD)
-    cosine_MM = a_MD @ b_MD.T
-    _, columns = linear_sum_assignment(cosine_MM.cpu().numpy(), maximize=True)
-    index_M = torch.from_numpy(columns).to(a_MD.device)
-    cosine_M = cosine_MM.gather(1, index_M[:, None])[:, 0].double()
-    return BestMatch(index_M, cosine_M, cosine_M - cosine_MM.diagonal().double())
 
 
 def pairwise_similarity(W_RMD: Float[Tensor, "R M D"]) -> Float[Tensor, "R R"]:

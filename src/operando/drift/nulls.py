@@ -24,6 +24,7 @@ from torch import Tensor
 from operando.errors import UserError
 
 MOST_ASSIGNMENTS = 200_000
+ROUNDING = 1e-12
 
 Verdict = Literal["structural", "reward-driven", "KL-driven", "reward- and KL-driven", "undecided"]
 
@@ -73,13 +74,17 @@ class Separation(NamedTuple):
 class Classification(NamedTuple):
     """What three chains say of each cell; see `classify`. Example: classify(...).verdict[0]
 
-    Lists and tensors run over the cells, flattened in row-major order.
+    Lists and tensors run over the cells, flattened in row-major order. Effects are in units of
+    drift, with Welch limits at 95 %.
     """
 
     verdict: list[Verdict]
     q_structural: Float[Tensor, "C"]
     q_reward: Float[Tensor, "C"]
     q_kl: Float[Tensor, "C"]
+    excess: tuple[Band, Band, Band]  # e_A, e_B, e_C
+    reward_effect: Band  # e_B - e_A
+    kl_effect: Band  # e_C - e_A
 
 
 def benjamini_hochberg(p_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
@@ -196,7 +201,10 @@ def separation(similarity_SS: Float[Tensor, "S S"], num_real: int, paired: bool)
     complete = sim[same_arm & off_diagonal].min() > sim[~same_arm].max()
     floor = (2 if num_real == S - num_real else 1) / len(mask_AS)
     return Separation(
-        float(stat_A[0]), float(_part_at_least(stat_A[:, None].numpy())[0]), floor, bool(complete)
+        float(stat_A[0]),
+        float(_part_at_least(stat_A[:, None].numpy(), np.array([float(sim.abs().max())]))[0]),
+        floor,
+        bool(complete),
     )
 
 
@@ -205,6 +213,7 @@ def classify(
     strict: tuple[Float[Tensor, "..."], Float[Tensor, "..."]],
     kl: tuple[Float[Tensor, "..."], Float[Tensor, "..."]],
     fdr: float = 0.05,
+    families: int = 1,
 ) -> Classification:
     """Return what changed each cell: the reward, the KL term, any training at all; or "undecided".
 
@@ -222,8 +231,10 @@ def classify(
     The tests are Welch's t over chains, so they lean on drift being roughly normal over seeds (the
     permutation test can not reach 0.05 two-sided with 3 + 3 chains). A joint claim has the largest
     p of its parts (Berger 1982, Technometrics 24:295), "at least one of two" has twice the smaller
-    p; one Benjamini-Hochberg then runs over all three claims of all cells, at `fdr`. The null arms
-    count as independent: where chains share one null arm, the differences are judged too strictly.
+    p. Benjamini-Hochberg runs over the cells of each kind of claim apart, at `fdr`: true structural
+    findings must not lower the bar for reward and KL. q is multiplied by `families`, the number of
+    tables that are read as one. The null arms count as independent: where chains share one null
+    arm, the differences are judged too strictly.
     """
     chains = [flexible, strict, kl]
     for real, null in chains:
@@ -234,13 +245,19 @@ def classify(
     p_reward = np.maximum(_p_differ(flat[0], flat[1]), np.minimum(1, 2 * np.minimum(p_A, p_B)))
     p_kl = np.maximum(_p_differ(flat[0], flat[2]), np.minimum(1, 2 * np.minimum(p_A, p_C)))
     p_structural = np.maximum(np.maximum(p_A, p_B), p_C)
-    stacked = torch.from_numpy(np.concatenate([p_structural, p_reward, p_kl]))
-    q_structural, q_reward, q_kl = benjamini_hochberg(stacked).reshape(3, -1)
+    q_structural, q_reward, q_kl = (
+        (families * benjamini_hochberg(torch.from_numpy(p))).clamp(max=1.0)
+        for p in (p_structural, p_reward, p_kl)
+    )
     verdict: list[Verdict] = [
         _verdict(bool(s), bool(r), bool(k))
         for s, r, k in zip(q_structural <= fdr, q_reward <= fdr, q_kl <= fdr, strict=True)
     ]
-    return Classification(verdict, q_structural, q_reward, q_kl)
+    e_A, e_B, e_C = (_band(_excess(arms, paired=False)) for arms in flat)
+    return Classification(
+        verdict, q_structural, q_reward, q_kl, (e_A, e_B, e_C),
+        _band(_difference(flat[1], flat[0])), _band(_difference(flat[2], flat[0])),
+    )  # fmt: skip
 
 
 def _verdict(structural: bool, reward: bool, kl: bool) -> Verdict:
@@ -308,10 +325,22 @@ def _p_greater(estimate: _Estimate) -> np.ndarray:
     return np.asarray(student.sf(ratio, df), dtype=np.float64)
 
 
-def _p_differ(a: _Arms, b: _Arms) -> np.ndarray:
-    """Return the two-sided p of (real_a - null_a) - (real_b - null_b), Welch over four arms."""
+def _difference(a: _Arms, b: _Arms) -> _Estimate:
+    """Return (real_a - null_a) - (real_b - null_b), Welch over four arms."""
     value = (a[0].mean(0) - a[1].mean(0)) - (b[0].mean(0) - b[1].mean(0))
-    return np.minimum(1.0, 2 * _p_greater(_welch(np.abs(value), [*a, *b])))
+    return _welch(value, [*a, *b])
+
+
+def _p_differ(a: _Arms, b: _Arms) -> np.ndarray:
+    """Return the two-sided p of the difference of two excesses."""
+    found = _difference(a, b)
+    return np.minimum(1.0, 2 * _p_greater(found._replace(value=np.abs(found.value))))
+
+
+def _band(estimate: _Estimate, level: float = 0.95) -> Band:
+    half = _quantile(estimate.df, level) * estimate.se
+    value, low, high = estimate.value, estimate.value - half, estimate.value + half
+    return Band(*(torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (value, low, high)))
 
 
 def _quantile(df: np.ndarray, level: float) -> np.ndarray:
@@ -352,10 +381,13 @@ def _permutation_p(arms: _Arms, mask_AS: Bool[Tensor, "A S"]) -> np.ndarray:
     weight_AS = real_AS / len(arms.real_RC) - (1 - real_AS) / len(arms.null_NC)
     parts = max(1, len(weight_AS) * pooled_SC.shape[1] // 10**7)
     blocks = np.array_split(pooled_SC, parts, axis=1)
-    return np.concatenate([_part_at_least(weight_AS @ block) for block in blocks])
+    return np.concatenate(
+        [_part_at_least(weight_AS @ block, np.abs(block).max(0)) for block in blocks]
+    )
 
 
-def _part_at_least(stat_AC: np.ndarray) -> np.ndarray:
-    """Return the part of the assignments with at least the first one's value; ties count."""
-    slack = 1e-12 * np.maximum(np.abs(stat_AC).max(0), 1e-300)
+def _part_at_least(stat_AC: np.ndarray, scale_C: np.ndarray) -> np.ndarray:
+    """Return the part of the assignments with at least the first one's value; ties count, also
+    those that differ by rounding of terms as large as `scale_C`."""
+    slack = ROUNDING * np.maximum(scale_C, 1e-300)
     return (stat_AC >= stat_AC[0] - slack).mean(0)

@@ -13,7 +13,20 @@ from torch import Tensor
 from operando.drift import measures
 from operando.drift.chain import ARMS, Arm, decoders, load_chain, trained_seeds, trained_sites
 from operando.drift.collect import Texts, load_acts
-from operando.drift.nulls import DriftAgainstNull, drift_against_null, separation
+from operando.drift.nulls import separation
+from operando.drift.transitions import (
+    MEASURES,
+    Cosines,
+    DriftRow,
+    Measure,
+    cosines,
+    matched,
+    name,
+    numbers,
+    resampled,
+    rows_of,
+    shown,
+)
 from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.run import write_json, write_parquet
@@ -22,30 +35,31 @@ MIN_SEEDS = 2
 
 
 @dataclass(frozen=True)
-class DriftRow:
-    """One transition of one site: the drift of the decoder rows, real beside null.
+class ShapeRow:
+    """One transition of one site and arm, over features, mean over chains.
 
-    `share` is null over real, `excess` real minus null; both with 95 % limits over seeds.
-    `q_t` is Student's one-sided p of the excess after Benjamini-Hochberg over the site's
-    transitions; `p` is the exact permutation p over arms, which can't fall below `p_floor`.
+    `quadrants` are the shares of stable, rotated, reweighted and redirected features; `decoder` and
+    `encoder` describe the cosines by index (mean, median, quartiles, minimum).
     """
 
     site: str
     from_step: int
     to_step: int
-    real: float
-    null: float
-    share: tuple[float, float, float]
-    excess: tuple[float, float, float]
-    q_t: float
-    p: float
-    p_floor: float
-    encoder_real: float
-    encoder_null: float
-    decoupling_real: float
-    decoupling_null: float
-    quadrants_real: dict[str, float]
-    quadrants_null: dict[str, float]
+    arm: str
+    quadrants: dict[str, float]
+    decoder: dict[str, float]
+    encoder: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NameRow:
+    """The name of a transition; see drift/transitions.py:name."""
+
+    site: str
+    from_step: int
+    to_step: int
+    name: str
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,11 @@ class StageRow:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site at the last stage: do the arms stand apart in the similarity of their chains?"""
+    """One site at the last stage: did the chains of an arm move in a common direction?
+
+    `statistic` is the mean similarity of the chains' movements within arms minus that across arms.
+    It says nothing of how far they moved.
+    """
 
     site: str
     statistic: float
@@ -88,6 +106,9 @@ class DriftReport:
     seeds: int
     tokens: int
     transitions: tuple[DriftRow, ...]
+    by_match: tuple[DriftRow, ...]  # decoder and encoder by best match, where a drift was shown
+    names: tuple[NameRow, ...]
+    shapes: tuple[ShapeRow, ...]
     stages: tuple[StageRow, ...]
     sites: tuple[SiteRow, ...]
     file: Path
@@ -103,83 +124,96 @@ def drift_report(run: Path, texts: Texts) -> DriftReport:
             f"{run} has chains of one seed: drift needs {MIN_SEEDS} or more, or there is no spread "
             f"to judge it by; run: operando sae train {run} --seeds 3"
         )
-    transitions: list[DriftRow] = []
+    cells: list[tuple[str, int, int]] = []
+    moved: dict[Arm, list[list[dict[Measure, Tensor]]]] = {arm: [] for arm in ARMS}
+    shapes: list[ShapeRow] = []
     stages: list[StageRow] = []
     apart: list[SiteRow] = []
     for site in sites:
         chains = {arm: [load_chain(run, site, arm, seed) for seed in seeds] for arm in ARMS}
-        transitions += _transitions(site, chains["real"], chains["null"])
+        steps = list(chains["real"][0])
+        spans = [(site, *span) for span in zip(steps, steps[1:], strict=False)]
+        cells += spans
+        for arm in ARMS:
+            turned = [cosines(chain) for chain in chains[arm]]
+            moved[arm].append([numbers(chain) for chain in turned])
+            shapes += [_shape(span, arm, [c[i] for c in turned]) for i, span in enumerate(spans)]
         apart.append(_separation(site, chains["real"], chains["null"]))
         for arm in ARMS:
             stages += _stages(run, texts, site, arm, chains[arm])
+    rows = rows_of(cells, *(_joined(moved[arm]) for arm in ARMS))
+    by_match = _by_match(run, seeds, [cell for cell in cells if _moved(_at(rows, cell))])
+    names = [NameRow(*cell, *name(_at(rows, cell), _at(by_match, cell))) for cell in cells]
     file = run / "drift" / "chain.json"
     report = DriftReport(
-        run.name,
-        len(seeds),
-        texts.num_tokens,
-        tuple(transitions),
-        tuple(stages),
-        tuple(apart),
-        file,
-    )
+        run.name, len(seeds), texts.num_tokens, tuple(rows), tuple(by_match), tuple(names),
+        tuple(shapes), tuple(stages), tuple(apart), file,
+    )  # fmt: skip
     write_json(file, _finite(asdict(report) | {"file": str(file)}))
-    rows = [asdict(row) for row in transitions]
-    write_parquet(file.with_suffix(".parquet"), {key: [r[key] for r in rows] for key in rows[0]})
+    columns = [asdict(row) for row in rows]
+    write_parquet(
+        file.with_suffix(".parquet"), {key: [r[key] for r in columns] for key in columns[0]}
+    )
     return report
 
 
-def transition_drift(chains: Sequence[dict[int, SAE]]) -> Float[Tensor, "R t"]:
-    """Return 1 - mean decoder cosine of each chain's transitions; resampled rows are left out."""
-    return torch.stack([_cosines(chain, "W_dec_MD")[1] for chain in chains])
+def _joined(sites: Sequence[Sequence[dict[Measure, Tensor]]]) -> dict[Measure, Tensor]:
+    """Return each measure as [R, cells], the transitions of all sites side by side."""
+    return {
+        measure: torch.cat(
+            [torch.stack([chain[measure] for chain in chains]) for chains in sites], dim=1
+        )
+        for measure in MEASURES
+    }
 
 
-def _cosines(chain: dict[int, SAE], which: str) -> tuple[list[Tensor], Tensor]:
-    saes = list(chain.values())
-    cosines = []
-    for a, b in zip(saes, saes[1:], strict=False):
-        gone_M = torch.zeros(b.d_sae, dtype=torch.bool)
-        gone_M[list(b.origin.resampled)] = True
-        cosines.append(measures.cosine_by_index(getattr(a, which), getattr(b, which), gone_M))
-    return cosines, torch.tensor([measures.drift(c) for c in cosines], dtype=torch.float64)
+def _at(rows: Sequence[DriftRow], cell: tuple[str, int, int]) -> list[DriftRow]:
+    return [row for row in rows if (row.site, row.from_step, row.to_step) == cell]
 
 
-def _transitions(
-    site: str, real: Sequence[dict[int, SAE]], null: Sequence[dict[int, SAE]]
+def _moved(rows: Sequence[DriftRow]) -> bool:
+    return any(shown(row) for row in rows if row.measure != "decoupling")
+
+
+def _by_match(
+    run: Path, seeds: Sequence[int], cells: Sequence[tuple[str, int, int]]
 ) -> list[DriftRow]:
-    found: DriftAgainstNull = drift_against_null(
-        transition_drift(real), transition_drift(null), paired=True
-    )
-    steps = list(real[0])
-    rows = []
-    for i, (before, after) in enumerate(zip(steps, steps[1:], strict=False)):
-        shape = [_shape_of_change(chains, i) for chains in (real, null)]
-        rows.append(
-            DriftRow(
-                site, before, after, float(found.real[i]), float(found.null[i]),
-                share=_three(found.share, i), excess=_three(found.excess, i),
-                q_t=float(found.q_t[i]), p=float(found.p_permutation[i]), p_floor=found.p_floor,
-                encoder_real=shape[0][0], encoder_null=shape[1][0],
-                decoupling_real=shape[0][1], decoupling_null=shape[1][1],
-                quadrants_real=shape[0][2], quadrants_null=shape[1][2],
+    """Return decoder and encoder rows by best match. A match costs M^2 D, so it is made only where
+    a drift was shown."""
+    if not cells:
+        return []
+    found: dict[Arm, list[dict[Measure, Tensor]]] = {arm: [] for arm in ARMS}
+    for site in dict.fromkeys(cell[0] for cell in cells):
+        spans = [cell[1:] for cell in cells if cell[0] == site]
+        for arm in ARMS:
+            turned = []
+            for seed in seeds:
+                chain = load_chain(run, site, arm, seed)
+                turned.append([matched(chain[a], chain[b]) for a, b in spans])
+            dec, enc = (
+                torch.tensor([[measures.drift(c[which]) for c in t] for t in turned])
+                for which in (0, 1)
             )
-        )  # fmt: skip
-    return rows
+            found[arm].append({"decoder": dec, "encoder": enc})
+    kept: tuple[Measure, ...] = ("decoder", "encoder")
+    joined: dict[Arm, dict[Measure, Tensor]] = {
+        arm: {key: torch.cat([site[key] for site in found[arm]], dim=1) for key in kept}
+        for arm in ARMS
+    }
+    return rows_of(cells, joined["real"], joined["null"])
 
 
-def _shape_of_change(
-    chains: Sequence[dict[int, SAE]], i: int
-) -> tuple[float, float, dict[str, float]]:
-    """Return encoder drift, decoupling and quadrant shares of a transition, mean over chains."""
-    drifts, correlations = [], []
-    shares: dict[str, float] = {name: 0.0 for name in measures.QUADRANTS}
-    for chain in chains:
-        dec, enc = _cosines(chain, "W_dec_MD")[0][i], _cosines(chain, "W_enc_MD")[0][i]
-        drifts.append(measures.drift(enc))
-        correlations.append(measures.decoupling(dec, enc))
-        place_M = measures.quadrants(dec, enc)
-        for number, name in enumerate(measures.QUADRANTS):
-            shares[name] += float((place_M == number).double().mean()) / len(chains)
-    return sum(drifts) / len(drifts), sum(correlations) / len(correlations), shares
+def _shape(span: tuple[str, int, int], arm: Arm, turned: Sequence[Cosines]) -> ShapeRow:
+    shares = {key: 0.0 for key in measures.QUADRANTS}
+    for c in turned:
+        place_M = measures.quadrants(c.decoder_M, c.encoder_M)
+        for number, key in enumerate(measures.QUADRANTS):
+            shares[key] += float((place_M == number).double().mean()) / len(turned)
+    decoder, encoder = (
+        [measures.summarise(c[which])._asdict() for c in turned] for which in (0, 1)
+    )
+    means = [{key: _mean([s[key] for s in part]) for key in part[0]} for part in (decoder, encoder)]
+    return ShapeRow(*span, arm, shares, *means)
 
 
 def _separation(
@@ -206,9 +240,7 @@ def _stages(
     rows = []
     lives = []
     for chain, used in zip(chains, kept, strict=True):
-        gone_SM = torch.zeros(len(steps), len(used[0].count_M), dtype=torch.bool)
-        for s, step in enumerate(steps):
-            gone_SM[s, list(chain[step].origin.resampled)] = True
+        gone_SM = torch.stack([resampled(chain[step]) for step in steps])
         counts_SM = torch.stack([u.count_M for u in used])
         lives.append(measures.lifecycle(counts_SM, used[0].num_tokens, gone_SM))
     for s, step in enumerate(steps):
@@ -238,11 +270,6 @@ def _usage(acts_ND: Float[Tensor, "N D"], sae: SAE) -> measures.Usage:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _three(band: object, i: int) -> tuple[float, float, float]:
-    value, low, high = band  # pyright: ignore[reportGeneralTypeIssues]
-    return float(value[i]), float(low[i]), float(high[i])
 
 
 def _finite(value: object) -> object:

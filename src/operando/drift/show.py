@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from operando.drift.chain import ARMS, Arm, ChainConfig, sae_folder, training_of
 from operando.drift.report import DriftReport
+from operando.drift.transitions import MEASURES, NO_DRIFT
 from operando.drift.without_refit import Effect, FrozenReport, GridReport
 from operando.run import atomic_path
 
 
+def training_table(
+    run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
+) -> Table:
+    """Return how the training of the chains went: one row a site, stage and arm, mean over seeds.
+
+    The curve of every SAE, an entry an epoch, is in its folder's training.json.
+    """
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
+    for column in ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead"):
+        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
+    for site in configs:
+        for step in stages:
+            for arm in ("first",) if step == stages[0] else ARMS:
+                own: Arm = "real" if arm == "first" else arm
+                of_seed = [training_of(sae_folder(run, own, s, step, site)) for s in seeds]
+                config, num = of_seed[0].settings, len(of_seed)
+                table.add_row(
+                    site.removesuffix(".hook_resid_post"), str(step), arm, str(config.k),
+                    f"{config.lr:g}",
+                    f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
+                    f"{sum(t.val_error for t in of_seed) / num:.4f}",
+                    f"{sum(t.dead for t in of_seed) / num:.1%}",
+                )  # fmt: skip
+    return table
+
+
 def drift_table(report: DriftReport) -> Table:
-    """Return one row a transition: decoder drift real, null, share, excess, p."""
+    """Return one row a transition and measure: real, null, share, excess, p and q."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.title = (
-        f"{report.run}: decoder drift (1 - mean cosine), {report.seeds} seeds an arm, "
-        f"{report.tokens:,} tokens; 95 % intervals over seeds"
+        f"{report.run}: drift of decoder and encoder (1 - mean cosine), decoupling (1 - r), "
+        f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds"
     )
-    for column in ("site", "steps", "real", "null", "null / real", "excess", "p"):
-        table.add_column(column, justify="left" if column in ("site", "steps") else "right")
-    for row in report.transitions:
-        table.add_row(
-            row.site.removesuffix(".hook_resid_post"), f"{row.from_step} to {row.to_step}",
-            f"{row.real:.4f}", f"{row.null:.4f}", _share(row.share),
-            f"{row.excess[0]:+.4f} ({row.excess[1]:+.4f} to {row.excess[2]:+.4f})",
-            f"{row.p:.3f} (floor {row.p_floor:.3f})",
-        )  # fmt: skip
+    for column in ("site", "steps", "measure", "real", "null", "null / real", "excess", "p", "q"):
+        left = column in ("site", "steps", "measure")
+        table.add_column(column, justify="left" if left else "right")
+    rows = [(row, row.measure) for row in report.transitions]
+    rows += [(row, f"{row.measure}, best match") for row in report.by_match]
+    for row, measure in rows:
+        numbers = ["undefined", "", "", "", "", ""]
+        if row.real == row.real:
+            numbers = [
+                f"{row.real:.4f}", f"{row.null:.4f}", _share(row.share),
+                f"{row.excess[0]:+.4f} ({row.excess[1]:+.4f} to {row.excess[2]:+.4f})",
+                f"{row.p:.3f} (floor {row.p_floor:.3f})", f"{row.q:.3f}",
+            ]  # fmt: skip
+        name = row.site.removesuffix(".hook_resid_post")
+        table.add_row(name, f"{row.from_step} to {row.to_step}", measure, *numbers)
     return table
 
 
@@ -40,7 +76,10 @@ def _share(share: tuple[float, float, float]) -> str:
 def stage_table(report: DriftReport) -> Table:
     """Return features in use by stage, both arms."""
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = "features in use: 2^H by frequency and by energy; births and deaths, tested"
+    table.title = (
+        "features in use: 2^H by frequency and by energy; births and deaths beyond counting noise "
+        "(bursts within a text count as firings: read them beside the null arm)"
+    )
     for column in ("site", "step", "arm", "2^H", "2^H energy", "alive", "born", "died"):
         table.add_column(column, justify="left" if column in ("site", "arm") else "right")
     for row in report.stages:
@@ -52,43 +91,61 @@ def stage_table(report: DriftReport) -> Table:
 
 
 def verdict_lines(report: DriftReport) -> list[str]:
-    """Return one sentence a site: what the null arm lets be said."""
+    """Return for each site what the null arm lets be said of decoder, encoder and decoupling."""
     lines = []
     for site in report.sites:
-        rows = [row for row in report.transitions if row.site == site.site]
-        share = sum(r.null for r in rows) / sum(r.real for r in rows)
-        shown = [r for r in rows if r.q_t <= 0.05]
+        shares = []
+        for measure in ("decoder", "encoder"):
+            rows = [r for r in report.transitions if (r.site, r.measure) == (site.site, measure)]
+            share = sum(r.null for r in rows) / max(sum(r.real for r in rows), 1e-300)
+            shares.append(f"{share:.0%} of the {measure}'s")
         name = site.site.removesuffix(".hook_resid_post")
-        said = f"{name}: {share:.0%} of the drift is also there without RL"
-        if shown:
-            spans = ", ".join(f"{r.from_step} to {r.to_step}" for r in shown)
-            said += f"; more than its null arm at steps {spans} (q <= 0.05)"
-        else:
-            said += "; no transition drifts more than its null arm"
-        lines.append(f"{said}; arms apart: {'yes' if site.complete else 'no'} (p = {site.p:.2f})")
+        lines.append(f"{name}: {' and '.join(shares)} drift is also there without RL")
+        named = [n for n in report.names if n.site == site.site]
+        lines += [f"  {n.from_step} to {n.to_step}: {n.sentence}" for n in named]
+        common = "more alike in" if site.complete else "no more alike in"
+        lines.append(
+            f"  chains of an arm are {common} the direction of their movement than chains across "
+            f"arms (p = {site.p:.2f}); how far they moved is in the table"
+        )
+    if all(n.name == NO_DRIFT for n in report.names):
+        lines.append("not shown is no evidence of absence: few seeds see only large differences")
     return lines
 
 
 def draw_drift(report: DriftReport, target: Path) -> Path:
-    """Write real and null drift of every transition, one panel a site, as an SVG file."""
+    """Write real and null drift of every measure and transition as an SVG file."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     sites = [site.site for site in report.sites]
-    figure = Figure(figsize=(3.2 * len(sites), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(sites), 2.2 * len(MEASURES)), layout="constrained")
     FigureCanvasSVG(figure)
-    panels = figure.subplots(1, len(sites), sharey=True, squeeze=False)[0]
-    for axes, site in zip(panels, sites, strict=True):
-        rows = [row for row in report.transitions if row.site == site]
-        places = range(len(rows))
-        axes.bar([x - 0.2 for x in places], [r.real for r in rows], 0.4, label="real")
-        axes.bar([x + 0.2 for x in places], [r.null for r in rows], 0.4, label="null", hatch="//")
-        axes.set_xticks(places, [f"{r.from_step}-{r.to_step}" for r in rows])
+    panels = figure.subplots(len(MEASURES), len(sites), sharey="row", squeeze=False)
+    for line, measure in zip(panels, MEASURES, strict=True):
+        for axes, site in zip(line, sites, strict=True):
+            rows = [r for r in report.transitions if (r.site, r.measure) == (site, measure)]
+            places = range(len(rows))
+            # the interval of the excess, drawn around the real bar: it clears the null bar or not
+            down = [r.excess[0] - r.excess[1] for r in rows]
+            up = [r.excess[2] - r.excess[0] for r in rows]
+            axes.bar(
+                [x - 0.2 for x in places], [r.real for r in rows], 0.4, label="real",
+                yerr=[down, up], error_kw={"elinewidth": 1, "capsize": 2},
+            )  # fmt: skip
+            axes.bar(
+                [x + 0.2 for x in places], [r.null for r in rows], 0.4, label="null", hatch="//"
+            )
+            axes.set_xticks(places, [f"{r.from_step}-{r.to_step}" for r in rows])
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(measure if measure == "decoupling" else f"{measure} drift")
+    for axes, site in zip(panels[0], sites, strict=True):
         axes.set_title(site.removesuffix(".hook_resid_post"), fontsize=9)
+    for axes in panels[-1]:
         axes.set_xlabel("steps")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("decoder drift")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{report.run}: {report.seeds} seeds an arm, 95 % of the excess", fontsize=9)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     return target

@@ -22,7 +22,7 @@ from torch import Tensor
 from operando.errors import UserError
 
 CHUNK = 4096  # features compared at once
-LENGTH_BINS = 5
+STRATUM_SIZE = 20  # answers
 
 
 class Contrast(NamedTuple):
@@ -171,18 +171,20 @@ def auc(
     stratum_R: Int[Tensor, "R"] | None = None,
 ) -> Auc:
     """Return the AUC over all right-wrong pairs, or over those within a stratum (a prompt, ...)."""
-    score, correct = score_R.double().numpy(), correct_R.numpy()
+    score, correct = score_R.double().numpy(), correct_R.numpy().astype(float)
+    if np.isnan(score).any():
+        return Auc(float("nan"), 0.0)
     strata = np.zeros(len(score), dtype=int) if stratum_R is None else stratum_R.numpy()
-    wins = pairs = 0.0
-    for stratum in np.unique(strata):
-        here = strata == stratum
-        right = int(correct[here].sum())
-        wrong = int(here.sum()) - right
-        if right and wrong:
-            rank_sum = rankdata(score[here])[correct[here]].sum()
-            wins += rank_sum - right * (right + 1) / 2
-            pairs += right * wrong
-    return Auc(wins / pairs if pairs else float("nan"), pairs)
+    # ranks within strata from one sort: the stratum is the leading digit, its start is taken off
+    place = np.unique(strata, return_inverse=True)[1]
+    values, value = np.unique(score, return_inverse=True)
+    size = np.bincount(place)
+    rank = rankdata(place * len(values) + value) - (size.cumsum() - size)[place]
+    right = np.bincount(place, weights=correct)
+    wins = np.bincount(place, weights=rank * correct) - right * (right + 1) / 2
+    pairs = right * (size - right)
+    wins = wins[pairs > 0].sum()
+    return Auc(wins / pairs.sum() if pairs.any() else float("nan"), float(pairs.sum()))
 
 
 def bootstrap_auc(
@@ -191,20 +193,30 @@ def bootstrap_auc(
     prompt_R: Int[Tensor, "R"],
     generator: Generator,
     resamples: int = 1000,
+    stratum_R: Int[Tensor, "R"] | None = None,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the AUC, prompts resampled whole."""
+    """Return the 95 % percentile interval of the AUC, prompts resampled whole; NaN twice where no
+    resample has a pair to compare (within a stratum, if given)."""
     rows = [torch.nonzero(prompt_R == prompt)[:, 0] for prompt in prompt_R.unique()]
     values = []
     for _ in range(resamples):
         index = torch.cat([rows[i] for i in generator.integers(len(rows), size=len(rows))])
-        values.append(auc(score_R[index], correct_R[index]).value)
+        stratum_r = None if stratum_R is None else stratum_R[index]
+        values.append(auc(score_R[index], correct_R[index], stratum_r).value)
+    if np.isnan(values).all():
+        return float("nan"), float("nan")
     low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
 def confound_strata(length_R: Int[Tensor, "R"], truncated_R: Bool[Tensor, "R"]) -> Int[Tensor, "R"]:
-    """Return strata of equal truncation and similar length (five quantile bins of length)."""
-    edges = torch.quantile(length_R.float(), torch.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
+    """Return strata of equal truncation and similar length: quantile bins of about 20 answers.
+
+    Fewer, wider bins would leave so much of the length inside a bin that a score of nothing but
+    length still tells right from wrong there.
+    """
+    bins = max(2, len(length_R) // STRATUM_SIZE)
+    edges = torch.quantile(length_R.float(), torch.linspace(0, 1, bins + 1)[1:-1])
     return torch.bucketize(length_R.float(), edges.unique()) * 2 + truncated_R.long()
 
 

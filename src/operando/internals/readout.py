@@ -12,8 +12,9 @@ from torch import Tensor
 from operando.internals.sae import CHUNK_ELEMENTS, SAE, check_activations, top_codes
 
 LARGE = 4096  # from so many features on a bfloat16 pass decides all but the close cases
-# A product of bfloat16 vectors is off by at most 2^-8 |x| |w|, and its result rounds by 2^-9 |z|.
-PRODUCT_ERROR, ROUNDING_ERROR = 0.005, 0.003
+# In units of |x| |w|: rounding x and w to bfloat16 is off by at most 2^-8 + 2^-18, rounding their
+# product by 2^-9, and by another 2^-9 where a device adds up parts of a sum in bfloat16.
+PRODUCT_ERROR = 0.008
 
 
 class ChosenFeatures:
@@ -21,8 +22,9 @@ class ChosenFeatures:
 
     Where a feature does not depend on the others (relu, jumprelu, batchtopk at inference) only its
     own row is multiplied. Whether a feature is among the top k depends on all of them: these are
-    computed a chunk of tokens at a time, in bfloat16 if they are many. A feature nearer to the k-th
-    than the error of bfloat16 is decided in float32, so that the result is the exact one.
+    computed a chunk of tokens at a time, their products in bfloat16 if they are many; biases are
+    added in float32. A feature nearer to the k-th than the error of bfloat16 is decided in float32,
+    so that the result is the exact one.
 
     Example: ChosenFeatures(sae, (3, 17))(x_ND).shape == (N, 2)
     """
@@ -34,7 +36,6 @@ class ChosenFeatures:
         self.W_low_MD: Tensor | None = None
         if self.is_topk and sae.d_sae >= LARGE:
             self.W_low_MD = sae.W_enc_MD.bfloat16()
-            self.b_low_M = sae.b_enc_M.bfloat16()
             self.longest = float(sae.W_enc_MD.norm(dim=1).max())
 
     def __call__(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
@@ -58,12 +59,9 @@ class ChosenFeatures:
             return self._exactly(x_nD)
         assert self.sae.k is not None
         x_nD = x_nD.float() - self.sae.b_pre_D
-        low_nM = torch.addmm(self.b_low_M, x_nD.bfloat16(), self.W_low_MD.T)
-        last_n1 = top_codes(low_nM, self.sae.k).value_Nk.amin(dim=1, keepdim=True).float()
-        error_n1 = (
-            PRODUCT_ERROR * self.longest * x_nD.norm(dim=1, keepdim=True)
-            + ROUNDING_ERROR * last_n1.abs()
-        )
+        low_nM = (x_nD.bfloat16() @ self.W_low_MD.T).float().add_(self.sae.b_enc_M)
+        last_n1 = top_codes(low_nM, self.sae.k).value_Nk.amin(dim=1, keepdim=True)
+        error_n1 = PRODUCT_ERROR * self.longest * x_nD.norm(dim=1, keepdim=True)
         member_nF = z_nF > last_n1
         close_n = ((z_nF - last_n1).abs() <= error_n1).any(dim=1)
         if bool(close_n.any()):

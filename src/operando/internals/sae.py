@@ -6,7 +6,7 @@ Shape legend: N tokens, D width of the model (d_in), M features (d_sae), k activ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
@@ -30,6 +30,16 @@ class Codes(NamedTuple):
 
     idx_Nk: Int32[Tensor, "N k"]
     value_Nk: Float[Tensor, "N k"]
+
+
+class Reconstructed(NamedTuple):
+    """What an SAE makes of activations: x_hat as x, and every feature of every token.
+
+    Example: x_hat, z = sae(x)
+    """
+
+    x_hat: Float[Tensor, "*rows D"]
+    z: Float[Tensor, "*rows M"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,10 @@ class SAE:
       relu       relu(z)
       jumprelu   relu(z) * (z > threshold)   (2407.14435)
 
+    `config` is what the file said that it was read from, as it stood there; nothing computes with
+    it. Unpacking gives the SAE itself and its config, and calling it gives Reconstructed: both for
+    the lines `sae, cfg = load_sae(path)` and `x_hat, z = sae(x)` of sae_rl's README.
+
     Example: sae = load_sae("saes/step_00100/blocks.3.hook_resid_post")
              codes = sae.encode(x_ND); x_hat_ND = sae.decode(codes)
     """
@@ -74,6 +88,7 @@ class SAE:
     k: int | None = None
     threshold_M: Float[Tensor, "M"] | None = None
     origin: Origin = field(default_factory=Origin)
+    config: Mapping[str, object] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         topk = self.activation in ("topk", "topk_relu")
@@ -92,6 +107,21 @@ class SAE:
     @property
     def d_sae(self) -> int:
         return self.W_enc_MD.shape[0]
+
+    def __iter__(self) -> Iterator[SAE | Mapping[str, object]]:
+        """Give the SAE itself, then its config."""
+        yield self
+        yield self.config
+
+    def __call__(self, x: Float[Tensor, "*rows D"]) -> Reconstructed:
+        """Return the reconstruction and every feature, for x of any leading dims.
+
+        Dense: x.numel() / D * M floats are held. `encode` and `decode` hold k a token.
+        """
+        rows_ND = x.reshape(-1, x.shape[-1])
+        f_NM = self.encode_dense(rows_ND)
+        x_hat_ND = f_NM @ self.W_dec_MD + self.b_dec_D
+        return Reconstructed(x_hat_ND.reshape(x.shape), f_NM.reshape(*x.shape[:-1], self.d_sae))
 
     def pre_activations(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
         """Return z = W_enc (x - b_pre) + b_enc in float32."""
@@ -224,6 +254,11 @@ def chunks(x_ND: Float[Tensor, "N D"], d_sae: int) -> Iterator[Float[Tensor, "n 
 def check_activations(x_ND: Float[Tensor, "N D"], d_in: int, what: str = "") -> None:
     """Raise a UserError if the width is not d_in or a value is NaN or inf."""
     named = f" at {what}" if what else ""
+    if x_ND.dim() != 2:
+        raise UserError(
+            f"activations{named} have shape {tuple(x_ND.shape)}; expected [tokens, {d_in}]. "
+            "Flatten batch and positions, and leave padding out"
+        )
     if x_ND.shape[1] != d_in:
         raise UserError(f"activations{named} have width {x_ND.shape[1]}; the SAE reads {d_in}")
     for start in range(0, x_ND.shape[0], 65536):
