@@ -139,7 +139,10 @@ def _health(run: RunTables) -> str:
 
 
 def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
-    """Return code that loads the folder the card lies in; only a name of ours needs operando."""
+    """Return code that loads the folder the card lies in; only a name of ours needs operando.
+
+    It reads the folder's own tokenizer.json; AutoTokenizer gives some architectures another.
+    """
     model = recipe.model
     ours = "/" not in model.id
     auto = manifest.get("model_class", "AutoModelForCausalLM")
@@ -149,15 +152,15 @@ def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
     recursive = manifest.get("model_type") == RecursiveConfig.model_type
     first = ["import operando.models.recursive"] if recursive else []
     if model.lora is None:
-        lines = [*first, f"from transformers import {auto}, AutoTokenizer", "",
+        lines = [*first, f"from transformers import {auto}, PreTrainedTokenizerFast", "",
                  f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
-                 'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")']  # fmt: skip
+                 'tokenizer = PreTrainedTokenizerFast.from_pretrained("PATH/TO/THIS/FOLDER")']  # fmt: skip
     else:
         lines = [*first, *imports, "from peft import PeftModel",
-                 f"from transformers import {auto}, AutoTokenizer", "",
+                 f"from transformers import {auto}, PreTrainedTokenizerFast", "",
                  f"base = {auto}.from_pretrained({where}{revision})",
                  'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
-                 f"tokenizer = AutoTokenizer.from_pretrained({where}{revision})"]  # fmt: skip
+                 f"tokenizer = PreTrainedTokenizerFast.from_pretrained({where}{revision})"]  # fmt: skip
     code = "\n".join(lines)
     prompt = f"Prompts in training were `{recipe.prompt.format}`; the template is in the recipe."
     return f"```python\n{code}\n```\n\n{prompt}"
