@@ -154,13 +154,15 @@ def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
     if model.lora is None:
         lines = [*first, f"from transformers import {auto}, PreTrainedTokenizerFast", "",
                  f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
-                 'tokenizer = PreTrainedTokenizerFast.from_pretrained("PATH/TO/THIS/FOLDER")']  # fmt: skip
+                 'tokenizer = PreTrainedTokenizerFast.from_pretrained('
+                 '"PATH/TO/THIS/FOLDER")']  # fmt: skip
     else:
         lines = [*first, *imports, "from peft import PeftModel",
                  f"from transformers import {auto}, PreTrainedTokenizerFast", "",
                  f"base = {auto}.from_pretrained({where}{revision})",
                  'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
-                 f"tokenizer = PreTrainedTokenizerFast.from_pretrained({where}{revision})"]  # fmt: skip
+                 f"tokenizer = PreTrainedTokenizerFast.from_pretrained("
+                 f"{where}{revision})"]  # fmt: skip
     code = "\n".join(lines)
     prompt = f"Prompts in training were `{recipe.prompt.format}`; the template is in the recipe."
     return f"```python\n{code}\n```\n\n{prompt}"
