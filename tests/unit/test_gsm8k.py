@@ -255,6 +255,9 @@ def test_held_out_is_the_first_n(tmp_path: Path, test_file: Path) -> None:
     assert [e.id for e in task.held_out] == ["gsm8k/test/0"]
     with pytest.raises(UserError, match="num_held_out = 3, but .* only 2"):
         load(train, test_file, num_held_out=3)
+    assert load(train, test_file, num_train=1).train == load(train, test_file).train[:1]
+    with pytest.raises(UserError, match="num_train = 99, but .* only"):
+        load(train, test_file, num_train=99)
 
 
 def test_same_file_for_both_is_an_error(test_file: Path) -> None:

@@ -115,8 +115,11 @@ def fit_heads(
             losses = [
                 _loss(model, weight_VD, h_ND, target_NH[:, i], i + 1) for i in range(len(heads))
             ]
+            loss = torch.stack(losses).sum()
+            if not bool(loss.detach().isfinite()):
+                raise FloatingPointError(f"draft heads, step {done + 1}: the loss is not finite")
             search.zero_grad(set_to_none=True)
-            torch.stack(losses).sum().backward()
+            loss.backward()
             search.step()
             done += 1
             on_progress(done, steps)

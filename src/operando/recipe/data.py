@@ -69,6 +69,8 @@ class Gsm8kTaskConfig(Config):
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
     """Who says a completion is right: verl strict, verl flexible, or the last number, which must
     be one number and no part of an expression, a list or a choice."""
+    num_train: int | None = Field(default=None, ge=1)
+    """Train on the first n problems only; absent means all."""
     num_held_out: int | None = Field(default=None, ge=1)
     """Hold only the first n test problems; absent means all."""
 

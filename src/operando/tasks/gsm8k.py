@@ -177,13 +177,8 @@ def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
         )
     train = gsm8k_examples(train_file, "train", "task.train")
     held_out = gsm8k_examples(test_file, "test", "task.test")
-    if config.num_held_out is not None:
-        if config.num_held_out > len(held_out):
-            raise UserError(
-                f"task.num_held_out = {config.num_held_out}, but {config.test} has only "
-                f"{len(held_out)} problems"
-            )
-        held_out = held_out[: config.num_held_out]
+    train = _first(train, config.num_train, "num_train", config.train)
+    held_out = _first(held_out, config.num_held_out, "num_held_out", config.test)
     return Task(
         name="gsm8k",
         train=train,
@@ -237,3 +232,9 @@ def gsm8k_examples(file: Path, split: str, key: str) -> list[Example]:
     if not examples:
         raise UserError(f"{key}: {file} has no rows")
     return examples
+
+
+def _first(examples: list[Example], num: int | None, key: str, file: str) -> list[Example]:
+    if num is not None and num > len(examples):
+        raise UserError(f"task.{key} = {num}, but {file} has only {len(examples)} problems")
+    return examples[:num]
