@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -26,6 +27,7 @@ from operando.drift.commands import show_drift, train_run_saes
 from operando.drift.compare import check_conditions, compare_drift
 from operando.drift.evaluate import evaluate_saes
 from operando.drift.report import drift_report
+from operando.drift.show import drift_table
 from operando.errors import UserError
 from operando.internals.sae_formats import load_sae, save_sae
 from operando.recipe.rewards import ScorerReward
@@ -69,6 +71,18 @@ def test_every_number_has_its_null_beside_it(run: Path) -> None:
     assert all(r.real != r.null for r in moved)
     written = json.loads(report.file.read_text())
     assert len(written["transitions"]) == 12 and report.file.with_suffix(".parquet").is_file()
+
+
+def test_the_table_is_whole_at_80_columns(run: Path) -> None:
+    shown = Console(width=80, file=io.StringIO())
+    report = drift_report(run, chosen_texts(run))
+    shown.print(drift_table(report))
+    lines = shown.file.getvalue().splitlines()
+    assert not [line for line in lines if "…" in line]
+    rows = [line.split() for line in lines if line[:3] in ("0-2", "2-4")]
+    assert len(rows) == len(report.transitions) + len(report.by_match)
+    first = report.transitions[0]
+    assert rows[0][1:4] == [first.measure, f"{first.real:.4f}", f"{first.null:.4f}"]
 
 
 def test_the_null_arm_is_the_base_at_every_stage(run: Path) -> None:

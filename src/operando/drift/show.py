@@ -9,7 +9,7 @@ from rich.table import Table
 
 from operando.drift.chain import ARMS, Arm, ChainConfig, sae_folder, training_of
 from operando.drift.report import DriftReport
-from operando.drift.transitions import MEASURES, NO_DRIFT
+from operando.drift.transitions import MEASURES, NO_DRIFT, DriftRow
 from operando.drift.without_refit import Effect, FrozenReport, GridReport
 from operando.run import atomic_path
 
@@ -42,35 +42,45 @@ def training_table(
 
 
 def drift_table(report: DriftReport) -> Table:
-    """Return one row a transition and measure: real, null, share, excess, p and q."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    """Return one row a transition and measure: real, null, share, excess, p and q; 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    floor = max((row.p_floor for row in report.transitions), default=float("nan"))
     table.title = (
         f"{report.run}: drift of decoder and encoder (1 - mean cosine), decoupling (1 - r), "
-        f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds"
+        f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds; "
+        f"p can't be under {floor:.3f}; q of all measures"
     )
-    for column in ("site", "steps", "measure", "real", "null", "null / real", "excess", "p", "q"):
-        left = column in ("site", "steps", "measure")
-        table.add_column(column, justify="left" if left else "right")
-    rows = [(row, row.measure) for row in report.transitions]
-    rows += [(row, f"{row.measure}, best match") for row in report.by_match]
-    for row, measure in rows:
+    for column in ("steps", "measure", "real", "null", "null/real %", "excess, 1e-3", "p", "q"):
+        left = column in ("steps", "measure")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for site in dict.fromkeys(row.site for row in report.transitions):
+        table.add_row(site.removesuffix(".hook_resid_post"))
+        _add_rows(table, [row for row in report.transitions if row.site == site])
+        matched = [row for row in report.by_match if row.site == site]
+        if matched:
+            table.add_row("best match")
+            _add_rows(table, matched)
+    return table
+
+
+def _add_rows(table: Table, rows: Sequence[DriftRow]) -> None:
+    for row in rows:
         numbers = ["undefined", "", "", "", "", ""]
         if row.real == row.real:
+            digits = 0 if row.measure == "decoupling" else 1
+            value, low, high = (f"{1e3 * x:+.{digits}f}" for x in row.excess)
             numbers = [
                 f"{row.real:.4f}", f"{row.null:.4f}", _share(row.share),
-                f"{row.excess[0]:+.4f} ({row.excess[1]:+.4f} to {row.excess[2]:+.4f})",
-                f"{row.p:.3f} (floor {row.p_floor:.3f})", f"{row.q:.3f}",
+                f"{value} [{low}, {high}]", f"{row.p:.3f}", f"{row.q:.3f}",
             ]  # fmt: skip
-        name = row.site.removesuffix(".hook_resid_post")
-        table.add_row(name, f"{row.from_step} to {row.to_step}", measure, *numbers)
-    return table
+        table.add_row(f"{row.from_step}-{row.to_step}", row.measure, *numbers)
 
 
 def _share(share: tuple[float, float, float]) -> str:
     value, low, high = share
     if abs(low) == float("inf") or abs(high) == float("inf"):
-        return f"{value:.0%} (unbounded)"
-    return f"{value:.0%} ({low:.0%} to {high:.0%})"
+        return f"{100 * value:.0f} [any]"
+    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def stage_table(report: DriftReport) -> Table:
