@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from operando.errors import UserError
 from operando.models import gguf as module
 from operando.models.gguf import IMPORT_FILE, import_gguf, import_smollm2
+from operando.models.tokens import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason='the extra "operando[gguf]" is not installed')
 
@@ -27,7 +28,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 def tiny_llama(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256 + 2,
+        vocab_size=len(SPECIAL) + 256 + 3,
         hidden_size=HIDDEN,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -53,6 +54,8 @@ def write_gguf(
     eos: str = "<|im_end|>",
     architecture: str = "llama",
     drop: str = "",
+    pre: str | None = "gpt-2",
+    begins: bool | None = None,
 ) -> Path:
     writer = gguf.GGUFWriter(str(file), architecture)
     writer.add_name("tiny")
@@ -65,9 +68,13 @@ def write_gguf(
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123"]
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", "xyz"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    if begins is not None:
+        writer.add_add_bos_token(begins)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
     writer.add_token_merges(["1 2", "12 3"])
@@ -162,6 +169,52 @@ def test_turn_end_ends_completions_beside_eos(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "base.gguf", tiny_llama(0), eos="<|endoftext|>")
     generation = json.loads((import_gguf(file) / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("llama-bpe", "a 12345xyz", ["a", "Ġ", "123", "4", "5", "xyz"]),
+        ("llama-v3", "xyz", ["xyz"]),  # a token as it is, though no merge makes it
+        ("qwen2", "1234xyz", ["1", "2", "3", "4", "x", "y", "z"]),
+        ("deepseek-r1-qwen", "12", ["1", "2"]),
+        ("smollm", "a  12", ["a", "Ġ", "Ġ", "1", "2"]),
+        ("gpt-2", "a 12345", ["a", "Ġ", "123", "4", "5"]),
+        (None, "123", ["123"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_text_is_split_as_the_file_says(
+    pre: str | None, text: str, pieces: list[str], tmp_path: Path
+) -> None:
+    folder = import_gguf(write_gguf(tmp_path / "x.gguf", tiny_llama(0), pre=pre))
+    tokenizer = load_tokenizer(str(folder), None)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == pieces
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pre = 'llama-bp' is not served. Did you mean 'llama-bpe"):
+        import_gguf(write_gguf(tmp_path / "x.gguf", tiny_llama(0), pre="llama-bp"))
+
+
+@pytest.mark.parametrize(
+    ("pre", "begins", "starts"),
+    [
+        ("llama-bpe", None, True),  # llama.cpp adds it for the whole group
+        ("llama-bpe", True, True),
+        ("llama-bpe", False, False),
+        ("qwen2", None, False),
+        ("qwen2", True, True),
+    ],
+)
+def test_a_text_begins_as_the_file_says(
+    pre: str, begins: bool | None, starts: bool, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "x.gguf", tiny_llama(0), pre=pre, begins=begins)
+    tokenizer = load_tokenizer(str(import_gguf(file)), None)
+    ids = tokenizer("a")["input_ids"]
+    assert (ids[0] == tokenizer.bos_token_id) == starts and len(ids) == 1 + starts
 
 
 def test_second_import_rewrites_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,39 @@ def key(name: str, value: float | str) -> Keys:
     return add
 
 
+def as_converters_write(writer: gguf.GGUFWriter) -> None:
+    """Keys that files of Llama 3, Qwen2, Gemma and their fine-tunes carry beside the numbers."""
+    writer.add_string("general.name", "x")
+    writer.add_uint32("general.quantization_version", 2)
+    writer.add_uint32("general.file_type", 1)
+    writer.add_string("quantize.imatrix.file", "x")
+    writer.add_uint32("llama.vocab_size", 261)
+    writer.add_uint32("llama.rope.dimension_count", 16)
+    writer.add_string("tokenizer.ggml.pre", "llama-bpe")
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_bool("tokenizer.ggml.add_eos_token", False)
+    writer.add_bool("tokenizer.ggml.add_sep_token", False)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+    writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", False)
+    for name in ("bos", "eos", "eot", "eom", "padding", "unknown", "seperator", "cls", "mask",
+                 "prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid"):  # fmt: skip
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", 3)
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+
+
+def test_keys_that_say_nothing_of_the_numbers_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.gguf", "llama", llama(), as_converters_write)
+    assert float((logits(read_model(GgufFile.open(file))) - logits(llama())).abs().max()) < 1e-5
+
+
+def test_yarn_keys_at_their_plain_values_are_honoured(tmp_path: Path) -> None:
+    scaling = {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0}
+    keys = [key(f"qwen2.rope.scaling.{name}", value) for name, value in scaling.items()]
+    model = qwen2(rope_parameters=YARN | {"beta_fast": 16.0, "beta_slow": 2.0})
+    file = write(tmp_path / "x.gguf", "qwen2", model, yarn, *keys)
+    assert float((logits(read_model(GgufFile.open(file))) - logits(model)).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("extra", "more", "said"),
     [
@@ -256,6 +289,7 @@ def key(name: str, value: float | str) -> Keys:
         ((), {"tensors": {"blk.0.attn_q.scale": np.ones(1, np.float32)}}, "blk.0.attn_q.scale"),
         ((), {"tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "q_norm"),
         ((key("tokenizer.ggml.precompiled_charsmap", "x"),), {}, "precompiled_charsmap"),
+        ((lambda writer: writer.add_bool("tokenizer.ggml.add_sep_token", True),), {}, "add_sep"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_honoured_is_named(

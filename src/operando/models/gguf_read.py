@@ -11,6 +11,7 @@ side, Gemma's norms hold 1 + w, Llama 3's rotary factors travel as the tensor `r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,22 +36,30 @@ from operando.errors import UserError, nearest
 ROPE_FREQS = "rope_freqs.weight"
 LOCAL_THETA = 10_000.0  # of Gemma 3's sliding layers; llama.cpp has it in its code, not in the file
 GEMMA3_PERIOD = 6  # every sixth layer of Gemma 3 sees everything; likewise
-# Whole namespaces that say nothing about the numbers, and what the tokenizer's conversion reads.
-BOOKKEEPING = (
-    "general.",
-    "GGUF.",
-    "quantize.",
-    "tokenizer.chat_template",
-    "tokenizer.huggingface.",
-)
+# Namespaces that say nothing about the numbers, and what the tokenizer's conversion reads.
+BOOKKEEPING = ("general.", "GGUF.", "quantize.", "tokenizer.chat_template", "tokenizer.hugging")
 TOKENIZER = {
     f"tokenizer.ggml.{key}"
     for key in (
-        "model", "pre", "tokens", "token_type", "merges", "scores", "bos_token_id", "eos_token_id",
-        "unknown_token_id", "padding_token_id", "eot_token_id", "eom_token_id", "mask_token_id",
-        "add_bos_token", "add_eos_token", "add_space_prefix",
+        "model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token",
+        "add_eos_token", "add_space_prefix",
     )
 }  # fmt: skip
+TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+# Keys that llama.cpp's converter writes although they say nothing where they have these values.
+INERT: dict[str, tuple[object, ...]] = {
+    "tokenizer.ggml.add_sep_token": (False,),
+    "tokenizer.ggml.remove_extra_whitespaces": (False,),
+    "qwen2.use_parallel_residual": (True, False),  # of another architecture's converter
+}
+
+# rope.scaling.*: values that leave yarn as transformers computes it.
+PLAIN_SCALING = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_log_multiplier": (0.0,),
+}
 
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -156,11 +165,12 @@ class GgufFile:
 
     def check_all_used(self) -> None:
         """Refuse a file with a key or a tensor that nothing has read."""
-        for name in self.keys:
-            if name not in self.used | TOKENIZER and not name.startswith(BOOKKEEPING):
-                self.refuse(
-                    name, f"= {str(self.keys[name])[:60]} is a key that operando can't honour"
-                )
+        for name, value in self.keys.items():
+            known = name in self.used | TOKENIZER or name.startswith(BOOKKEEPING)
+            known = known or bool(TOKEN_ID.fullmatch(name)) or value in INERT.get(name, ())
+            if not known:
+                shown = str(value)[:60]
+                self.refuse(name, f"= {shown} is a key that operando can't honour")
         for name in self.tensors:
             if name not in self.used:
                 self.refuse(name, "is a tensor that this architecture does not have")
@@ -169,6 +179,9 @@ class GgufFile:
 def read_model(file: GgufFile) -> PreTrainedModel:
     """Return the file's model in float32; whatever of the file can't be honoured is an error."""
     name = file.architecture
+    spaces = file.keys.get("tokenizer.ggml.add_space_prefix", True)
+    if name == "llama" and file.keys.get("tokenizer.ggml.model") == "llama" and not spaces:
+        file.refuse("tokenizer.ggml.add_space_prefix", "= False is not what transformers does")
     if name not in SERVED:
         raise UserError(
             f"{file.path}: architecture {name!r} is not served.{nearest(name, SERVED)} "
@@ -233,7 +246,8 @@ def _config(file: GgufFile, kind: Architecture) -> PreTrainedConfig:
         case "qwen3":
             settings |= {"attention_bias": True in biased, "rope_parameters": rope}
         case "gemma3":
-            local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+            theta = file.number("rope.freq_base_swa", LOCAL_THETA)
+            local = {"rope_type": "default", "rope_theta": theta}
             settings |= {
                 "rope_parameters": {"full_attention": rope, "sliding_attention": local},
                 "sliding_window": file.integer("attention.sliding_window"),
@@ -270,8 +284,9 @@ def _rope(file: GgufFile, head_dim: int) -> dict[str, object]:
     kind = str(file.take("rope.scaling.type", "none"))
     factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 1.0))
     original = file.integer("rope.scaling.original_context_length", 0)
-    if file.number("rope.scaling.attn_factor", 1.0) != 1.0:
-        file.refuse("rope.scaling.attn_factor", "is a factor that operando can't honour")
+    for key, plain in PLAIN_SCALING.items():
+        if file.number(f"rope.scaling.{key}", plain[0]) not in plain:
+            file.refuse(f"rope.scaling.{key}", "is a factor that operando can't honour")
     file.take("rope.scaling.finetuned", False)  # says nothing about the numbers
     if ROPE_FREQS in file.tensors:
         file.used.add(ROPE_FREQS)
@@ -285,6 +300,8 @@ def _rope(file: GgufFile, head_dim: int) -> dict[str, object]:
             )
         return rope | {
             "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+            "beta_fast": file.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
         }  # fmt: skip
     if kind not in ("none", "linear"):
         file.refuse("rope.scaling.type", f"= {kind!r} is not served: none, linear, yarn are")
