@@ -83,14 +83,15 @@ def max_over_ranks(value: int) -> int:
     return max(gather_list([value]))
 
 
-def same_length(items: list[T], filler: T) -> list[tuple[T, bool]]:
+def same_length(items: list[T], filler: T | None = None) -> list[tuple[T, bool]]:
     """Return (item, counts), padded to the longest list of any rank with items that don't count.
 
     Under FSDP every forward is a collective, so all ranks must run the same number of them. A rank
-    whose own list is empty pads with `filler`.
+    whose own list may be empty gives a `filler`.
     """
     padding = max_over_ranks(len(items)) - len(items)
     spare = items[0] if items else filler
+    assert spare is not None, "nothing to pad with"
     return [(item, True) for item in items] + [(spare, False)] * padding
 
 

@@ -147,7 +147,8 @@ def with_recipe(run: Path, copy: Path, **tables: object) -> Path:
 
 def test_three_runs_are_compared_only_as_far_as_the_nulls_allow(run: Path, tmp_path: Path) -> None:
     strict = with_recipe(run, tmp_path / "strict", rewards=OTHER_REWARD)
-    more_kl = with_recipe(run, tmp_path / "more_kl", kl=KlConfig(coef=0.5))
+    elsewhere = read_recipe(run).model.model_copy(update={"device": "cpu"})  # not another model
+    more_kl = with_recipe(run, tmp_path / "more_kl", kl=KlConfig(coef=0.5), model=elsewhere)
     with pytest.raises(UserError, match="one is a copy of the other"):
         compare_drift(QUIET, [run, strict, more_kl])
     for number, folder in enumerate((strict, more_kl)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from operando import cli, setup
 from operando.errors import UserError
@@ -103,6 +104,17 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path
     dumped = torch.load(run.folder / "broken_step_00001.pt")
     assert len(dumped["completions"]) == len(dumped["adv_BT"]) > 0
     assert not list((run.folder / "checkpoints").glob("*"))
+
+
+def test_sixteen_bit_weights_are_not_trained(tmp_path: Path) -> None:
+    """The adapter's factors are float32; without one the weights themselves would take the step."""
+    recipe = load_recipe("ppo_flexible", (f"runs_dir={tmp_path}", "model.dtype=bfloat16"))
+    with pytest.raises(UserError, match="without model.lora: the trained weights would be 16 bit"):
+        launch(Console(quiet=True), recipe)
+    assert not list(tmp_path.iterdir()), "a failed start must not block the next"
+    folder = train_tiny(tmp_path, "steps=1", "model.dtype=bfloat16", "model.lora.rank=2")
+    saved = load_file(folder / "checkpoints/step_00001/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_a_run_does_not_go_on_with_other_prompts(

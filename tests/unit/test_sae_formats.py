@@ -301,6 +301,51 @@ def test_what_changes_a_saelens_sae_and_is_not_read_is_refused(
         load_sae(tmp_path / "sae")
 
 
+def test_published_configurations_are_read(tmp_path: Path) -> None:
+    """The keys of gpt2-small-res-jb, by SAELens' own test, and of a P-annealed autoencoder."""
+    sae = random_sae()
+    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
+               "b_dec": sae.b_dec_D}  # fmt: skip
+    jb = {
+        "model_name": "gpt2-small", "hook_point": "blocks.0.hook_resid_pre", "hook_point_layer": 0,
+        "hook_point_head_index": None, "dataset_path": "Skylion007/openwebtext",
+        "is_dataset_tokenized": False, "context_size": 128, "use_cached_activations": False,
+        "cached_activations_path": "x", "d_in": 8, "n_batches_in_buffer": 128,
+        "total_training_tokens": 300000000, "store_batch_size": 32, "device": "mps", "seed": 42,
+        "dtype": "torch.float32", "b_dec_init_method": "geometric_median", "expansion_factor": 32,
+        "from_pretrained_path": None, "l1_coefficient": 8e-05, "lr": 0.0004,
+        "lr_scheduler_name": None, "lr_warm_up_steps": 5000,
+        "model_from_pretrained_kwargs": {"center_writing_weights": True}, "train_batch_size": 4096,
+        "use_ghost_grads": False, "feature_sampling_window": 1000,
+        "finetuning_scaling_factor": False, "feature_sampling_method": None,
+        "resample_batches": 1028, "feature_reinit_scale": 0.2, "dead_feature_window": 5000,
+        "dead_feature_estimation_method": "no_fire", "dead_feature_threshold": 1e-08,
+        "log_to_wandb": True, "wandb_project": "x", "wandb_entity": None,
+        "wandb_log_frequency": 100, "n_checkpoints": 10, "checkpoint_path": "x", "d_sae": 24,
+        "tokens_per_buffer": 67108864, "run_name": "x", "neuronpedia_id": "gpt2-small/0-res-jb",
+        "normalize_activations": "none", "prepend_bos": True, "sae_lens_training_version": None,
+    }  # fmt: skip
+    write_saelens(tmp_path / "jb", tensors, **jb)
+    read = load_sae(tmp_path / "jb")
+    assert (read.activation, read.origin.site) == ("relu", "blocks.0.hook_resid_pre")
+    folder = tmp_path / "dictionary"
+    folder.mkdir()
+    state = {"encoder.weight": sae.W_enc_MD, "encoder.bias": sae.b_enc_M,
+             "decoder.weight": sae.W_dec_MD.T.contiguous(), "bias": sae.b_dec_D}  # fmt: skip
+    torch.save(state, folder / "ae.pt")
+    trainer = {
+        "dict_class": "AutoEncoder", "trainer_class": "PAnnealTrainer", "activation_dim": 8,
+        "dict_size": 24, "lr": 3e-4, "sparsity_function": "Lp^p", "sparsity_penalty": 0.1,
+        "p_start": 1, "p_end": 0.2, "anneal_start": 10000, "anneal_end": None,
+        "sparsity_queue_length": 10, "n_sparsity_updates": 10, "warmup_steps": 1000,
+        "decay_start": 24000, "resample_steps": None, "steps": 100, "seed": 0, "layer": 3,
+        "lm_name": "EleutherAI/pythia-70m", "device": "cuda", "wandb_name": "x",
+        "submodule_name": "resid_post_layer_3",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    assert load_sae(folder).activation == "relu"
+
+
 def test_a_key_or_a_tensor_that_nobody_reads_is_an_error_in_every_format(tmp_path: Path) -> None:
     extra = {"input_scale": torch.ones(8)}
     for format, weights, config in (

@@ -107,7 +107,8 @@ def check_conditions(runs: Sequence[Path]) -> list[str]:
         problems.append(f"{runs[1]} (B) differs from {runs[0]} (A) in kl too: only in the reward")
     if reward_C:
         problems.append(f"{runs[2]} (C) is paid otherwise than {runs[0]} (A): only kl may differ")
-    if A.model != B.model or A.model != C.model:
+    where = {"device": A.model.device, "gradient_checkpointing": A.model.gradient_checkpointing}
+    if any(run.model.model_copy(update=where) != A.model for run in (B, C)):
         problems.append("the three runs must train the same [model] in the same way")
     if problems:
         order = "expected flexible reward, strict reward, flexible reward with more KL"

@@ -33,7 +33,9 @@ DICTIONARY_BOOKKEEPING = {
     "trainer_class", "lr", "steps", "auxk_alpha", "warmup_steps", "decay_start", "threshold_beta",
     "threshold_start_step", "top_k_aux", "seed", "activation_dim", "dict_size", "k", "device",
     "wandb_name", "submodule_name", "bandwidth", "sparsity_penalty", "sparsity_warmup_steps",
-    "target_l0", "l1_penalty", "resample_steps", "decay_end", "log_steps",
+    "target_l0", "l1_penalty", "resample_steps", "decay_end", "log_steps", "sparsity_function",
+    "initial_sparsity_penalty", "p_start", "p_end", "anneal_start", "anneal_end",
+    "sparsity_queue_length", "n_sparsity_updates", "k_anneal_steps",
 }  # fmt: skip
 SAE_RL_BOOKKEEPING = {
     "d_model", "d_sae", "source_kind", "seed", "init_from_stage", "best_epoch", "best_train_loss",

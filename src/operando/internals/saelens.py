@@ -70,6 +70,13 @@ BOOKKEEPING = {
     "wandb_log_frequency", "eval_every_n_wandb_logs", "resume", "n_checkpoints",
     "checkpoint_path", "verbose", "seed", "act_store_device", "exclude_special_tokens",
     "tokens_per_buffer", "llm_batch_size", "streaming_dataset", "jumprelu_sparsity_loss",
+    "total_training_tokens", "feature_sampling_method", "feature_reinit_scale", "resample_batches",
+    "dead_feature_estimation_method", "begin_batch_token", "begin_sequence_token",
+    "sequence_separator_token", "disable_concat_sequences", "hook_eval", "model_batch_size",
+    "n_batches_for_norm_estimate", "activations_mixing_fraction", "log_weights_to_wandb", "logger",
+    "n_batches_for_norm", "resume_from_checkpoint", "save_final_checkpoint", "output_path",
+    "train_batch_size_samples", "total_training_samples", "llm_device", "prefetch_llm_batches",
+    "use_chat_formatting", "store_size", "log_wandb", "d_head", "is_tokenized",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Writing model folders that transformers 4.57 and 5 read alike.
+"""Writing model folders that transformers 4.57 and 5 read alike, but for GPT-NeoX's rotary keys.
 
 transformers 5 writes rotary settings as `rope_parameters` alone, which 4.x does not know: it would
 fall back to a theta of 10000 without a word, and every position would be turned wrongly. It also
@@ -64,9 +64,9 @@ def with_rope_of_4(config: Json) -> Json:
 
 
 def _flat(rope: Json) -> Json:
-    keys: Json = {"rope_theta": rope["rope_theta"]}
+    keys: Json = {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")}
     if rope["rope_type"] != "default":
-        keys["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        keys["rope_scaling"] = {k: v for k, v in rope.items() if k not in keys}
     return keys
 
 

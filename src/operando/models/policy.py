@@ -234,7 +234,7 @@ class Policy:
         policy and, with a reference, on the same ids in the frozen base too.
         """
         micro = self.micro_batches(batch, rows, micro_tokens)
-        micro = parallel.same_length(micro, filler=micro[0])
+        micro = parallel.same_length(micro)
         keep_graph = keep_graph and len(micro) == 1
         graph: Scored | None = None
         logp_BT = torch.zeros(batch.mask_BT.shape)

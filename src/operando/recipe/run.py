@@ -181,12 +181,6 @@ class Recipe(Config):
         problems += self._check_directions()
         if self.model.quantization != "none" and self.model.lora is None:
             problems.append("model.quantization needs model.lora: 4-bit weights can't be trained")
-        if self.model.dtype != "float32" and self.model.lora is None:
-            problems.append(
-                f"model.dtype = {self.model.dtype!r} without model.lora: the trained weights would "
-                "be 16 bit, and small steps are rounded away (50 steps at lr 1e-6 leave 98 % of "
-                'them as they were). Set model.dtype = "float32", or add model.lora'
-            )
         if self.update.loop_credit != "last" and self.parallel.kind == "fsdp":
             problems.append(
                 "update.loop_credit runs the coda outside the sharded forward: "
