@@ -84,7 +84,7 @@ def set_up(
     if recipe.model.dtype != "float32" and recipe.model.lora is None:
         raise UserError(
             f"model.dtype = {recipe.model.dtype!r} without model.lora: the trained weights would "
-            "be 16 bit, and small steps are rounded away (50 steps at lr 1e-6 leave 98 % of them as "
+            "be 16 bit, and small steps are rounded away (50 steps at lr 1e-6 leave 98 % as "
             'they were). Set model.dtype = "float32", or add model.lora'
         )
     if recipe.rollout.num_prompts % parallel.world_size():
