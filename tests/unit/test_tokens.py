@@ -125,6 +125,7 @@ def test_the_starter_has_no_token_beyond_its_embedding() -> None:
     assert len(loaded.tokenizer) == embedding.get_parameter("weight").shape[0]
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0")  # of transformers before 5.20
 def test_without_tokenizer_json_it_is_the_model_type_s_class(tmp_path: Path) -> None:
     tiny_model("qwen2").config.save_pretrained(tmp_path)
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

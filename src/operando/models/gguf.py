@@ -216,8 +216,10 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if opened.keys.get("tokenizer.ggml.model") == "gpt2":
         named = opened.keys.get("tokenizer.ggml.pre")
         _split_as(file, None if named is None else str(named), tokenizer)
-    _name_specials(opened, tokenizer)
-    _begin_as(opened, tokenizer)
+        _name_specials(opened, tokenizer)
+        _begin_as(opened, tokenizer)
+    else:
+        _name_specials(opened, tokenizer)
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
     ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
     model.generation_config = GenerationConfig(
@@ -275,19 +277,25 @@ def _split_as(file: Path, name: str | None, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _begin_as(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put Llama 3's beginning before every text, where the file leaves out add_bos_token.
+    """Put before and after a text what the file says (tokenizer.ggml.add_bos_token, add_eos_token).
 
-    llama.cpp does so for the whole group of `llama-bpe`.
+    Where it says nothing, llama.cpp puts the beginning before texts of the `llama-bpe` group.
     """
-    named = file.keys.get("tokenizer.ggml.pre") in LLAMA3
-    if not named or "tokenizer.ggml.add_bos_token" in file.keys or tokenizer.bos_token is None:
+    group = file.keys.get("tokenizer.ggml.pre") in LLAMA3
+    begins = bool(file.keys.get("tokenizer.ggml.add_bos_token", group))
+    ends = bool(file.keys.get("tokenizer.ggml.add_eos_token", False))
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    first, last = begins and bos is not None, ends and eos is not None
+    if not first and not last:
         return
     assert isinstance(tokenizer, PreTrainedTokenizerFast), type(tokenizer)
-    bos = str(tokenizer.bos_token)
+    around = [str(bos)] * first, [str(eos)] * last
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos} $B",
-        special_tokens=[(bos, tokenizer.bos_token_id)],
+        single=[*around[0], "$A", *around[1]],
+        pair=[*around[0], "$A", *around[1], *around[0], "$B", *around[1]],
+        special_tokens=[
+            (token, tokenizer.convert_tokens_to_ids(token)) for token in {*around[0], *around[1]}
+        ],
     )
 
 
