@@ -76,7 +76,8 @@ DEV = "Q?,a,b,c,d,B\n"  # as hendrycks wrote them: no header, letters
         ("a b c d", None),
         ("A-level, D2, C++, A's, B_1", None),
         (
-            "Let's evaluate each option:\n\nA. x is wrong.\nB. y holds.\n\nSo the correct one is B.",
+            "Let's evaluate each option:\n\nA. x is wrong."
+            "\nB. y holds.\n\nSo the correct one is B.",
             "B",
         ),
         ("Let us consider each option:\nA) no\nB) yes\n\nTherefore, B is correct.", "B"),
