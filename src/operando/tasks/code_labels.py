@@ -131,14 +131,15 @@ def fenced_blocks(text: str) -> list[Block]:
             continue
         tag, fence = opened["tag"].lower(), opened["fence"]
         is_alone = not rest[: opened.start()].strip()
-        if is_alone or (_is_python(tag) and not opened["more"].strip()):
+        if is_alone or (is_python(tag) and not opened["more"].strip()):
             inside = []
     if inside is not None:
         blocks.append(Block(tag, "\n".join(inside)))
     return blocks
 
 
-def _is_python(tag: str) -> bool:
+def is_python(tag: str) -> bool:
+    """Return whether a fence's tag, in lower case, is Python's or none."""
     return not tag or PYTHON.fullmatch(tag) is not None
 
 
@@ -160,14 +161,14 @@ def after_thought(completion: str) -> str:
 def extract_code(completion: str) -> str:
     """Return the Python of a completion's fenced blocks, joined; "" where there is none.
 
-    Only what follows the thought counts (`after_thought`), and of that the blocks tagged as Python or not
-    tagged. An untagged block of bare expressions, or of what is no Python beside blocks that are,
+    Only what follows the thought counts (`after_thought`), and of that the blocks tagged as Python
+    or not tagged. An untagged block of bare expressions, or of what is no Python beside blocks that are,
     is output or a draft and left out; so is a tagged one that is no Python, beside one that is.
     """
     blocks = [
         block
         for block in fenced_blocks(after_thought(completion))
-        if _is_python(block.tag) and block.code.strip()
+        if is_python(block.tag) and block.code.strip()
     ]
     told = [b for b in blocks if b.tag or not _is_output(b.code)] or blocks
     joined = "\n\n".join(block.code for block in told)
