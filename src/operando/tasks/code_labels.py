@@ -162,8 +162,9 @@ def extract_code(completion: str) -> str:
     """Return the Python of a completion's fenced blocks, joined; "" where there is none.
 
     Only what follows the thought counts (`after_thought`), and of that the blocks tagged as Python
-    or not tagged. An untagged block of bare expressions, or of what is no Python beside blocks that are,
-    is output or a draft and left out; so is a tagged one that is no Python, beside one that is.
+    or not tagged. An untagged block of bare expressions, or of what is no Python beside blocks that
+    are, is output or a draft and left out; so is a tagged one that is no Python, beside one that
+    is.
     """
     blocks = [
         block
