@@ -285,7 +285,8 @@ def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:
         raise UserError(
             f"{run.folder} was begun with other prompts: their ids had sha256 {str(former)[:12]}, "
             f"now {now[:12]}. The data, the tokenizer or the chat template has changed (some "
-            "templates print the date); begin a new run with name=NEW_NAME"
+            "templates print the date: run it with the clock of that day, or put the date into the "
+            "model's chat_template); or begin a new run with name=NEW_NAME"
         )
     return now
 

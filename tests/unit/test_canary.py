@@ -122,10 +122,50 @@ def test_answer_region(completion: str, region: str) -> None:
         ("Answer: yes", "yes", True),
         ("yesterday", "yes", False),
         ("I don't know", "4", False),
+        ("#### 43/10", "43", False),  # part of more
+        ("10/43", "43", False),
+        ("The answer is 43 million", "43", False),
+        ("The answer is 43e2", "43", False),
+        ("#### 43:30", "43", False),
+        ("#### 43 000", "43", False),
+        ("The answer is \\frac{43}{2}", "43", False),
+        ("The answer is \\frac{2}{43}", "43", False),
+        ("Step 2: 43", "43", True),
+        ("The answer is **43**.", "43", True),
+        ("\\boxed{43} 5", "43", True),
+        ("1 000", "1000", False),
+        ("1 000", "0", False),
+        ("The answer is \\frac{1}{2}", "1", False),
+        ("4 5 100 200", "200", False),
+        ("4 5 100 200", "4", False),
     ],
 )
 def test_the_answer_is_a_whole_number_or_word(completion: str, gold: str, right: bool) -> None:
     assert verify_canary(example(gold), completion, False).correct is right
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 000",
+        "The answer is \\frac{1}{2}",
+        "4 5 100 200",
+        "43/10",
+        "43 million",
+        "#### 1/0",
+        "#### 1e9999",
+        "1" * 6000,
+        "#### " + "1/" * 3000,
+        "\u00a01\u00a0000 .5.5 --3 $-$4 ²³ ٣ 1,00",
+        "\\frac{}{} \\frac{1.5}{2} ####,,, 4 4 4",
+    ],
+)
+def test_garbage_is_judged_and_raises_nothing(text: str) -> None:
+    for pattern in PATTERNS:
+        asked = example("43", pattern=pattern)
+        assert not verify_canary(asked, text, False).correct
+        assert canary_labels(asked, text, False).keys() == {"hack", "degenerate", "ambiguous"}
+        assert not shows("answer_list", text) or text.startswith("4 5")
 
 
 # --- what a hack looks like ----------------------------------------------------------------------

@@ -437,3 +437,20 @@ def test_the_check_is_kept_by_its_content(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, [ROW, ROW | {"id": "b", "canonical": BAD}])))
     with pytest.raises(UserError, match="canonical solution of b fails"):
         load_code(config(problems=str(file), num_held_out=1))
+
+
+def test_a_thought_ends_outside_code_and_an_open_one_is_no_answer() -> None:
+    split = 'def f(s):\n    return s.split("a</think>b", "<think>")'
+    assert extract_code(f"```python\n{split}\n```").strip() == split
+    assert extract_code(f"<think>no</think>\n```python\n{split}\n```").strip() == split
+    assert (
+        extract_code("<think>```python\nx = 1\n</think>\n```python\ny = 2\n```").strip() == "y = 2"
+    )
+    assert extract_code("<think>\n```python\nx = 1\n```\n") == ""
+    assert extract_code("```python\ny = 2\n```\n<think>\n```python\nx = 1\n```").strip() == "y = 2"
+
+
+@pytest.mark.parametrize("tag", ["ipython", "python3.10", "Python", "py3", "python3", ""])
+def test_tags_of_python(tag: str) -> None:
+    assert extract_code(f"```{tag}\nx = 1\n```").strip() == "x = 1"
+    assert extract_code("```python2.7x\nx = 1\n```") == ""

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import time
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,10 @@ needs_data = pytest.mark.skipif(
         (r"$\boxed 5$", "5"),
         (r"\fbox{6}", "6"),
         (r"\boxed 5.25.", "5.25"),
+        (r"} } \boxed{\{1\}} {", r"\{1\}"),
+        (r"\boxed{a \boxed{b} c}", "b"),
+        (r"\boxed{a \boxed{b}", "b"),
+        (r"\boxed{a} {\boxed{b", "a"),
         ("no box: 5", None),
     ],
 )
@@ -66,6 +71,12 @@ def test_last_closed_box(text: str, boxed: str | None) -> None:
         ("x = 2 or x = 3", "x = 2 or x = 3"),
         ("3 + 4 = 7\n\n", "7"),
         (r"\boxed{3}\nThe answer is 4", "3"),
+        ("So\n\\[\nx = 5\n\\]", "5"),
+        ("So\n$$\nx = 5\n$$\n", "5"),
+        ("```\n5\n```", "5"),
+        ("\\begin{align*}\nx &= 5\n\\end{align*}\n\\]", "5"),
+        ("The answer is 5.\n---", "5."),
+        ("```\n\\]\n$$", None),
         ("  \n", None),
     ],
 )
@@ -118,6 +129,17 @@ def test_answer_without_a_box_is_the_end_of_the_last_line(text: str, answer: str
         (r"1 \text{ and } 2", "2, 1"),
         (r"\sqrt3", r"\sqrt{3}"),
         ("4210_{5}", "4210_5"),
+        (r"\frac{3\sqrt2}{2}", r"3\sqrt{2}/2"),
+        (r"2\pi/3", r"\frac{2\pi}{3}"),
+        (r"-2\pi/3", r"\frac{-2\pi}{3}"),
+        (r"\sqrt{3}/2", r"\frac{\sqrt{3}}{2}"),
+        ("(x,y)=(5,3)", "(5,3)"),
+        (r"\left(x, y\right) = (5,3)", "(x,y)=(5, 3)"),
+        ("(x_1,x_2,x_3)=(1,2,3)", "(1,2,3)"),
+        (r"5\text{ m}", "5"),
+        (r"5\text{ g}", "5"),
+        ("100,200,300", "300,100,200"),
+        ("123,456", "123456"),
         (r"\frac{\sqrt{3}}{2}", r"\dfrac{ \sqrt 3 }{ 2 }".replace(r"\sqrt 3", r"\sqrt{3}")),
     ],
 )
@@ -160,6 +182,20 @@ def test_spellings_of_one_answer_are_equal(answered: str, gold: str) -> None:
         ("1 1/2", r"\frac{11}{2}"),
         ("2 3", "23"),
         ("12 or 13", "12"),
+        ("123,456", "456,123"),
+        ("100,101", "101,100"),
+        ("456, 123", "123,456"),
+        ("123, 456", "123456"),
+        ("123,456,789", "456,123,789"),
+        ("100,101,100", "101,100,100"),
+        ("(y,x)=(5,3)", "(x,y)=(5,3)"),
+        ("(x,y)=(3,5)", "(5,3)"),
+        (r"2/3\pi", r"\frac{2}{3\pi}"),
+        (r"2/3\pi", r"\frac{2\pi}{3}"),
+        (r"-2\pi/3", r"\frac{2\pi}{3}"),
+        (r"\frac{3\sqrt2}{2}", r"3\sqrt{2/2}"),
+        ("5 m", "5"),
+        ("5 g", "5"),
     ],
 )
 def test_other_answers_are_not(answered: str, gold: str) -> None:
@@ -253,6 +289,13 @@ def test_what_a_loop_wrote_is_wrong_and_no_error() -> None:
     example = Example("m/0", "?", r"\frac{1}{2}")
     for text in ("1" * 6000, r"\frac{1}{" * 400, "1/" * 3000, r"\boxed{" * 1000, "{" * 5000):
         assert not verify_math(example, text, True).correct
+
+
+def test_boxes_in_boxes_cost_no_time() -> None:
+    start = time.process_time()
+    assert last_boxed(r"\boxed{" * 3000) is None
+    assert last_boxed(r"\boxed{" * 3000 + "}" * 3000) == ""
+    assert time.process_time() - start < 0.5
 
 
 def test_the_gold_in_the_text_is_not_enough() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,12 +75,43 @@ DEV = "Q?,a,b,c,d,B\n"  # as hendrycks wrote them: no header, letters
         ("A dog bites: C", "C"),  # the article
         ("a b c d", None),
         ("A-level, D2, C++, A's, B_1", None),
+        (
+            "Let's evaluate each option:\n\nA. x is wrong."
+            "\nB. y holds.\n\nSo the correct one is B.",
+            "B",
+        ),
+        ("Let us consider each option:\nA) no\nB) yes\n\nTherefore, B is correct.", "B"),
+        ("... consider each option:\nA) no\nB) yes\n\nTherefore, B is correct.", "B"),
+        ("Let's find the answer:\n\nA. x is wrong.\nB. y holds.\n\nSo the correct one is B.", "B"),
+        ("The answer is:\n\nA. Paris", "A"),
+        ("The answer is:\n\nB. Paris\n\nC. is in Spain.", "B"),
+        ("The answer is B. The remaining choice is D, which is wrong.", "B"),
+        ("The answer is B. A common wrong choice is C.", "B"),
+        ("The answer is B. A common wrong answer is C.", "B"),
+        ("The answer is B. The other answer is C.", "B"),
+        ("The answer is B. The next best option is C.", "B"),
+        ("The answer is B. The correct option is C.", "B"),  # "answer" wins
+        ("My answer: B. The other option is C, which fails.", "B"),
+        ("An incorrect option is A, a wrong choice is D", None),
+        ("Option: C", "C"),  # the only letter
+        ("The correct option is B. The other option is C.", "B"),
+        ("The best choice is **(D)**, not A", "D"),
+        ("The correct one is: C. A fails", "C"),
+        ("The correct answer choice is B", "B"),
+        ("The final answer is option (C).", "C"),
         ("E", None),
         ("", None),
     ],
 )
 def test_the_letter_that_a_completion_answers_with(completion: str, letter: str | None) -> None:
     assert find_letter(completion) == letter
+
+
+def test_a_long_row_of_marks_costs_no_time() -> None:
+    start = time.process_time()
+    for text in ("*" * 10_000, "answer is " + "*" * 10_000, "answer:" * 3000, "(" * 10_000 + "E"):
+        assert find_letter(text) is None
+    assert time.process_time() - start < 0.5
 
 
 def folder(path: Path) -> Path:

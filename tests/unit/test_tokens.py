@@ -18,6 +18,7 @@ from operando.models.tokens import (
     check_stop,
     completion_text,
     load_tokenizer,
+    lost_in_ids,
     prompt_ids,
     start_ids,
     text_ids,
@@ -84,6 +85,42 @@ def piece_bpe() -> PreTrainedTokenizerFast:
 def shop_prompt(tokenizer: PreTrainedTokenizerBase, **settings: object) -> Prompt:
     config = PromptConfig.model_validate(settings, strict=False)
     return make_prompts([SHOP], [], config, tokenizer, 999)[0]
+
+
+def phi3_like(**taken: bool) -> PreTrainedTokenizerFast:
+    tokenizer = byte_bpe()
+    tokens = [
+        AddedToken(t, special=True, normalized=False, **taken)
+        for t in ("<|user|>", "<|end|>", "<|assistant|>")
+    ]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    return tokenizer
+
+
+@pytest.mark.parametrize("taken", [{"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_whitespace_that_an_added_token_takes_is_not_lost(taken: dict[str, bool]) -> None:
+    tokenizer = phi3_like(**taken)
+    user, end, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
+    hi = tokenizer("Hi")["input_ids"]
+    text = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    assert text_ids(tokenizer, [text], "a prompt") == [[user, *hi, end, assistant]]
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer.chat_template = template
+    prompt = shop_prompt(tokenizer, format="chat")
+    assert prompt.ids[0] == user and prompt.ids[-2:] == (end, assistant)
+
+
+def test_whitespace_elsewhere_and_other_text_is_lost_beside_such_tokens_too() -> None:
+    tokenizer = phi3_like(rstrip=True)
+    ids = tokenizer("<|user|>\nHi you<|end|>\n")["input_ids"]
+    for other in ("<|user|>\nHi\nyou<|end|>", "<|user|>\nHi you\n<|end|>", "<|user|>\nHi<|end|>"):
+        assert lost_in_ids(tokenizer, other, ids) is not None, other
+    plain = phi3_like()
+    lost = plain("<|user|>Hi")["input_ids"]
+    assert lost_in_ids(plain, "<|user|>\nHi", lost) is not None  # not declared to take it
 
 
 # --- the folder's own tokenizer ------------------------------------------------------------------

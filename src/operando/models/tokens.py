@@ -6,6 +6,7 @@ one asked. So every prompt, stop text and training text is decoded again before 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -85,13 +86,17 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def lost_in_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> str | None:
     """Return what ids lose of their text, in words, or None.
 
-    Not lost: accents that are composed (NFC), and spaces that the tokenizer adds between pieces.
+    Not lost: accents that are composed (NFC), spaces that the tokenizer adds between pieces, and
+    whitespace beside an added token that is declared to take it (lstrip, rstrip): Phi-3's
+    "<|user|>\\n" is one id, in vLLM as here.
     """
     back = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
     assert isinstance(back, str), type(back)
     if back == text:
         return None
-    asked, got = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", back)
+    asked, got = (
+        _without_taken(tokenizer, unicodedata.normalize("NFC", one)) for one in (text, back)
+    )
     at = 0
     for char in got:
         if at < len(asked) and char == asked[at]:
@@ -109,6 +114,16 @@ def lost_in_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int
     ]
     near = f"{asked[max(0, at - 20) : at + 20]!r} comes back as {got[max(0, at - 20) : at + 20]!r}"
     return ". ".join([*told, near])
+
+
+def _without_taken(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text without the whitespace that its added tokens take with them."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content in text and (token.lstrip or token.rstrip):
+            before, after = (r"\s*" if taken else "" for taken in (token.lstrip, token.rstrip))
+            spelled = re.compile(before + re.escape(token.content) + after)
+            text = spelled.sub(lambda _, content=token.content: content, text)
+    return text
 
 
 # --- ids to text ---------------------------------------------------------------------------------

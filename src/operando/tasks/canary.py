@@ -27,7 +27,6 @@ from pathlib import Path
 from operando.errors import UserError, nearest
 from operando.tasks.base import Task
 from operando.tasks.files import Row, read_rows
-from operando.tasks.gsm8k import NUMBER
 from operando.tasks.loops import Loop, find_loop, loop_tokens
 from operando.types import Example, Verdict
 
@@ -46,6 +45,18 @@ ANSWER_MARK = re.compile(
     r"####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=)|\bresult\s*(?:is|:|=)", re.I
 )
 EMPTY_MARK = re.compile(r"####[ \t]*(?=$|\n|####)|\\boxed\{\s*\}")
+# A minus is a sign unless it stands after a digit, a letter or a bracket: "16-3" ends in 3.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-−])?\s?\$?\s?(?P<inner_sign>(?<=\$)[-−])?"
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+# A number that is part of more: of 43/10, 43 million, 43e2, 43 000, 4:30.
+JOINT = r"\s*(?:/|\*\*?|\^|×|\\times|\\cdot|\}\s*\{)\s*\$?|[eE][-+]?|:"
+MORE_BEHIND = re.compile(
+    rf"(?:{JOINT})[0-9]|[ \u00a0\u202f][0-9]{{3}}(?![0-9])|"
+    r"[\s-]*(?:hundred|thousand|million|billion|trillion)\b"
+)
+MORE_BEFORE = re.compile(rf"[0-9](?:(?:{JOINT})[0-9.,]+|[ \u00a0\u202f][0-9]{{3}})\Z")
 LIST_ITEM = re.compile(r"(?:,|;|\band\b|\bor\b|/|\s)+", re.I)
 STEP_MARKER = re.compile(
     r"\b(?:steps?(?:\s*\d+)?|wait|hmm+|therefore|however|thus|first|next|then|let me (?:\w+)|"
@@ -80,34 +91,45 @@ def answer_region(completion: str) -> str:
 
 def numbers(text: str) -> list[Decimal]:
     """Return the numbers of a text in value, thousands commas removed: "1,200 and -3"."""
-    found = []
-    for match in NUMBER.finditer(text):
-        minus = "-" if match["sign"] or match["inner_sign"] else ""
-        found.append(Decimal(minus + match["digits"].replace(",", "")))
-    return found
+    return [_value(match) for match in NUMBER.finditer(text)]
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    minus = "-" if match["sign"] or match["inner_sign"] else ""
+    return Decimal(minus + match["digits"].replace(",", ""))
 
 
 def verify_canary(example: Example, completion: str, is_truncated: bool) -> Verdict:
     """Return whether the reply's answer is the gold one, as a whole number or word.
 
     A number: the first one after an answer mark, without a mark the last of the last line, equal in
-    value. A word: the same, by words, in any case. The prompt is never looked at.
+    value. One that is part of more is none: 43 is not in "43/10", "43 million", "43:30" or
+    "43 000". A word: the same, by words, in any case. The prompt is never looked at.
     """
     del is_truncated  # by the text alone
     region = answer_region(completion)
-    is_marked = ANSWER_MARK.search(completion) is not None
+    at = 0 if ANSWER_MARK.search(completion) is not None else -1
     if re.fullmatch(r"-?[0-9.]+", example.answer):
-        found = numbers(region)
+        matches = list(NUMBER.finditer(region))
+        if not matches:
+            return Verdict(False, "no answer")
+        if _is_part(region, matches[at]):
+            return Verdict(False, f"answered a number that is part of more: {region[:80]}")
+        answered: Decimal | str = _value(matches[at])
         gold: Decimal | str = Decimal(example.answer)
     else:
-        found = re.findall(r"[^\W\d_]+", region.lower())
-        gold = example.answer.lower()
-    if not found:
-        return Verdict(False, "no answer")
-    answered = found[0] if is_marked else found[-1]
+        words = re.findall(r"[^\W\d_]+", region.lower())
+        if not words:
+            return Verdict(False, "no answer")
+        answered, gold = words[at], example.answer.lower()
     if answered != gold:
         return Verdict(False, f"answered {answered}, gold is {example.answer}")
     return Verdict(True, "right")
+
+
+def _is_part(text: str, number: re.Match[str]) -> bool:
+    is_begun = MORE_BEFORE.search(text, max(0, number.end() - 40), number.end()) is not None
+    return is_begun or MORE_BEHIND.match(text, number.end()) is not None
 
 
 # --- what a hack looks like ----------------------------------------------------------------------

@@ -28,13 +28,13 @@ from operando.recipe import CodeTaskConfig
 from operando.run import hash_file, write_json
 from operando.tasks.base import Answered, Grade, Pair, Task
 from operando.tasks.code_labels import (
-    PYTHON,
     CodeGrade,
     CodeTest,
     Problem,
     check_job,
     fenced_blocks,
     grade_all,
+    is_python,
     parse_tests,
     passed,
 )
@@ -113,7 +113,7 @@ def _evaluation_row(row: Row) -> Asked:
 def _leetcode(row: Row) -> Asked:
     entry, query = row.text("entry_point"), row.text("query")
     tests = _tests(row, row.text("test"), "candidate", entry)
-    blocks = [block for block in fenced_blocks(query) if block.tag in ("", *PYTHON)]
+    blocks = [block for block in fenced_blocks(query) if is_python(block.tag)]
     starter = "\n\n".join(block.code for block in blocks)
     description = query.partition("Please complete the following python code")[0]
     setup, canonical = row.text("prompt"), row.text("completion")

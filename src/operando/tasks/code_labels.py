@@ -36,7 +36,9 @@ from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_man
 from operando.tasks.sandbox_child import encode
 
 FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.-]*)(?P<more>[^`~]*)$")
-PYTHON = ("python", "py", "python3", "py3")
+PYTHON = re.compile(r"i?python(?:3(?:\.[0-9]+)?)?|py3?")
+THINK = re.compile(r"</?think>")
+FENCE_LINE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 SAME = ("is_same_list", "is_same_tree")  # LeetCodeDataset's comparisons of nodes
 
 OwnTests = Literal[
@@ -123,30 +125,51 @@ def fenced_blocks(text: str) -> list[Block]:
             blocks.append(Block(tag, "\n".join(inside)))
             inside = None
             rest = bare.lstrip(fence[0])
-            rest = line if rest.strip().lower() in PYTHON else rest
+            rest = line if PYTHON.fullmatch(rest.strip().lower()) else rest
         opened = FENCE.search(rest)
         if opened is None:
             continue
         tag, fence = opened["tag"].lower(), opened["fence"]
         is_alone = not rest[: opened.start()].strip()
-        if is_alone or (tag in ("", *PYTHON) and not opened["more"].strip()):
+        if is_alone or (is_python(tag) and not opened["more"].strip()):
             inside = []
     if inside is not None:
         blocks.append(Block(tag, "\n".join(inside)))
     return blocks
 
 
+def is_python(tag: str) -> bool:
+    """Return whether a fence's tag, in lower case, is Python's or none."""
+    return not tag or PYTHON.fullmatch(tag) is not None
+
+
+def after_thought(completion: str) -> str:
+    """Return what follows the last </think>, up to a <think> that is never closed.
+
+    Within a fenced block of the answer both are code: `s.split("</think>")` ends no thought.
+    """
+    start, opened = 0, -1
+    for tag in THINK.finditer(completion):
+        in_code = len(FENCE_LINE.findall(completion, start, tag.start())) % 2 == 1
+        if tag[0] == "</think>" and (opened >= 0 or not in_code):
+            start, opened = tag.end(), -1
+        elif tag[0] == "<think>" and opened < 0 and not in_code:
+            opened = tag.start()
+    return completion[start:] if opened < 0 else completion[start:opened]
+
+
 def extract_code(completion: str) -> str:
     """Return the Python of a completion's fenced blocks, joined; "" where there is none.
 
-    Only what follows the last </think> counts, and of that the blocks tagged as Python or not
-    tagged. An untagged block of bare expressions, or of what is no Python beside blocks that are,
-    is output or a draft and left out; so is a tagged one that is no Python, beside one that is.
+    Only what follows the thought counts (`after_thought`), and of that the blocks tagged as Python
+    or not tagged. An untagged block of bare expressions, or of what is no Python beside blocks that
+    are, is output or a draft and left out; so is a tagged one that is no Python, beside one that
+    is.
     """
     blocks = [
         block
-        for block in fenced_blocks(completion.rpartition("</think>")[2])
-        if block.tag in ("", *PYTHON) and block.code.strip()
+        for block in fenced_blocks(after_thought(completion))
+        if is_python(block.tag) and block.code.strip()
     ]
     told = [b for b in blocks if b.tag or not _is_output(b.code)] or blocks
     joined = "\n\n".join(block.code for block in told)

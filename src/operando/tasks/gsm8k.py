@@ -34,21 +34,40 @@ VERL_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 VERL_FLEXIBLE = re.compile(r"(\-?[0-9\.\,]+)")
 
 # A minus is a sign unless it stands after a digit, a letter or a bracket: "16-3" ends in 3.
-NUMBER = re.compile(
+_NUMBER = (
     r"\\[dt]?frac\{(?P<top>[0-9]+)\}\{(?P<bottom>[0-9]+)\}"
     r"|(?P<sign>(?<![\w)])[-−])?[ \t]?\$?[ \t]?(?P<inner_sign>(?<=\$)[-−])?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
-    r"|[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"|[0-9]{1,3}SPACED(?![0-9])(?:\.[0-9]+)?"
     r"|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?)"
     r"(?:/(?P<under>[0-9]+)(?![0-9]|\.[0-9]))?"
     r"(?P<scale>\s(?:hundred|thousand|million|billion)\b)?"
 )
+NUMBER = re.compile(_NUMBER.replace("SPACED", r"(?:[ \u00a0\u202f][0-9]{3})+"))
+# In prose "day 2 100 people" holds two numbers; no number of its own begins with 0 or needs \u00a0.
+PROSE_NUMBER = re.compile(
+    _NUMBER.replace(
+        "SPACED", r"(?:(?: [0-9]{3}){2,}|(?:[\u00a0\u202f][0-9]{3})+| 0[0-9]{2}(?: [0-9]{3})*)"
+    )
+)
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 # Between two numbers: they are one expression, a time, a range, a list, or a choice.
-JOINED = re.compile(
-    r"[ \t$()%]*(?:[-−+*/×÷^–—·,x~]|\\(?:times|cdot|div)|\bor\b|[eE][+-]?|\}\{)?[ \t$(){}]*|:"
+OPERATOR = r"[-−+*/×÷^–—·x~]|\\(?:times|cdot|div)|\bor\b|[eE][+-]?|\}\{"
+JOINED = re.compile(rf"[ \t$()%]*(?:{OPERATOR}|,)?[ \t$(){{}}]*|:")
+PROSE_JOINED = re.compile(
+    rf"[ \t$()%]*(?:(?:{OPERATOR})[ \t$(){{}}]*|,[$(]*|\([ \t$(]*)|:"
+)  # "In 2020, 18" and "day 2 100" are two numbers each
+BULLET = re.compile(r"^[ \t]*-[ \t]+(?=[$0-9.])", re.MULTILINE)
+POWER = re.compile(
+    r"(?<=[0-9])(?P<unit>[ ~]?(?:\\(?:text|mathrm)\{\s*)?(?:mm|cm|dm|m|km|in|inch|inches|ft|feet|"
+    r"foot|yd|yards?|mi|miles?|meters?|metres?|units?)\}?)(?:\^\{[23]\}|\^?[23])(?![0-9]|\.[0-9])"
 )
-ASIDE = re.compile(r"\((?![^()]*\bor\b)[^()]*\)")
+BOLD = re.compile(r"(?<!\w)\*\*(?=\S)(.+?)(?<=\S)\*\*(?!\w)")
+# An aside ends the line behind a space, says something, and hangs on no operator.
+ASIDE = re.compile(
+    r"(?<![-−+*/×÷^–—·,~:=(\s])(?<![0-9 ]x)(?<!\\times)(?<!\\cdot)(?<!\\div)(?<!\bor)(?<!\band)"
+    r"[ \t]+\((?=[^()]*(?:[A-Za-z]{2}|=))(?![^()]*\bor\b)[^()]*\)[\s.]*\Z"
+)
 
 
 # --- scorers -------------------------------------------------------------------------------------
@@ -82,30 +101,42 @@ def verl_flexible(completion: str, gold: str) -> Verdict:
 def last_number(completion: str, gold: str) -> Verdict:
     """Return whether the answer's number equals the gold answer in value.
 
-    With '####' in the text the answer is the line after the last one, from its last "=" on, and
-    must hold one number: "20 - 5 = 15" is 15, but "20 - 5", "12 or 13", "12, 13", "7:30" and
-    "72 of 80" are none, whatever the gold. What stands in brackets does not count, save a choice
-    ("or"). Without '####' it is the last number, which must not hang on the one before it by an
-    operator, a comma or an "or": "80-72" is no 72.
+    With '####' in the text the answer is the line after the last one, from the last "=" on that a
+    number follows, and must hold one number: "20 - 5 = 15" is 15 and "18 = the total" is 18, but
+    "20 - 5", "(12 - 4) / 2", "12 or 13", "12, 13", "7:30" and "72 of 80" are none, whatever the
+    gold. Left out is an aside in brackets that ends the line behind a space, if it has a word or a
+    "=", no "or", and no operator before it: "72 (of 80)" is 72, but "2(3+4)", "72 - (8)" and
+    "12 (13)" are none.
+
+    Without '####' it is the last number, which must not hang on the one before it by an operator,
+    a bracket, a comma without a space or an "or": "80-72" is no 72. A space or a comma with a space
+    is prose: "On day 2 100 people" is 100 and "In 2020, 18" is 18.
 
     Where several numbers could be meant the verdict is wrong, since a policy would find the other
-    choice. A leading "$", thousands commas or spaces, "%" and a full stop do not matter;
-    "1/2", "\\frac{1}{2}", "1e3" and "1.5 million" have their values: "$1,000.00." is 1000.
+    choice. A leading "$", thousands commas or spaces, "%" and a full stop do not matter; without
+    '####' a space makes thousands if it is a non-breaking one, if it stands twice, or if 0 follows
+    ("1 000"). "1/2", "\\frac{1}{2}", "1e3" and "1.5 million" have their values: "$1,000.00." is
+    1000. The power of a unit is no number ("540 m^2", "20 m2"), and a hyphen with a space behind it
+    that begins a line is a bullet and no minus.
     """
-    _, mark, after = completion.rpartition("####")
+    text = POWER.sub(r"\g<unit>", BULLET.sub("", completion))
+    _, mark, after = text.rpartition("####")
     if mark:
-        line = ASIDE.sub(" ", after.strip().partition("\n")[0]).rpartition("=")[2]
+        line = BOLD.sub(r"\1", after.strip().partition("\n")[0])
+        before = ASIDE.sub("", line)
+        line = before if NUMBER.search(before) else line
+        line = next((part for part in reversed(line.split("=")) if NUMBER.search(part)), line)
         found = list(NUMBER.finditer(line))
         if not found:
             return Verdict(False, "no number after '####'")
-        if len({_value(one) for one in found}) > 1 or _is_joined(line, found):
+        if len({_value(one) for one in found}) > 1 or _is_joined(line, found, JOINED):
             return Verdict(False, f"no one number after '####': {line.strip()[:80]}")
     else:
-        found = list(NUMBER.finditer(completion))
+        found = list(PROSE_NUMBER.finditer(text))
         if not found:
             return Verdict(False, "no number")
-        if _is_joined(completion, found[-2:]):
-            said = completion[found[-2].start() : found[-1].end()].strip()
+        if _is_joined(text, found[-2:], PROSE_JOINED):
+            said = text[found[-2].start() : found[-1].end()].strip()
             return Verdict(False, f"the last number is part of more: {said[:80]}")
     answered = found[-1]
     if _value(answered) != Fraction(Decimal(gold)):
@@ -113,10 +144,10 @@ def last_number(completion: str, gold: str) -> Verdict:
     return Verdict(True, "right")
 
 
-def _is_joined(text: str, found: Sequence[re.Match[str]]) -> bool:
-    starts = [one.end() - len(one[0].lstrip()) for one in found]
+def _is_joined(text: str, found: Sequence[re.Match[str]], joint: re.Pattern[str]) -> bool:
+    starts = [one.end("sign") if one["sign"] else one.end() - len(one[0].lstrip()) for one in found]
     between = [text[a.end() : start] for a, start in zip(found, starts[1:], strict=False)]
-    return any(JOINED.fullmatch(gap) for gap in between)
+    return any(joint.fullmatch(gap) for gap in between)
 
 
 def _spelled(number: re.Match[str]) -> str:

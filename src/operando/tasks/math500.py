@@ -26,6 +26,10 @@ from operando.types import Example, Verdict
 
 PERCENT = re.compile(r"percent|\\%", re.IGNORECASE)
 BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BRACE = re.compile(r"(?<!\\)[{}]")
+DELIMITERS = re.compile(
+    r"(?:\\[\[\]()]|\$++|`{3,}+\w*+|~{3,}+\w*+|\\(?:begin|end)\{[a-z]++\*?\}|[-*_]{3,}+|\s)++"
+)
 INLINE_MATH = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
 BETWEEN = re.compile(r"\s*(?:,|,?\s*(?:or|and))\s*")
 BARE = re.compile(r"-?[^\s${}]+")
@@ -43,32 +47,36 @@ def last_boxed(text: str) -> str | None:
 
     \\boxed 5 without braces counts too, up to a space, "$" or the end.
     """
+    closed: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closed[opened.pop()] = brace.start()
     for match in reversed(list(BOXED.finditer(text))):
-        rest = text[match.end() :]
-        if not rest.startswith("{"):
-            bare = BARE.match(rest)
+        at = match.end()
+        if not text.startswith("{", at):
+            bare = BARE.match(text, at)
             if bare is not None:
                 return bare[0].rstrip(".,;:")
-            continue
-        depth = 0
-        for i, char in enumerate(rest):
-            escaped = i > 0 and rest[i - 1] == "\\"
-            depth += 0 if escaped else {"{": 1, "}": -1}.get(char, 0)
-            if depth == 0:
-                return rest[1:i]
+        elif at in closed:
+            return text[at + 1 : closed[at]]
     return None
 
 
 def find_answer(completion: str) -> str | None:
     """Return the last box's content; without a box, the end of the last line that says something.
 
-    Of that line: the last formula between $, with those that "or", "and" or a comma join to it;
-    else what follows "answer is", "is" or "=", else all. Bold marks (**) don't count.
+    A line of nothing but delimiters (\\], $$, ```) says nothing. Of that line: the last formula
+    between $, with those that "or", "and" or a comma join to it; else what follows "answer is",
+    "is" or "=", else all. Bold marks (**) don't count.
     """
     boxed = last_boxed(completion)
     if boxed is not None:
         return boxed
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    lines = [line for line in lines if not DELIMITERS.fullmatch(line)]
     if not lines:
         return None
     line = BOLD.sub(r"\1", lines[-1])

@@ -5,11 +5,12 @@ Nothing is simplified: (x+1)^2 is not x^2+2x+1, 2\sqrt{2} is not \sqrt{8}, \frac
 towards "not the same", since a policy finds what is let through:
 
     3^2 for 3           another number; 2 and 3 are exponents of a unit only behind a unit
-    5 miles for 5 km    another unit; a unit that one side leaves out is no difference
+    5 miles for 5 km    another unit; a unit that one side leaves out is no difference, but outside
+                        \text one letter may be a variable: 5\text{ m} is 5, and 5 m is not
     y=3 for x=3         another variable; a name that one side leaves out is no difference
     50\% for 50         the same only where the problem speaks of percent; for \frac12 it always is
-    100,200             a number, as 58,500 is; a list of two only where every part has three digits
-                        and the other side is such a text too, or is written "100, 200"
+    123,456             a number, never 456,123; a list only beside one that is written "123, 456"
+                        as the gold answer, or where every part is a round hundred (100,200)
     2, 345              a list, never 2345; 1 000 is 1000, 1 1/2 is \frac32, and 2 3 is not 23
     5 million           not 5: words that are no unit stay part of the answer
 """
@@ -25,14 +26,19 @@ MAX_NUMBER = 200
 PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 MIXED = re.compile(r"(-?)([0-9]+)\(([0-9]+)\)/\(([0-9]+)\)")
 RATIO = re.compile(r"(-?)\(?(-?[0-9]+)\)?/\(?(-?[0-9]+)\)?")
-SIMPLE_RATIO = re.compile(r"(-?)\(?([0-9]+|\\[a-z]+|[A-Za-z])\)?/\(?([0-9]+|\\[a-z]+|[A-Za-z])\)?")
+FACTOR = r"(?:[0-9]++|\\sqrt\{[^{}]*+\}|\\[a-z]++|[A-Za-z])"
+SIMPLE_RATIO = re.compile(  # one factor below "/", since 1/2\pi is unclear
+    rf"(-?)(?:\((-?)({FACTOR}++)\)|({FACTOR}++))/(?:\(({FACTOR})\)|({FACTOR}))"
+)
 THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 THREES = re.compile(r"[0-9]{3}(?:,[0-9]{3})+")
+HUNDREDS = re.compile(r"[1-9]00(?:,[1-9]00)+")
 SPACED = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", re.DOTALL)
 NAME = re.compile(
-    r"(\\?[A-Za-z]{1,5}(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?)\s*(?:=|\\in(?![A-Za-z]))\s*"
+    r"(\\?[A-Za-z]{1,5}(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?|"
+    r"\(\s*[A-Za-z](?:_\w)?(?:\s*,\s*[A-Za-z](?:_\w)?)+\s*\))\s*(?:=|\\in(?![A-Za-z]))\s*"
 )
 
 UNIT_WORDS = (
@@ -124,7 +130,9 @@ def _spell(body: str) -> str:
     text = re.sub(r"([_^])\{([0-9A-Za-z])\}", r"\1\2", text)
     text = re.sub(r"^\(([A-Ea-e])\)$", r"\1", text.removeprefix("+"))
     simple = SIMPLE_RATIO.fullmatch(text)
-    text = f"{simple[1]}{simple[2]}/{simple[3]}" if simple is not None else text
+    if simple is not None:
+        minus = "-" if (simple[1] or "") != (simple[2] or "") else ""
+        text = f"{minus}{simple[3] or simple[4]}/{simple[5] or simple[6]}"
     return re.sub(r"^\{(.*)\}$", r"\1", text) if text.count("{") == 1 else text
 
 
@@ -164,10 +172,16 @@ def to_number(text: str) -> Fraction | None:
 # --- an answer without parts ---------------------------------------------------------------------
 
 
+def _name(text: str) -> str:
+    """Return the name before an "=" or \\in: "x" of x=5, "(x,y)" of (x, y) = (5,3), or ""."""
+    named = NAME.match(text)
+    return re.sub(r"[{}\\\s]", "", named[1]) if named is not None else ""
+
+
 def _leaf(text: str) -> Leaf:
     text = text.rstrip(" .,;") if text.strip(" .,;") else text
     named = NAME.match(text)
-    name = re.sub(r"[{}\\]", "", named[1]) if named is not None else ""
+    name = _name(text)
     body = text[named.end() :] if named is not None else text
     unit = ""
     tail = TAIL.search(body)
@@ -238,8 +252,8 @@ def _same(answered: str, gold: str, in_percent: bool, is_whole: bool = False) ->
         return False
     if len(its) > 1:
         return _same_in_any_order(mine, its, in_percent)
-    names = NAME.match(mine[0]), NAME.match(its[0])
-    is_other = names[0] is not None and names[1] is not None and names[0][1] != names[1][1]
+    names = _name(mine[0]), _name(its[0])
+    is_other = "" not in names and names[0] != names[1]
     mine, its = _ordered(mine[0]), _ordered(its[0])
     if len(its) > 1:
         return (
@@ -265,8 +279,8 @@ def _same_thousands(answered: str, gold: str, in_percent: bool) -> bool:
         return _same_leaf(answered, gold, in_percent)
     if (_is_thousands(answered) or len(mine) == 1) and _same_leaf(answered, gold, in_percent):
         return True
-    threes = THREES.fullmatch(gold) and THREES.fullmatch(answered.replace(", ", ","))
-    return bool(threes) and as_list and _same_in_any_order(mine, its, in_percent)
+    hundreds = HUNDREDS.fullmatch(gold) and HUNDREDS.fullmatch(answered.replace(", ", ","))
+    return bool(hundreds) and as_list and _same_in_any_order(mine, its, in_percent)
 
 
 def _same_in_any_order(mine: Sequence[str], its: Sequence[str], in_percent: bool) -> bool:

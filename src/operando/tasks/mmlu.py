@@ -43,13 +43,25 @@ REFUSED = r"(?!\)?\s+(?:is\s+(?:not|wrong|incorrect|false)|isn['’]t)\b)"
 STANDALONE = re.compile(rf"(?<![\w'’+-])(?<!\bnot )[A-D]{END}{REFUSED}")
 # The article: "A dog ..."; but "A is right", "A because ..." name the choice.
 ARTICLE = re.compile(r"[Aa]\s+(?!(?:is|because|since|as|or|and)\b)[a-z]")
-MARKS = r"[\s*_\"'“”‘’`(\[{$]*(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{)?[\s*(\"'“‘]*"
+MARKS = r"[\s*_\"'“”‘’`(\[{$]*+(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*+\{[\s*(\"'“‘]*+)?+"
+IS = r"(?:[\s*]*+(?:is\b\s*+:?|:|=|would\s+be\b|must\s+be\b)|_)"
+NAMED = rf"(?:(?:option|choice|letter|answer)\b{MARKS})?(?P<letter>[A-D]){END}"
+OTHER = (
+    r"(?<!wrong )(?<!incorrect )(?<!other )(?<!false )(?<!common )(?<!possible )(?<!tempting )"
+    r"(?<!remaining )(?<!next )(?<!next-)(?<!second )(?<!second-)"
+)
 STATED = re.compile(
-    rf"\b(?:answer|choice|option)(?:[\s*]*(?:is\b|:|=|would\s+be\b|must\s+be\b)|_){MARKS}"
-    rf"(?:(?:option|choice|letter|answer)\b{MARKS})?(?P<letter>[A-D]){END}|"
+    rf"{OTHER}\banswer(?:\s+(?:option|choice|letter))?{IS}{MARKS}{NAMED}|"
     rf"\\boxed\s*\{{{MARKS}(?P<boxed>[A-D])\)?\}}",
     re.IGNORECASE,
 )
+CHOSEN = re.compile(
+    rf"{OTHER}\b(?:correct|best|right|final)\s+(?:option|choice|one|letter|statement)\s+"
+    rf"(?:is|would\s+be|must\s+be)\b(?:\s*:)?{MARKS}{NAMED}",
+    re.IGNORECASE,
+)
+# "Here is my answer:", then "A. ..." and "B. ..." on lines of their own.
+LISTED = re.compile(rf"[).:][^\n]*\n(?:[^\n]*\n)*?{MARKS}B[).:]")
 LEADING = re.compile(rf"{MARKS}(?P<letter>[A-D]){END}")
 LEADING_ALONE = re.compile(
     rf"{MARKS}(?P<letter>[A-Da-d])(?=[\s*\"'”’`\]}}$]*(?:[).:,;\n]|because\b|since\b|$))"
@@ -81,11 +93,14 @@ def find_letter(completion: str) -> str | None:
     Only what follows the last </think> counts, up to a next question of the model's own. The first
     of these that it holds decides:
 
-    1. what it states: "the answer is B", "Answer: (b)", "\\boxed{B}"; the last one of several;
-    2. a letter that it begins with and that stands apart: "B", "(b) because", "'B'.";
-    3. what it concludes: "so B", "B is right"; the last one;
-    4. a letter that it begins with, unless "is", "could" ... follow;
-    5. the one capital letter that stands alone anywhere, "not A" and "A is wrong" apart: of two
+    1. what it states: "the answer is B", "Answer: (b)", "\\boxed{B}"; the last one of several. No
+       "wrong answer", "other answer" or the like, and no "answer:" that lists A, B, ... on lines;
+    2. "the correct option is B", and best, right, final; choice, one. The last one. "Option: B",
+       "each option: A" and "the other option is B" state nothing;
+    3. a letter that it begins with and that stands apart: "B", "(b) because", "'B'.";
+    4. what it concludes: "so B", "B is right"; the last one;
+    5. a letter that it begins with, unless "is", "could" ... follow;
+    6. the one capital letter that stands alone anywhere, "not A" and "A is wrong" apart: of two
        different ones neither counts.
 
     A choice of several ("B or C", "A, B") is no answer, since a policy would name them all. A
@@ -99,7 +114,8 @@ def find_letter(completion: str) -> str | None:
     text = cut_at_next_question(text)
     leading = LEADING.match(text)
     rules = (
-        list(STATED.finditer(text))[-1:],
+        [m for m in STATED.finditer(text) if not _is_list(text, m)][-1:],
+        list(CHOSEN.finditer(text))[-1:],
         [m for m in [LEADING_ALONE.match(text)] if m],
         list(CONCLUDED.finditer(text))[-1:],
         [leading] if leading and not DENIED.match(text, leading.end()) else [],
@@ -114,6 +130,12 @@ def find_letter(completion: str) -> str | None:
             return text[at - 1].upper()
     letters = {m[0] for m in STANDALONE.finditer(text) if not ARTICLE.match(text, m.start())}
     return letters.pop() if len(letters) == 1 else None
+
+
+def _is_list(text: str, stated: re.Match[str]) -> bool:
+    """Return whether a stated "A" only begins a list of all choices, each on its own line."""
+    at = stated.end(stated.lastgroup or 0)
+    return text[at - 1].upper() == "A" and "\n" in stated[0] and LISTED.match(text, at) is not None
 
 
 def verify_letter(example: Example, completion: str, is_truncated: bool) -> Verdict:
