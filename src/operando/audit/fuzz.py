@@ -159,7 +159,9 @@ def fuzz_target(
     if len(parts) == 1 and all(weights == {parts[0].name: 1.0} for weights in totals.values()):
         totals = {}  # the part is the total
     rows = fuzz(Pay(parts, totals, recipe.steps), task, cases)
-    reads = {name: reads_answer(rows, name) for name in (*(p.name for p in parts), *totals)}
+    reads: dict[str, Reads] = {
+        name: reads_answer(rows, name) for name in (*(p.name for p in parts), *totals)
+    }
     by_design = _by_design(reads, totals, left_out)
     rows = [row for row in rows if row.prop != FIRST[0].prop or row.reward not in by_design]
     name = Path(target).stem if reward is None else reward.rpartition(":")[2]
