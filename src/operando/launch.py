@@ -24,7 +24,7 @@ from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
-from operando.run import Run, read_metrics
+from operando.run import Run, read_metrics, read_rows
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
 from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
@@ -177,7 +177,7 @@ def _train_shown(
 ) -> None:
     with RunDisplay(console, f"{recipe.name}: {run.folder}", recipe.steps) as display:
         shown: set[str] = set()
-        found = shown_live(read_metrics(run.folder), recipe)  # before an interruption
+        found = shown_live(read_rows(run.folder), recipe)  # before an interruption
 
         def on_step(report: StepReport) -> None:
             display.show(report)
@@ -187,7 +187,7 @@ def _train_shown(
                     text = f"warning: {warning}"
                     console.print(text, style="yellow", soft_wrap=True, markup=False)
             if "eval/correct" in report.metrics:
-                for finding in diagnose(read_metrics(run.folder), recipe):
+                for finding in diagnose(read_rows(run.folder), recipe):
                     if finding.name not in found:
                         found.add(finding.name)
                         console.print(*show_finding(finding), sep="\n", soft_wrap=True)
