@@ -45,11 +45,11 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("not_finite", "every loss, gradient and log-prob is a number", ("loss", "grad_norm")),
+    Rule("not_finite", "every loss, gradient and log-prob is a number", ("grad_norm",)),
     Rule("no_reward", "the reward applies", ("reward",)),
     Rule("no_update", "gradients and steps are not zero", ("grad_norm", "reward_std")),
     Rule("reward_hack", "no reward rises while the truth falls", ("eval/correct",)),
-    Rule("got_worse", "the run has not got worse", ("eval/correct",)),
+    Rule("got_worse", "the run has not got worse", ("reward",)),
     Rule("collapse", "variety and accuracy do not go together", ("eval/correct", "entropy")),
     Rule("no_signal", "siblings are paid differently", ("frac_reward_zero_std",)),
     Rule("no_learning", "the steps are large enough", ("grad_norm", "reward_std")),

@@ -24,6 +24,7 @@ from operando.audit.findings import (
 
 POWER = 1.5  # rise over the smallest that n problems show: 97 % of such rises have p < 0.05
 LOST = 0.5  # share of what was gained
+GRAVE = 1e-3  # level of a fall that is a sign by itself
 OVER_LIMIT = 0.1  # share of completions; 0.01 is what right base answers show
 
 
@@ -35,7 +36,7 @@ class Fall(NamedTuple):
     last: int
     words: str
     is_grave: bool
-    """It ends below the start, or has lost half of what was gained."""
+    """It ends below the start, or has lost half of what was gained, and chance is under GRAVE."""
 
 
 def fall_of(rows: Sequence[Row]) -> Fall | None:
@@ -58,7 +59,8 @@ def fall_of(rows: Sequence[Row]) -> Fall | None:
         f"evaluations: {odds(chance)})"
     )
     start, top, end = (counts[step].share for step in (first, peak, last))
-    return Fall(first, peak, last, words, is_grave=end <= start + LOST * (top - start))
+    is_grave = chance < GRAVE and end <= start + LOST * (top - start)
+    return Fall(first, peak, last, words, is_grave)
 
 
 def negative_weights(recipe: Recipe) -> str:

@@ -42,11 +42,9 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
         "make the task easier or harder (fewer steps, few-shot examples in the prompt), raise "
         "rollout.num_generations, or pay a part that tells siblings apart"
     )
-    if spread and max(spread) == 0 and paid and min(paid) == max(paid):
-        level = f", and every completion of every step was paid {paid[0]:g}"
-        nothing = (
-            ": no completion was ever right, or the reward pays nothing" if not paid[0] else ""
-        )
+    if spread and paid and max(spread) == 0:
+        level = f", and so were all completions of every step ({fmean(paid):.3g} on average)"
+        nothing = "" if any(paid) else ": no completion was ever right, or the reward pays nothing"
         remedy = (
             f"a constant reward teaches nothing{nothing}: read what it looks for and some "
             "completions beside it (`operando fuzz RUN`, `operando report`); if it is right, make "
