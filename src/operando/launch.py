@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -83,11 +83,13 @@ def launch(
         parallel.stop()
 
 
-def launch_arms(console: Console, recipes: Sequence[Recipe]) -> list[Path]:
+def launch_arms(
+    console: Console, recipes: Sequence[Recipe], check: Callable[[Path], None] | None = None
+) -> list[Path]:
     """Train one recipe after the other and return their folders.
 
     What is finished is not trained again, and what was interrupted goes on, so that the same call
-    takes up a study where it stopped.
+    takes up a study where it stopped. `check` looks at each folder before the next is trained.
     """
     folders = []
     for number, recipe in enumerate(recipes, start=1):
@@ -99,6 +101,8 @@ def launch_arms(console: Console, recipes: Sequence[Recipe]) -> list[Path]:
             started = (folder / "metrics.jsonl").is_file()
             trained = launch(console, recipe, resume=started)
             assert trained is not None, "a study runs in one process"
+        if check is not None:
+            check(folder)
         folders.append(folder)
     return folders
 
