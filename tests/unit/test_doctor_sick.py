@@ -31,6 +31,7 @@ TOLD = {
     "sick_none": ("no_reward", "returns None"),
     "sick_flipped": ("reward_hack", "rewards.correct.weight = -1"),
     "sick_brevity": ("reward_hack", "strict verifier"),
+    "sick_hack2": ("reward_hack", "strict verifier"),
     "sick_noeos": ("truncation", "end-of-turn token"),
 }
 
@@ -46,7 +47,8 @@ def test_a_sick_run_is_found_with_the_right_remedy(name):
 
 def test_a_step_of_zero_is_no_small_step_and_nan_is_not_under_a_limit():
     """Each sign alone: no other remedy stands beside it."""
-    for name in ("no_adapter", "nan_gradients", "reward_none", "constant_reward", "never_right"):
+    for name in ("no_adapter", "nan_gradients", "reward_none", "constant_reward", "never_right",
+                 "lr_1e-7", "kl_coef_20"):  # fmt: skip
         changes, settings, illness, _ = SICK[name]
         assert [f.name for f in diagnose(run(**changes), recipe(**settings))] == [illness], name
 
@@ -103,6 +105,8 @@ def test_a_trained_run_is_told_what_ails_it_and_a_healthy_one_nothing(name):
         return
     illness, remedy = TOLD[name]
     assert illness in found and remedy in found[illness].remedy, found
+    beside = {"sick_lr.3": {"collapse", "entropy_explodes"}, "sick_lr3e-2": {"collapse"}}
+    assert found.keys() - {illness} == beside.get(name, set()), "no remedy that misleads"
 
 
 # --- folders -------------------------------------------------------------------------------------

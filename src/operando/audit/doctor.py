@@ -124,7 +124,14 @@ CONSEQUENCES = {
                     {"no_learning", "positional_kl", "entropy_eta", "clip_bound", "ratio_clipped",
                      "reward_up_eval_flat"}),
 }  # fmt: skip
-DEATHS = {"collapse", "got_worse", "kl_exploding", "entropy_explodes", "entropy_gone"}
+DEATHS = {
+    "reward_hack",
+    "collapse",
+    "got_worse",
+    "kl_exploding",
+    "entropy_explodes",
+    "entropy_gone",
+}
 
 
 def _roots(rows: Sequence[Row], findings: Sequence[Finding]) -> list[Finding]:
@@ -136,6 +143,8 @@ def _roots(rows: Sequence[Row], findings: Sequence[Finding]) -> list[Finding]:
     gone = {name for cause in names for name in CONSEQUENCES.get(cause, ()) if name != cause}
     if "collapse" in names:
         gone |= {"entropy_gone"}
+    if any(f.name == "truncation" and f.severity == "error" for f in findings):
+        gone |= {"no_signal", "no_learning"}  # what never ends is never right
     if names & DEATHS:
         later = {"no_signal": "frac_reward_zero_std", "truncation": "completions/clipped_ratio"}
         gone |= {name for name, key in later.items() if _began_well(rows, key)}
