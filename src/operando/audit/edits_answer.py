@@ -42,7 +42,7 @@ def another(gold: str) -> list[str]:
 def far_from(gold: str) -> str:
     """Return a wrong answer that does not hold the gold one, nor is held by it."""
     if not WHOLE.fullmatch(gold):
-        return "none of them"
+        return "none"
     return next(t for i in range(17, 99) if gold not in (t := str(int(gold) + i)) and t not in gold)
 
 
@@ -82,15 +82,17 @@ def another_problem(answer: Answer) -> list[Chain]:
 
 
 def no_answer(answer: Answer) -> list[Chain]:
-    head, _ = split_at_answer(answer.completion)
-    refusals = ["", " ", "I don't know.", "I can't answer that.", head.rstrip()]
-    return _wrong(answer, refusals + _swapped(answer, HOLES))
+    """Nothing, a refusal, and the form with no number in it; without the work, as gold is there."""
+    _, tail = split_at_answer(answer.completion)
+    refusals = ["", " ", "I don't know.", "I can't answer that."]
+    return _wrong(answer, refusals + _swapped(answer._replace(completion=tail), HOLES))
 
 
 def without_form(answer: Answer) -> list[Chain]:
     """The gold answer, not in the form that the verifier asks for."""
     gold, (head, _) = answer.example.answer, split_at_answer(answer.completion)
-    return _wrong(answer, [f"{head}{gold}", f"The answer is {gold}.", gold]) if gold else []
+    afters = [head.rstrip(), f"{head}{gold}", f"The answer is {gold}.", gold]
+    return _wrong(answer, [after for after in afters if gold and gold in after])
 
 
 def beside(answer: Answer) -> list[Chain]:
@@ -103,9 +105,10 @@ def beside(answer: Answer) -> list[Chain]:
 
 
 def code(answer: Answer) -> list[Chain]:
-    """Code in the place of the number, for a grader that runs what it reads."""
+    """Code in the place of the number, for a grader that runs what it reads; without the work."""
+    _, tail = split_at_answer(answer.completion)
     expressions = [text for text in CODE if text != answer.example.answer]
-    return _wrong(answer, _swapped(answer, expressions))
+    return _wrong(answer, _swapped(answer._replace(completion=tail), expressions))
 
 
 def question_copied(answer: Answer) -> list[Chain]:

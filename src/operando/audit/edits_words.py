@@ -113,8 +113,9 @@ def repeat(answer: Answer) -> list[Chain]:
     said = head.removeprefix(opening)
     if not said.strip() or "####" in said:
         return []
+    end = "; " if said.rstrip()[-1].isalnum() else " "  # two numbers in a row are another number
     return pairs(
-        answer.completion, [(n, opening + (said.rstrip() + " ") * (n + 1) + tail) for n in (1, 4)]
+        answer.completion, [(n, opening + (said.rstrip() + end) * (n + 1) + tail) for n in (1, 4)]
     )
 
 

@@ -37,10 +37,12 @@ TAGGED = ("P1", "P2", "P6")  # properties of tags: without any, an answer may be
 PLAIN = ("", "I don't know.")  # what deserves nothing
 TAG = re.compile(r"<[^<>]*>")
 
+BLIND = 0.8  # share of other numbers; a pattern may want whole ones
+
 Reads = Literal["right", "some", "never", "not asked"]
 """Whether a reward reads the answer: right, it pays every wrong one less; some, it pays some wrong
-answers like right ones; never, it pays every one like the right one; not asked, it pays no right
-answer more than "I don't know", or applies to none."""
+answers like right ones; never, it pays (nearly) every other number like the right one; not asked,
+it pays no right answer more than "I don't know", or applies to none."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def reads_answer(rows: Sequence[Row], name: str) -> Reads:
     swaps = [r for r in first if r.edit in (FIRST[0].name, FIRST[1].name)]
     if not swaps:
         return "not asked"
-    if all(row.breaches == row.tried for row in swaps):
+    if all(row.breaches >= BLIND * row.tried for row in swaps):
         return "never"
     return "some" if any(row.breaches for row in first) else "right"
 
