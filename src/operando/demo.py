@@ -15,7 +15,7 @@ from operando.recipe import Recipe
 from operando.recipe_io import load_recipe
 from operando.report.cards import paired_sentence
 from operando.report.html import write_report
-from operando.run import free_name, read_metrics, read_recipe
+from operando.run import free_name, read_metrics, read_recipe, read_rows
 from operando.study.stats import paired_difference, wilson
 
 
@@ -99,7 +99,7 @@ def show_siblings(console: Console, folder: Path) -> None:
 
 def show_findings(console: Console, folder: Path) -> None:
     """Print what the doctor finds in the run, in words, with the remedy."""
-    for finding in diagnose(read_metrics(folder), read_recipe(folder)):
+    for finding in diagnose(read_rows(folder), read_recipe(folder)):
         console.print(*show_finding(finding), sep="\n")
 
 

@@ -10,6 +10,13 @@ class UserError(Exception):
     """A mistake in what the user gave. The command line prints it and exits with code 2."""
 
 
+class GateFailed(Exception):
+    """What was made failed a check, and what would follow from it is not made.
+
+    The command line prints it and exits with code 3.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
-from operando.run import Run, read_metrics
+from operando.run import Run, read_metrics, read_rows
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
 from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
@@ -83,11 +83,13 @@ def launch(
         parallel.stop()
 
 
-def launch_arms(console: Console, recipes: Sequence[Recipe]) -> list[Path]:
+def launch_arms(
+    console: Console, recipes: Sequence[Recipe], check: Callable[[Path], None] | None = None
+) -> list[Path]:
     """Train one recipe after the other and return their folders.
 
     What is finished is not trained again, and what was interrupted goes on, so that the same call
-    takes up a study where it stopped.
+    takes up a study where it stopped. `check` looks at each folder before the next is trained.
     """
     folders = []
     for number, recipe in enumerate(recipes, start=1):
@@ -99,6 +101,8 @@ def launch_arms(console: Console, recipes: Sequence[Recipe]) -> list[Path]:
             started = (folder / "metrics.jsonl").is_file()
             trained = launch(console, recipe, resume=started)
             assert trained is not None, "a study runs in one process"
+        if check is not None:
+            check(folder)
         folders.append(folder)
     return folders
 
@@ -177,7 +181,7 @@ def _train_shown(
 ) -> None:
     with RunDisplay(console, f"{recipe.name}: {run.folder}", recipe.steps) as display:
         shown: set[str] = set()
-        found = shown_live(read_metrics(run.folder), recipe)  # before an interruption
+        found = shown_live(read_rows(run.folder), recipe)  # before an interruption
 
         def on_step(report: StepReport) -> None:
             display.show(report)
@@ -187,7 +191,7 @@ def _train_shown(
                     text = f"warning: {warning}"
                     console.print(text, style="yellow", soft_wrap=True, markup=False)
             if "eval/correct" in report.metrics:
-                for finding in diagnose(read_metrics(run.folder), recipe):
+                for finding in diagnose(read_rows(run.folder), recipe):
                     if finding.name not in found:
                         found.add(finding.name)
                         console.print(*show_finding(finding), sep="\n", soft_wrap=True)

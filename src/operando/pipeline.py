@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from operando.audit.doctor import examine
 from operando.audit.outside import OutsideConfig
 from operando.audit.pathology import audit_pathology
 from operando.audit.pathology_show import pathology_tables
@@ -35,7 +36,7 @@ from operando.calibrate.halting import HaltingConfig, calibrate_halting
 from operando.calibrate.show import drafting_tables, halting_tables
 from operando.calibrate.source import SourceConfig
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
-from operando.errors import UserError, nearest
+from operando.errors import GateFailed, UserError, nearest
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
 from operando.pretrain.fit import STATE
@@ -171,11 +172,24 @@ def run_chain(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
         resume = (chain.folder / "sft" / STATE).is_file()
         with PretrainDisplay(console, sft.num_steps(chain.sft), "fine-tuning") as display:
             sft.finetune(chain.sft, resume, display.show)
-    launch_arms(console, list(chain.rl.values()))
+    launch_arms(console, list(chain.rl.values()), None if recipe.go_on else check_stage)
     if recipe.heads is not None:
         _fit_heads(console, recipe, chain)
         _audit(console, recipe, chain)
     _ask(console, recipe, chain)
+
+
+def check_stage(folder: Path) -> None:
+    """Raise GateFailed where the doctor finds an error in the run of a stage: what follows would
+    be made of a model that has learned nothing, or the wrong thing."""
+    errors = [found for found in examine(folder).findings if found.severity == "error"]
+    if errors:
+        said = "\n".join(f"{e.name}: {e.sentence}\n  remedy: {e.remedy}" for e in errors)
+        raise GateFailed(
+            f"stage {folder.name} ({folder}) is no model to go on from. {said}\n"
+            "What is made stays. Change the stage's recipe and remove its folder, or go on all the "
+            "same: go_on=true"
+        )
 
 
 def run_seeds(
@@ -199,8 +213,9 @@ def run_seeds(
                         continue
                     del running[log]
                     if code != 0:
+                        stopped = GateFailed if code == 3 else UserError
                         end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
-                        raise UserError(
+                        raise stopped(
                             f"{log.stem} stopped with exit code {code}; what is finished stays, "
                             f"and the same command goes on. The end of {log}:\n" + "\n".join(end)
                         )

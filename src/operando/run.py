@@ -224,9 +224,23 @@ def read_manifest(folder: Path) -> dict[str, object]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl as floats, without what is null or text."""
+    """Return the rows of metrics.jsonl as floats, without what is null, not finite or text."""
     return [
-        {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+        {key: value for key, value in row.items() if value is not None} for row in read_rows(folder)
+    ]
+
+
+def read_rows(folder: Path) -> list[dict[str, float | None]]:
+    """Return the rows of metrics.jsonl without what is text; None is a number that was not finite.
+
+    A folder of another program may hold NaN or Infinity as they are: they are None as well.
+    """
+    return [
+        {
+            key: float(value) if value is not None and math.isfinite(value) else None
+            for key, value in row.items()
+            if not isinstance(value, str)
+        }
         for _, row in _metric_lines(folder)
     ]
 

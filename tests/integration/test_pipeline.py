@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from operando.errors import UserError
+from operando.cli import main
+from operando.errors import GateFailed, UserError
 from operando.pipeline import Chain, load_pipeline, run_chain, stage_cells
 from operando.recipe import PipelineRecipe
 from operando.run import read_recipe
@@ -114,6 +115,32 @@ def test_a_pipeline_makes_every_stage_once_and_asks_all_the_same(here: Path) -> 
     assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
     with pytest.raises(UserError, match=r"seed_0/sft was made by another recipe; changed: lr"):
         run("sft.lr=1e-3")
+
+
+NEVER = 'outcome.rewards={never={kind="format",pattern="a text that no model writes"}}'
+
+
+def test_a_stage_without_a_signal_stops_the_pipeline_unless_it_says_to_go_on(here: Path) -> None:
+    still = (NEVER, "outcome.steps=3")
+    with pytest.raises(GateFailed, match=r"(?s)stage outcome.*no_signal.*100%.*remedy: .*go_on"):
+        run(*still)
+    assert (here / "chain/seed_0/outcome/results.json").is_file()
+    assert not (here / "chain/seed_0/answers.parquet").exists()
+    with pytest.raises(GateFailed):
+        run(*still)  # nor does the same command step over it
+    run(*still, "go_on=true")
+    assert (here / "chain/seed_0/answers.parquet").is_file()
+
+
+def test_the_exit_code_of_a_stage_that_failed_is_3(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del here
+    command = ["operando", "pipeline", "pipeline.toml", NEVER, "outcome.steps=3"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 3 and "stopped: stage outcome" in capsys.readouterr().err
 
 
 def test_a_missing_source_of_a_later_stage_is_an_error_before_the_first(here: Path) -> None:

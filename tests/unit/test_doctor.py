@@ -9,8 +9,8 @@ import torch
 from scipy.stats import fisher_exact
 from typer.testing import CliRunner
 
-from operando.audit.doctor import RULES, diagnose, examine, shown_live
-from operando.audit.findings import Count, always_under_clip, rise_chance, series
+from operando.audit.doctor import RULES, diagnose, examine
+from operando.audit.findings import Count, always_under_clip, nulls, rise_chance, series
 from operando.audit.rules_policy import forecast
 from operando.audit.rules_reward import smallest_rise
 from operando.cli import app
@@ -19,65 +19,11 @@ from operando.recipe import (
     CispoLoss,
     GroupAdvantage,
     KlConfig,
-    OptimConfig,
-    Recipe,
     RewardToGoAdvantage,
 )
-from operando.recipe_io import load_recipe
 from operando.run import Run
 from operando.update.reduce import quarter_means
-
-STEPS = 60
-N = 200
-
-
-def recipe(max_grad_norm=1.0, **changes) -> Recipe:
-    """Return tiny with 60 steps, no KL term unless one is given, and a gradient clip."""
-    optim = OptimConfig(lr=1e-5, max_grad_norm=max_grad_norm)
-    return load_recipe("tiny").model_copy(
-        update={"steps": STEPS, "kl": None, "optim": optim} | changes
-    )
-
-
-def run(**changes):
-    """Return the rows of a healthy run; a change is a number, or a function of progress 0 to 1."""
-    curves = {
-        "reward": lambda x: 0.4 + 0.4 * x,
-        "reward_std": 0.45,
-        "rewards/correct/mean": lambda x: 0.4 + 0.4 * x,
-        "frac_reward_zero_std": lambda x: 0.2 + 0.4 * x,
-        "kl": lambda x: 0.08 * x,
-        "entropy": lambda x: 0.8 - 0.3 * x,
-        "completions/mean_length": lambda x: 20 + 5 * x,
-        "completions/clipped_ratio": 0.02,
-        "kl/q1": lambda x: 0.05 * x,
-        "kl/q2": lambda x: 0.1 * x,
-        "kl/q3": lambda x: 0.1 * x,
-        "kl/q4": lambda x: 0.07 * x,
-        "clip_ratio/low": 0.01,
-        "clip_ratio/high": 0.02,
-        "features/over_limit": 0.02,
-        "features/gap": lambda x: 0.01 * x,
-        "grad_norm": 0.6,
-        "update_norm": 1e-3,
-        "eval/correct": lambda x: 0.4 + 0.35 * x,
-        "eval/clipped_ratio": 0.01,
-        "eval/rewards/correct": lambda x: 0.4 + 0.35 * x,
-    } | changes
-    rows = []
-    for step in range(STEPS + 1):
-        x = step / STEPS
-        wiggle = 1 + 0.02 * ((step * 7) % 5 - 2)  # so that no curve is a straight line
-        row = {"step": step}
-        for key, curve in curves.items():
-            on_eval = key.startswith("eval/")
-            if curve is not None and (step % 10 == 0 if on_eval else step > 0):
-                value = curve(x) if callable(curve) else curve
-                row[key] = value if on_eval else min(value * wiggle, max(1.0, value))
-        if step % 10 == 0:
-            row["eval/n"] = float(N)
-        rows.append(row)
-    return rows
+from tests.unit.doctor_runs import recipe, run
 
 
 def peaked(x):
@@ -183,7 +129,8 @@ def test_a_proxy_that_saturated_before_the_truth_fell_is_a_hack():
 
 
 def test_a_proxy_that_falls_with_the_truth_is_no_hack():
-    assert names(run(**FALLING)) == []
+    (finding,) = diagnose(run(**FALLING), recipe())
+    assert finding.name == "got_worse" and "140/200) at step 30 to 20.0%" in finding.sentence
 
 
 def test_a_fall_within_the_noise_is_no_hack():
@@ -222,11 +169,18 @@ def test_held_out_truncation_counts_too():
     assert names(run(**{"eval/clipped_ratio": 0.2})) == ["truncation"]
 
 
-def test_null_and_missing_values_are_left_out():
-    rows = [{"step": 1, "kl": None}, {"step": 2, "kl": 0.5}, {"step": 3}]
+def test_missing_values_are_left_out_and_null_is_a_sign_of_its_own():
+    rows = [
+        {"step": 1, "kl": None},
+        {"step": 2, "kl": 0.5},
+        {"step": 3},
+        {"step": 4, "kl": math.nan},
+    ]
     assert series(rows, "kl") == [(2, 0.5)]
-    assert diagnose(rows, recipe()) == []
-    assert diagnose([], recipe()) == []
+    assert nulls(rows, "kl") == [1, 4]
+    (finding,) = diagnose(rows, recipe())
+    assert finding.name == "not_finite" and "kl in 2 steps" in finding.sentence
+    assert diagnose([], recipe()) == [] and diagnose(rows[1:3], recipe()) == []
 
 
 def test_always_under_clip():
@@ -256,7 +210,10 @@ def test_flat_metrics_of_a_run_that_moves_are_no_illness():
 
 def test_the_stalled_rate_names_the_next_rates_and_clears_the_clip():
     words = said("no_learning")
-    assert "(clip: 1)" in words and "from 1e-05 to 3e-05 or 0.0001; the clip is not" in words
+    assert "(clip: 1)" in words  # 1e-3 over 2e-6, wiggling, is 500
+    assert "500 times, from 1e-05 to 0.005" in words and "the clip is not the cause" in words
+    (unmeasured,) = diagnose(run(**ILL["no_learning"] | {"update_norm": None}), recipe())
+    assert "from 1e-05 to 3e-05 or 0.0001; the clip is not" in unmeasured.remedy
 
 
 def test_kl_strangled_is_the_pull_over_the_push():
@@ -385,58 +342,6 @@ def test_quarter_means_by_hand():
     assert torch.equal(wider, quarter_means(x_BT, mask_BT)), "padding does not matter"
 
 
-# --- noise is no illness -------------------------------------------------------------------------
-
-
-def noisy_run(seed, gain):
-    """Rows with binomial held-out counts and autocorrelated noise; `gain` of accuracy in all."""
-    rng = np.random.default_rng(seed)
-
-    def wander(scale):
-        noise = rng.normal(0, scale, STEPS + 1)
-        for i in range(1, STEPS + 1):
-            noise[i] += 0.5 * noise[i - 1]
-        return noise
-
-    x = np.linspace(0, 1, STEPS + 1)
-    level = np.clip(0.4 + gain * x, 0, 1)
-    paid = rng.binomial(128, level) / 128
-    kl = 0.04 * x * np.exp(wander(0.3))
-    curves = {
-        "reward": paid,
-        "rewards/correct/mean": paid,
-        "reward_std": 0.48 + wander(0.01),
-        "frac_reward_zero_std": np.clip(0.3 + wander(0.06), 0, 1),
-        "kl": kl,
-        **{f"kl/q{i}": kl * np.exp(wander(0.4)) for i in (1, 2, 3, 4)},
-        "entropy": (0.8 - 0.5 * gain * x) * np.exp(wander(0.1)),
-        "completions/mean_length": 24 + wander(2),
-        "completions/clipped_ratio": rng.binomial(128, 0.03, STEPS + 1) / 128,
-        "grad_norm": 0.4 * np.exp(wander(0.4)),
-        "update_norm": 1e-3 * np.exp(wander(0.2)),
-        "clip_ratio/low": np.abs(wander(0.02)),
-        "clip_ratio/high": np.abs(wander(0.02)),
-        "features/over_limit": rng.binomial(128, 0.02, STEPS + 1) / 128,
-        "features/gap": wander(0.02),
-    }
-    rows = []
-    for step in range(STEPS + 1):
-        row = {"step": step}
-        row |= {key: float(value[step]) for key, value in curves.items()} if step else {}
-        if step % 10 == 0:
-            share = rng.binomial(N, level[step]) / N
-            row |= {"eval/n": float(N), "eval/correct": share, "eval/rewards/correct": share}
-        rows.append(row)
-    return rows
-
-
-@pytest.mark.parametrize("gain", [0.3, 0.0])
-def test_noise_raises_nothing_at_the_end_nor_at_any_evaluation_on_the_way(gain):
-    settings = recipe(kl=KlConfig(coef=0.02))
-    alarms = [seed for seed in range(200) if shown_live(noisy_run(seed, gain), settings)]
-    assert len(alarms) < 0.05 * 200, alarms
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -465,8 +370,10 @@ def test_a_healthy_folder_says_what_was_checked_and_what_could_not_be(tmp_path):
     done = CliRunner().invoke(app, ["doctor", str(folder)])
     assert done.exit_code == 0 and "nothing found in 60 steps of sick" in done.output
     result = examine(folder)
-    assert not result.findings and set(result.unchecked) == {"kl_strangled", "positional_kl"}
-    assert {*result.checked, *result.unchecked} == {rule.name for rule in RULES} == set(ILL)
+    assert not result.findings and set(result.unchecked) == {
+        "kl_strangled", "kl_exploding", "positional_kl", "sampler_gap",
+    }  # fmt: skip
+    assert {*result.checked, *result.unchecked} == {rule.name for rule in RULES}
 
 
 def test_a_folder_without_metrics_or_without_a_run_is_refused(tmp_path):

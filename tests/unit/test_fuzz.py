@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from operando.audit.edits import EDITS, INNOCENT, NEUTRAL, is_opened, split_at_answer
+from operando.audit.answers import Answer, is_opened, split_at_answer
+from operando.audit.edits import EDITS
+from operando.audit.edits_answer import another, far_from, swap_final
+from operando.audit.edits_words import INNOCENT, NEUTRAL
 from operando.audit.fuzz import FuzzResult, Row, breach_at, fuzz_target
 from operando.cli import app
 from operando.errors import UserError
@@ -22,6 +25,7 @@ from operando.recipe_io import load_recipe
 from operando.rewards.steps import count_words
 from operando.run import Run
 from operando.tasks.words import ANSWER, load_words
+from tests.unit.fuzz_rewards import LOOPHOLES, SOUND, WHY
 
 HEAD = """
 name = "r"
@@ -101,7 +105,7 @@ def test_an_opener_that_is_in_no_list_is_an_evasion_and_no_finding(tmp_path: Pat
 def test_the_multi_block_loophole_is_found_with_a_small_example(tmp_path: Path) -> None:
     result = fuzzed(tmp_path, '[rewards.s]\nkind = "step_penalty"\ncount = "last_block"\n')
     rows = found(result)
-    assert {"split blocks", "move outside tags", "leave unclosed"} == set(rows)
+    assert {"split blocks", "move outside tags", "leave unclosed", "empty block"} == set(rows)
     row = rows["split blocks"]
     assert row.smallest is not None and row.smallest.times == 1
     assert row.smallest.paid_before == pytest.approx(0.99)
@@ -131,7 +135,9 @@ def test_the_free_region_of_the_seeds_fence_is_found(tmp_path: Path) -> None:
 
 def test_a_list_of_numbers_catches_contains_answer(tmp_path: Path) -> None:
     rows = found(fuzzed(tmp_path, '[rewards.c]\nkind = "contains_answer"\n'))
-    assert set(rows) == {"list of numbers", "every small sum"}
+    assert {"list of numbers", "every small sum", "another number", "gold without its form"} <= set(
+        rows
+    )
     assert rows["list of numbers"].largest_gain == 1.0
 
 
@@ -236,10 +242,10 @@ def test_a_run_gives_its_own_answers(tmp_path: Path) -> None:
     assert (result.num_right, result.num_wrong) == (2 + 8, 2 + 12), "each twice, and four made"
     assert result.file == folder / "fuzz.json"
     content = json.loads(result.file.read_text())
-    assert content["num_findings"] == 2
-    row, sums = (row for row in content["rows"] if row["breaches"])
-    assert row["edit"] == "list of numbers" and row["smallest"]["paid_after"] == 1.0
-    assert sums["edit"] == "every small sum"
+    rows = {row["edit"]: row for row in content["rows"] if row["breaches"]}
+    assert content["num_findings"] == len(rows) and content["reads"] == {"c": "some"}
+    assert rows["list of numbers"]["smallest"]["paid_after"] == 1.0
+    assert rows["another number"]["smallest"]["paid_after"] == 1.0
 
 
 def test_a_run_without_rollouts_and_an_unknown_target_are_clear(tmp_path: Path) -> None:
@@ -265,10 +271,11 @@ def test_every_edit_takes_any_text_and_keeps_the_final_answer(
 ) -> None:
     text = " ".join(words)
     _, tail = split_at_answer(text)
+    example, other = load_words(WordsTaskConfig(kind="words", num_train=2, num_held_out=1)).train
     for edit in EDITS:
-        for chain in edit.apply(prefill, text):
+        for chain in edit.apply(Answer(prefill, text, example, other)):
             assert len(chain.texts) == len(chain.times) >= 2
-            if ANSWER.search(tail):
+            if ANSWER.search(tail) and edit.must != "pay less":
                 last = [ANSWER.findall(one)[-1] for one in chain.texts]
                 assert len(set(last)) == 1, (edit.name, chain)
 
@@ -349,3 +356,62 @@ def test_the_process_reward_of_milestones_is_not_farmed(tmp_path: Path) -> None:
     assert result.findings == []
     tried = {row.edit: row.tried for row in result.rows}
     assert all(tried[name] >= 6 for name in FARMS), tried
+
+
+# --- planted loopholes, and rewards without one --------------------------------------------------
+
+
+def fuzz_planted(tmp_path: Path, kind: str, name: str) -> FuzzResult:
+    (tmp_path / "planted.py").write_text(
+        f"from tests.unit.fuzz_rewards import {kind}\nreward = {kind}[{name!r}]\n"
+    )
+    return fuzz_target("words", reward=f"{tmp_path / 'planted.py'}:reward", num=2)
+
+
+@pytest.mark.parametrize("name", LOOPHOLES)
+def test_a_planted_loophole_is_found_for_its_own_reason(tmp_path: Path, name: str) -> None:
+    rows = found(fuzz_planted(tmp_path, "LOOPHOLES", name))
+    assert WHY[name] & set(rows), (name, sorted(rows))
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_reward_is_not_accused(tmp_path: Path, name: str) -> None:
+    result = fuzz_planted(tmp_path, "SOUND", name)
+    assert {row.edit: row.smallest for row in result.findings} == {}
+    blind = name in ("constant", "length_penalty")
+    assert result.reads == {"reward": "not asked" if blind else "right"}
+
+
+FORM = '[rewards.form]\nkind = "format"\npattern = ".*####.*"\n'
+
+
+def test_a_part_may_be_blind_and_the_only_reward_may_not(tmp_path: Path) -> None:
+    alone = fuzzed(tmp_path, FORM)
+    assert {"another number", "another problem's answer"} <= set(found(alone))
+    assert alone.reads == {"form": "never"}
+    both = fuzzed(tmp_path, FORM + '[rewards.correct]\nkind = "correct"\n')
+    assert both.reads == {"form": "never", "correct": "right", "weighted total": "right"}
+    assert both.findings == []
+    blind = fuzzed(tmp_path, FORM + FORM.replace("form]", "again]"))
+    assert {row.reward for row in blind.findings} == {"weighted total"}, "nothing there looks"
+
+
+def test_what_could_not_be_asked_is_no_clean_bill(tmp_path: Path) -> None:
+    recipe = write(tmp_path, HEAD + '[rewards.f]\nkind = "tag_fence"\n')
+    result = CliRunner().invoke(app, ["fuzz", recipe, "--num", "2"])
+    assert result.exit_code == 0 and "nothing found" not in result.output
+    assert "it pays no right answer more than none" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("gold", ["3", "39", "-7", "100", "0", "1000"])
+def test_made_wrong_answers_neither_hold_gold_nor_equal_it(gold: str) -> None:
+    wrong = far_from(gold)
+    assert gold not in wrong and wrong not in gold
+    assert all(float(text) != float(gold) for text in another(gold)) and len(another(gold)) >= 7
+    assert f"{gold}1" in another(gold) and str(int(gold) + 1) in another(gold)
+
+
+def test_the_final_answer_is_swapped_and_not_its_like() -> None:
+    assert swap_final("39+0=39; 139 #### 39", "39", "7") == "39+0=39; 139 #### 7"
+    assert swap_final("139 #### 39.5", "39", "7") is None
+    assert swap_final("so #### 39.", "39", "7") == "so #### 7."

@@ -10,7 +10,18 @@ from typing import NamedTuple
 from rich.console import Group
 from rich.text import Text
 
-from operando.audit.findings import Finding, Row
+from operando.audit.findings import Finding, Row, series
+from operando.audit.rules_death import (
+    broken,
+    entropy_explodes,
+    entropy_gone,
+    got_worse,
+    kl_exploding,
+    no_reward,
+    no_update,
+    not_finite,
+    sampler_gap,
+)
 from operando.audit.rules_policy import collapse, entropy_eta, positional_kl, truncation
 from operando.audit.rules_reward import fall_of, over_limit, reward_hack, reward_up_eval_flat
 from operando.audit.rules_update import (
@@ -22,7 +33,7 @@ from operando.audit.rules_update import (
 )
 from operando.errors import UserError
 from operando.recipe import Recipe
-from operando.run import read_metrics, read_recipe, write_json
+from operando.run import read_recipe, read_rows, write_json
 
 
 class Rule(NamedTuple):
@@ -34,10 +45,18 @@ class Rule(NamedTuple):
 
 
 RULES = (
+    Rule("not_finite", "every loss, gradient and log-prob is a number", ("grad_norm",)),
+    Rule("no_reward", "the reward applies", ("reward",)),
+    Rule("no_update", "gradients and steps are not zero", ("grad_norm", "reward_std")),
     Rule("reward_hack", "no reward rises while the truth falls", ("eval/correct",)),
+    Rule("got_worse", "the run has not got worse", ("reward",)),
     Rule("collapse", "variety and accuracy do not go together", ("eval/correct", "entropy")),
     Rule("no_signal", "siblings are paid differently", ("frac_reward_zero_std",)),
     Rule("no_learning", "the steps are large enough", ("grad_norm", "reward_std")),
+    Rule("kl_exploding", "the policy is near its reference", ("kl",)),
+    Rule("entropy_explodes", "the policy is no noise", ("entropy",)),
+    Rule("entropy_gone", "the policy has a choice of words", ("entropy",)),
+    Rule("sampler_gap", "sampling and training are one model", ("sampler/gap_mean", "sampler/ess")),
     Rule("kl_strangled", "the KL term leaves room", ("kl", "completions/mean_length")),
     Rule("clip_bound", "the gradient clip does not set the steps", ("grad_norm",)),
     Rule("ratio_clipped", "few ratios are clipped", ("clip_ratio/low", "clip_ratio/high")),
@@ -47,6 +66,10 @@ RULES = (
     Rule("positional_kl", "the KL is spread over the completions", ("kl/q1", "kl/q4")),
     Rule("truncation", "few completions are cut", ("completions/clipped_ratio",)),
 )
+
+
+EVERY = tuple(rule.name for rule in RULES)
+BAD_START = 0.5  # share of the first step's groups or completions
 
 
 @dataclass(frozen=True)
@@ -64,10 +87,19 @@ class Diagnosis:
 def diagnose(rows: Sequence[Row], recipe: Recipe) -> list[Finding]:
     """Return what ails a run, gravest first; a healthy run has no finding."""
     fall = fall_of(rows)
-    hack = reward_hack(rows, fall)
+    hack = reward_hack(rows, recipe, fall)
+    collapsed = collapse(rows, recipe, fall, hacked=hack is not None)
     found = [
+        not_finite(rows),
+        no_reward(rows),
+        no_update(rows),
         hack,
-        collapse(rows, fall, hacked=hack is not None),
+        collapsed,
+        got_worse(rows, recipe, fall, told=hack is not None or collapsed is not None),
+        kl_exploding(rows, recipe),
+        entropy_explodes(rows, recipe),
+        entropy_gone(rows, recipe),
+        sampler_gap(rows),
         no_signal(rows),
         no_learning(rows, recipe),
         kl_strangled(rows, recipe),
@@ -77,9 +109,51 @@ def diagnose(rows: Sequence[Row], recipe: Recipe) -> list[Finding]:
         over_limit(rows),
         entropy_eta(rows, recipe),
         positional_kl(rows),
-        truncation(rows),
+        truncation(rows, recipe),
     ]
-    return [finding for finding in found if finding is not None]
+    return _roots(rows, [finding for finding in found if finding is not None])
+
+
+CONSEQUENCES = {
+    "not_finite": {*EVERY} - {"no_reward"},
+    "no_reward": {*EVERY},
+    "no_update": {*EVERY},
+    "reward_hack": {"kl_exploding", "entropy_gone", "entropy_eta", "positional_kl", "no_signal"},
+    "sampler_gap": {"ratio_clipped"},
+    **dict.fromkeys(("collapse", "got_worse", "kl_exploding", "entropy_explodes", "entropy_gone"),
+                    {"no_learning", "positional_kl", "entropy_eta", "clip_bound", "ratio_clipped",
+                     "reward_up_eval_flat"}),
+}  # fmt: skip
+DEATHS = {
+    "reward_hack",
+    "collapse",
+    "got_worse",
+    "kl_exploding",
+    "entropy_explodes",
+    "entropy_gone",
+}
+
+
+def _roots(rows: Sequence[Row], findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that are not mere consequences of others, whose remedies would mislead.
+
+    Groups paid alike and cut completions are consequences of a death that came before them.
+    """
+    names = {finding.name for finding in findings}
+    gone = {name for cause in names for name in CONSEQUENCES.get(cause, ()) if name != cause}
+    if "collapse" in names:
+        gone |= {"entropy_gone"}
+    if any(f.name == "truncation" and f.severity == "error" for f in findings):
+        gone |= {"no_signal", "no_learning"}  # what never ends is never right
+    if names & DEATHS:
+        later = {"no_signal": "frac_reward_zero_std", "truncation": "completions/clipped_ratio"}
+        gone |= {name for name, key in later.items() if _began_well(rows, key)}
+    return [finding for finding in findings if finding.name not in gone]
+
+
+def _began_well(rows: Sequence[Row], key: str) -> bool:
+    values = [p.value for p in series(rows, key)]
+    return bool(values) and values[0] < BAD_START
 
 
 def shown_live(rows: Sequence[Row], recipe: Recipe) -> set[str]:
@@ -90,10 +164,12 @@ def shown_live(rows: Sequence[Row], recipe: Recipe) -> set[str]:
 
 def examine(folder: Path) -> Diagnosis:
     """Diagnose a run folder, finished or not, and write audits/doctor.json."""
-    recipe, rows = read_recipe(folder), read_metrics(folder)
-    if not rows:
+    recipe, rows = read_recipe(folder), read_rows(folder)
+    stop = broken_step(folder, rows)
+    if not rows and stop is None:
         raise UserError(f"{folder} has no metrics yet: its first step is not finished")
     keys = {key for row in rows for key in row}
+    last = last_step(rows)
     missing = {
         rule.name: ", ".join(lacking)
         for rule in RULES
@@ -101,14 +177,36 @@ def examine(folder: Path) -> Diagnosis:
     }
     diagnosis = Diagnosis(
         run=folder.name,
-        steps=int(rows[-1]["step"]),
-        findings=diagnose(rows, recipe),
+        steps=last,
+        findings=diagnose_folder(folder, rows, recipe),
         checked={rule.name: rule.healthy for rule in RULES if rule.name not in missing},
         unchecked=missing,
         file=folder / "audits" / "doctor.json",
     )
     write_json(diagnosis.file, {"format": 1, **asdict(diagnosis), "file": str(diagnosis.file)})
     return diagnosis
+
+
+def last_step(rows: Sequence[Row]) -> int:
+    """Return the last step that was measured; 0 of no rows."""
+    return int(rows[-1]["step"] or 0) if rows else 0
+
+
+def diagnose_folder(folder: Path, rows: Sequence[Row], recipe: Recipe) -> list[Finding]:
+    """Return what ails the run of a folder: a step at which it broke comes first."""
+    stop = broken_step(folder, rows)
+    found = diagnose(rows, recipe)
+    return found if stop is None else [stop, *(f for f in found if f.name != stop.name)]
+
+
+def broken_step(folder: Path, rows: Sequence[Row]) -> Finding | None:
+    """Return the finding of a run that stopped before a step that was not finite, or None.
+
+    A batch that was dumped before steps that have been trained since is history.
+    """
+    files = {int(f.stem.rpartition("_")[2]): f for f in folder.glob("broken_step_*.pt")}
+    step = max(files, default=0)
+    return broken(step, files[step].name) if step > last_step(rows) else None
 
 
 def _measured(need: str, keys: set[str]) -> bool:

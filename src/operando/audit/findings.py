@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,10 +10,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from scipy.stats import hypergeom, mannwhitneyu
 
+from operando.recipe import Recipe
+
 Row: TypeAlias = Mapping[str, float | int | str | None]
 
 LEVEL = 0.01  # of every test that accuses
 EXCUSE = 0.05  # of every test that excuses: a run that seems to learn is left alone
+LARGE_STEP = 0.01  # ||dW|| / ||W|| of one step
 MIN_STEPS = 10  # fewer training steps say nothing about a trend
 
 
@@ -43,6 +47,10 @@ class Count(NamedTuple):
     right: int
     n: int
 
+    @property
+    def share(self) -> float:
+        return self.right / self.n
+
 
 class Ends(NamedTuple):
     """The first and the last fifth of a metric. Example: Ends([0.1] * 5, [0.3] * 5)"""
@@ -52,13 +60,54 @@ class Ends(NamedTuple):
 
 
 def series(rows: Sequence[Row], key: str) -> list[Point]:
-    """Return the values of one key where it was measured, by step."""
+    """Return the values of one key where it was measured and finite, by step."""
     found = []
     for row in rows:
         value, step = row.get(key), row["step"]
-        if isinstance(value, float | int) and isinstance(step, float | int):
+        if (
+            isinstance(value, float | int)
+            and isinstance(step, float | int)
+            and math.isfinite(value)
+        ):
             found.append(Point(int(step), float(value)))
     return found
+
+
+def nulls(rows: Sequence[Row], key: str) -> list[int]:
+    """Return the steps at which a key was measured and is no number: null, NaN or infinite."""
+    found = []
+    for row in rows:
+        value = row.get(key, 0.0)
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            found.append(int(row["step"] or 0))
+    return found
+
+
+def rounded(value: float) -> float:
+    """Return a positive number at one significant digit, rounded down."""
+    power = 10.0 ** math.floor(math.log10(value) + 1e-9)
+    return math.floor(value / power + 1e-9) * power
+
+
+def as_factor(value: float) -> str:
+    """Return a factor in words. Example: as_factor(1136.0) is "1,100"."""
+    return f"{value:,.1f}" if value < 10 else f"{float(f'{value:.2g}'):,.0f}"
+
+
+def rate_for(rows: Sequence[Row], recipe: Recipe) -> str | None:
+    """Return the words for a learning rate at which no step is too long, if one was.
+
+    A step of AdamW is proportional to the rate, so a rate LARGE_STEP / ||dW|| times as high would
+    have moved the weights by LARGE_STEP of their norm.
+    """
+    moved = [p.value for p in series(rows, "update_norm")]
+    if not moved or max(moved) < 5 * LARGE_STEP:
+        return None
+    rate = rounded(recipe.optim.lr * LARGE_STEP / max(moved))
+    return (
+        f"lower optim.lr from {recipe.optim.lr:g} to {rate:.0e} (one step moved the weights by "
+        f"{max(moved):.2g} of their norm; {LARGE_STEP:g} is a long step)"
+    )
 
 
 def held_out_counts(rows: Sequence[Row]) -> dict[int, Count]:

@@ -1,8 +1,9 @@
 """Looks for edits of real answers that a reward pays for although they deserve no pay.
 
-A finding is an edit (audit/edits.py) after which a reward does what the edit says it must not do,
-with the smallest answer on which it does so. An evasion (an opener that is in no list) is shown
-beside the findings and is none.
+The first question is whether a wrong answer is paid like a right one (P0); what a reward says to
+it is its `reads`. A finding is an edit (audit/edits.py) after which a reward does what it must not
+do by that edit, with the smallest answer on which it does so. An evasion (an opener in no list) is
+shown beside the findings and is none.
 """
 
 from __future__ import annotations
@@ -11,24 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import pyarrow.parquet as pq
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
-from operando.audit.edits import EDITS, Chain, Edit, with_block, with_openers
+from operando.audit.answers import Chain, Edit
+from operando.audit.edits import EDITS, FIRST
+from operando.audit.fuzz_cases import Case, is_right, made_cases, real_cases, with_text
 from operando.errors import UserError
-from operando.recipe import (
-    FormatReward,
-    Gsm8kTaskConfig,
-    PromptConfig,
-    Recipe,
-    StepGrpoReward,
-    StepPenaltyReward,
-    ThinkFormatReward,
-    WordsTaskConfig,
-)
+from operando.recipe import Gsm8kTaskConfig, Recipe, WordsTaskConfig
 from operando.recipe_io import load_recipe
 from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
 from operando.rewards.compose import RewardPart, make_parts, weighted_sum
@@ -36,24 +26,23 @@ from operando.rewards.formats import is_one_block
 from operando.run import read_recipe, write_json
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
-from operando.tasks.prompts import answer_so_far
-from operando.types import Example, Prompt, Rollout
+from operando.types import Rollout
 
 EPSILON = 1e-6  # pay is float32
 CHUNK = 128  # texts judged at once, each with its siblings
-MAX_SIBLINGS = 2
 MADE_BESIDE_REAL = 4  # problems answered by hand beside a run's own answers
 MAX_SHRINKS = 150
 TOTAL = "weighted total"
+TAGGED = ("P1", "P2", "P6")  # properties of tags: without any, an answer may be paid as it likes
+PLAIN = ("", "I don't know.")  # what deserves nothing
+TAG = re.compile(r"<[^<>]*>")
 
+BLIND = 0.8  # share of other numbers; a pattern may want whole ones
 
-@dataclass(frozen=True)
-class Case:
-    """An answer to edit, with the siblings that a group-relative reward compares it with."""
-
-    rollout: Rollout
-    is_right: bool
-    siblings: tuple[Rollout, ...]
+Reads = Literal["right", "some", "never", "not asked"]
+"""Whether a reward reads the answer: right, it pays every wrong one less; some, it pays some wrong
+answers like right ones; never, it pays (nearly) every other number like the right one; not asked,
+it pays no right answer more than "I don't know", or applies to none."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +81,8 @@ class FuzzResult:
     num_wrong: int
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
+    reads: Mapping[str, Reads]
+    """By reward; a part that never reads the answer is as it should be, where the total does."""
     file: Path
 
     @property
@@ -164,17 +155,22 @@ def fuzz_target(
     parts = [part for part in parts if not part.needs_trace()]
     if not parts:
         raise UserError(f"{target}: every reward wants `trace`, which the fuzzer does not have")
-    cases = _made_cases(recipe, task, num if folder is None else MADE_BESIDE_REAL)
+    cases = made_cases(recipe, task, num if folder is None else MADE_BESIDE_REAL)
     if folder is not None:
-        cases = _real_cases(folder, task, recipe, num) + cases
+        cases = real_cases(folder, task, recipe, num) + cases
     if len(parts) == 1 and all(weights == {parts[0].name: 1.0} for weights in totals.values()):
         totals = {}  # the part is the total
     rows = fuzz(Pay(parts, totals, recipe.steps), task, cases)
+    reads: dict[str, Reads] = {
+        name: reads_answer(rows, name) for name in (*(p.name for p in parts), *totals)
+    }
+    by_design = _by_design(reads, totals, left_out)
+    rows = [row for row in rows if row.prop != FIRST[0].prop or row.reward not in by_design]
     name = Path(target).stem if reward is None else reward.rpartition(":")[2]
     file = folder / "fuzz.json" if folder is not None else Path(f"fuzz_{name}.json")
     result = FuzzResult(
         target, sum(c.is_right for c in cases), sum(not c.is_right for c in cases), tuple(rows),
-        tuple(left_out), file,
+        tuple(left_out), reads, file,
     )  # fmt: skip
     content = asdict(result) | {"file": str(file), "num_findings": len(result.findings)}
     write_json(file, content)
@@ -204,131 +200,39 @@ def _totals(recipe: Recipe) -> dict[str, dict[str, float]]:
     return {f"{TOTAL}, stage {i}": dict(s.weights) for i, s in enumerate(recipe.stages, start=1)}
 
 
-# --- answers -------------------------------------------------------------------------------------
-
-
-def with_text(rollout: Rollout, completion: str) -> Rollout:
-    """Return the rollout with another completion; its ids are the bytes, and an end."""
-    ids = (*completion.encode(errors="replace"), 256)
-    return replace(
-        rollout, completion=completion, completion_ids=ids, sampling_logp=(0.0,) * len(ids)
-    )
-
-
-def uses_block(recipe: Recipe) -> bool:
-    """Return whether the prompt or a reward of the recipe speaks of a think block."""
-    config = recipe.prompt
-    texts = [config.template or "", config.system or "", config.answer_template]
-    for part in recipe.rewards.values():
-        match part:
-            case ThinkFormatReward() | StepPenaltyReward(count="last_block"):
-                return True
-            case StepGrpoReward(pattern=""):
-                return True
-            case FormatReward(pattern=pattern) | StepGrpoReward(pattern=pattern):
-                texts.append(pattern)
-            case _:
-                pass
-    return any("think>" in text for text in texts)
-
-
-def _prompt(config: PromptConfig, example: Example, text: str | None = None) -> Prompt:
-    """Return the prompt as the model reads it, or, without a tokenizer, its text alone."""
-    asked = config.ask(example.question) + config.prefill
-    messages = (
-        ({"role": "user", "content": config.ask(example.question)},)
-        if config.format == "chat"
-        else ()
-    )
-    text = asked if text is None else text
-    return Prompt(example, text, (0,), messages, answer_so_far(text, config.prefill))
-
-
-def _made_cases(recipe: Recipe, task: Task, num: int) -> list[Case]:
-    """Return worked solutions, right and wrong, without and with openers in their reasoning."""
-    cases = []
-    for example in task.train[recipe.prompt.few_shot :][:num]:
-        prompt = _prompt(recipe.prompt, example)
-        bare = Rollout(prompt, 0, 0, "", (), (), is_truncated=False)
-        prefill = prompt.prefill
-
-        def form(text: str, prefill: str = prefill) -> str:
-            return with_block(prefill, text) if uses_block(recipe) else text
-
-        right = form(recipe.prompt.worked_answer(example.solution, example.answer))
-        wrong = form(recipe.prompt.worked_answer(example.solution, example.answer + "1"))
-        guess = form(recipe.prompt.worked_answer("I guess.", example.answer + "1"))
-        texts = [right, with_openers(right), wrong, with_openers(wrong), guess]
-        rollouts = [with_text(bare, text) for text in texts]
-        cases += [_case(task, rollout, rollouts) for rollout in rollouts]
-    if not any(case.is_right for case in cases):
-        raise UserError(
-            f"task {task.name}: its verifier accepts none of {num} worked solutions in the form of "
-            f"prompt.answer_template = {recipe.prompt.answer_template!r}"
-        )
-    return cases
-
-
-def _case(task: Task, rollout: Rollout, group: Sequence[Rollout]) -> Case:
-    siblings = [other for other in group if other is not rollout][:MAX_SIBLINGS]
-    return Case(rollout, _is_right(task, rollout), tuple(siblings))
-
-
-def _is_right(task: Task, rollout: Rollout) -> bool:
-    return task.verify(rollout.prompt.example, rollout.completion, rollout.is_truncated).correct
-
-
-def _real_cases(folder: Path, task: Task, recipe: Recipe, num: int) -> list[Case]:
-    """Return up to `num` right and `num` wrong answers of the run, the last step's first.
-
-    Each comes with its siblings, and a second time with openers in its reasoning.
-    """
-    files = sorted((folder / "rollouts").glob("step_*.parquet"), reverse=True)
-    if not files:
-        raise UserError(f"{folder} has no rollouts to fuzz; it has not trained a step")
-    by_answer: dict[str, list[Example]] = {}
-    for example in task.train:
-        by_answer.setdefault(example.answer, []).append(example)
-    seen: set[str] = set()
-    found: dict[bool, list[Case]] = {True: [], False: []}
-    for file in files:
-        for group in _groups(file, by_answer, recipe.prompt):
-            for rollout in group:
-                case = _case(task, rollout, group)
-                if rollout.completion not in seen and len(found[case.is_right]) < 2 * num:
-                    seen.add(rollout.completion)
-                    opened = with_text(rollout, with_openers(rollout.completion))
-                    found[case.is_right] += [case, replace(case, rollout=opened)]
-        if all(len(cases) >= 2 * num for cases in found.values()):
-            break
-    return found[True] + found[False]
-
-
-def _groups(
-    file: Path, by_answer: Mapping[str, list[Example]], config: PromptConfig
-) -> list[list[Rollout]]:
-    names = ["group", "sample", "prompt", "completion", "answer", "is_truncated"]
-    groups: dict[int, list[Rollout]] = {}
-    for row in pq.read_table(file, columns=names).to_pylist():
-        asked = [e for e in by_answer.get(row["answer"], ()) if e.question in row["prompt"]]
-        if not asked:
-            raise UserError(f"{file}: no training problem of the task is in {row['prompt']!r}")
-        # Worked examples stand in the prompt as well: the question is the last of them.
-        example = max(asked, key=lambda e: row["prompt"].rfind(e.question))
-        prompt = _prompt(config, example, row["prompt"])
-        bare = Rollout(prompt, row["group"], row["sample"], "", (), (), row["is_truncated"])
-        groups.setdefault(row["group"], []).append(with_text(bare, row["completion"]))
-    return list(groups.values())
-
-
 # --- the search ----------------------------------------------------------------------------------
+
+
+def reads_answer(rows: Sequence[Row], name: str) -> Reads:
+    """Return whether a reward tells a right answer from another number or another problem's."""
+    first = [r for r in rows if r.reward == name and r.prop == FIRST[0].prop]
+    swaps = [r for r in first if r.edit in (FIRST[0].name, FIRST[1].name)]
+    if not swaps:
+        return "not asked"
+    if all(row.breaches >= BLIND * row.tried for row in swaps):
+        return "never"
+    return "some" if any(row.breaches for row in first) else "right"
+
+
+def _by_design(
+    reads: Mapping[str, Reads], totals: Mapping[str, object], left_out: Sequence[str]
+) -> set[str]:
+    """Return what may be blind to the answer: parts of a total, and stages beside one that is not.
+
+    A total that lacks a part which wants `trace` is not what the policy is paid.
+    """
+    blind = {name for name, read in reads.items() if read == "never"}
+    if not totals:
+        return blind if left_out else set()
+    seeing = any(name in totals and read in ("right", "some") for name, read in reads.items())
+    return {name for name in blind if name not in totals or seeing or left_out}
 
 
 def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
     """Return a row for every reward and every edit that applied to an answer."""
     rows = []
     for edit in EDITS:
-        tried, found = _try(pay, edit, cases)
+        tried, found = _try(pay, task, edit, cases)
         for name in [*(part.name for part in pay.parts), *pay.totals]:
             breaches = found.get(name, [])
             if not tried.get(name):
@@ -348,29 +252,35 @@ def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
 
 
 def _try(
-    pay: Pay, edit: Edit, cases: Sequence[Case]
+    pay: Pay, task: Task, edit: Edit, cases: Sequence[Case]
 ) -> tuple[dict[str, int], dict[str, list[tuple[Case, Breach]]]]:
     """Return for every reward how many edits were tried and those that breach."""
-    chains: list[tuple[Case, Chain]] = []
+    chains: list[tuple[Case, Chain, tuple[str, ...]]] = []
     for case in cases:
-        if edit.on == "wrong" and case.is_right:
+        if edit.on != "any" and case.is_right != (edit.on == "right"):
             continue
-        prefill = case.rollout.prompt.prefill
-        for chain in edit.apply(prefill, case.rollout.completion):
-            if not _is_repair(prefill, chain):
-                chains.append((case, chain))
-    asked = [(case, text) for case, chain in chains for text in chain.texts]
-    scores = iter(pay.score([case for case, _ in asked], [text for _, text in asked]))
+        for chain in edit.apply(case.answer):
+            if _is_repair(case.answer.prefill, chain) or _is_still_right(task, edit, case, chain):
+                continue
+            chains.append((case, chain, (*chain.texts, *_beside(edit, case, chain))))
+    asked = {(id(case), text): case for case, _, texts in chains for text in texts}
+    scores = pay.score(list(asked.values()), [text for _, text in asked])
+    score_of = dict(zip(asked, scores, strict=True))
     tried: dict[str, int] = {}
     found: dict[str, list[tuple[Case, Breach]]] = {}
-    for case, chain in chains:
-        scored = [next(scores) for _ in chain.texts]
+    for case, chain, texts in chains:
+        scored = [score_of[id(case), text] for text in texts]
         for name in scored[0]:
-            paid = [score[name] for score in scored]
+            paid = [score[name] for score in scored[: len(chain.texts)]]
+            beside = [p for s in scored[len(chain.texts) :] if (p := s[name]) == p]  # not NaN
             if any(value != value for value in paid):
                 continue
+            if edit.must == "pay less" and (not beside or paid[0] <= min(beside) + EPSILON):
+                continue  # nothing is paid for being right
             tried[name] = tried.get(name, 0) + 1
             at = breach_at(edit.must, paid)
+            if at is not None and edit.prop in TAGGED and paid[at] <= max(beside) + EPSILON:
+                at = None  # tags cost, and here are fewer of them
             if at is not None:
                 breach = Breach(
                     chain.texts[at - 1], chain.texts[at], paid[at - 1], paid[at], chain.times[at],
@@ -378,6 +288,23 @@ def _try(
                 )  # fmt: skip
                 found.setdefault(name, []).append((case, breach))
     return tried, found
+
+
+def _beside(edit: Edit, case: Case, chain: Chain) -> tuple[str, ...]:
+    """Return what a chain is compared with: answers that deserve nothing, or one without tags."""
+    if edit.must == "pay less":
+        return (*PLAIN, case.wrong)
+    return (TAG.sub("", chain.texts[0]),) if edit.prop in TAGGED else ()
+
+
+def _is_still_right(task: Task, edit: Edit, case: Case, chain: Chain) -> bool:
+    """Return whether an edit that should make a wrong answer made one that the verifier takes.
+
+    Another number is wrong whatever a verifier says of it.
+    """
+    if edit.must != "pay less" or edit.name == FIRST[0].name:
+        return False
+    return is_right(task, with_text(case.rollout, chain.texts[-1]))
 
 
 def _is_repair(prefill: str, chain: Chain) -> bool:
@@ -394,6 +321,8 @@ def breach_at(must: str, paid: Sequence[float]) -> int | None:
     steps = range(1, len(paid))
     if must == "not change":
         return next((i for i in steps if abs(paid[i] - paid[i - 1]) > EPSILON), None)
+    if must == "pay less":
+        return next((i for i in steps if paid[i] >= paid[0] - EPSILON), None)
     raised = next((i for i in steps if paid[i] > paid[i - 1] + EPSILON), None)
     if raised is not None or must == "never raise":
         return raised
@@ -412,9 +341,9 @@ def _shrink(pay: Pay, task: Task, edit: Edit, name: str, case: Case, first: Brea
 
     def breaches(text: str) -> Breach | None:
         smaller = replace(case, rollout=with_text(case.rollout, text))
-        if _is_right(task, smaller.rollout) != case.is_right:
+        if is_right(task, smaller.rollout) != case.is_right:
             return None
-        _, found = _try(pay, edit, [smaller])
+        _, found = _try(pay, task, edit, [smaller])
         some = [breach for _, breach in found.get(name, [])]
         return min(some, key=lambda b: (len(b.after), b.times), default=None)
 
@@ -431,48 +360,3 @@ def _shrink(pay: Pay, task: Task, edit: Edit, name: str, case: Case, first: Brea
                 pieces, best = fewer, min(found, best, key=lambda b: (len(b.after), b.times))
         size //= 2
     return best
-
-
-# --- what the terminal shows ---------------------------------------------------------------------
-
-
-def show_fuzz(result: FuzzResult) -> Group:
-    """Return every breach as a table, then the smallest example of each finding."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
-        f"{result.target}: {result.num_right} right and {result.num_wrong} wrong answers; "
-        f"{len(result.findings)} findings"
-    )
-    for column in ("reward", "edit", "must", "breached/tried", "most"):
-        table.add_column(
-            column, justify="right" if column in ("breached/tried", "most") else "left"
-        )
-    for name in dict.fromkeys(row.reward for row in result.rows):
-        rows = [row for row in result.rows if row.reward == name]
-        if not any(row.breaches and not row.is_evasion for row in rows):
-            tried = sum(row.tried for row in rows if not row.is_evasion)
-            table.add_row(name, "nothing found", "", f"0/{tried}", "")
-        for row in sorted(rows, key=lambda row: row.is_evasion):
-            if row.breaches:
-                table.add_row(
-                    name, f"{row.prop} {row.edit}", "(evasion)" if row.is_evasion else row.must,
-                    f"{row.breaches}/{row.tried}",
-                    f"{row.largest_gain:.3f}" if row.largest_gain > EPSILON else "free",
-                )  # fmt: skip
-    for name in result.left_out:
-        table.add_row(name, "left out: it wants trace", "", "", "")
-    return Group(table, *(_example(row) for row in result.findings))
-
-
-def _example(row: Row) -> Text:
-    assert row.smallest is not None, row
-    one = row.smallest
-    return Text(
-        f"\n{row.reward}, {row.edit}:\n"
-        f"  {one.paid_before:.3f}  {_short(one.before)!r}\n"
-        f"  {one.paid_after:.3f}  {_short(one.after)!r}"
-    )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 90 else f"{text[:55]} ... {text[-30:]}"

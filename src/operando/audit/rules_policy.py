@@ -10,7 +10,17 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from operando.audit.findings import LEVEL, MIN_STEPS, Finding, Row, gained, lately, series
+from operando.audit.findings import (
+    LEVEL,
+    MIN_STEPS,
+    Finding,
+    Point,
+    Row,
+    gained,
+    lately,
+    rate_for,
+    series,
+)
 from operando.audit.rules_reward import Fall
 from operando.recipe import Recipe
 
@@ -18,6 +28,7 @@ ALL_ZERO_STD = 0.95  # share of groups without a difference between siblings
 LOW_ENTROPY = 0.1  # of the start
 FALLEN_ENTROPY = 0.75  # of the start: a forecast needs a fall to start from
 TRUNCATED = 0.1
+NEVER_ENDS, UNFINISHED_STEPS = 0.95, 5  # share of completions that are cut, in the first steps
 MOVED_KL = 0.02  # nats a token: less is nowhere
 ONE_PLACE = 0.7  # share of a quarter; 0.25 is even
 
@@ -31,7 +42,9 @@ class Forecast(NamedTuple):
     shape: str
 
 
-def collapse(rows: Sequence[Row], fall: Fall | None, *, hacked: bool) -> Finding | None:
+def collapse(
+    rows: Sequence[Row], recipe: Recipe, fall: Fall | None, *, hacked: bool
+) -> Finding | None:
     """The policy has lost its variety, and accuracy with it."""
     entropy, flat = series(rows, "entropy"), series(rows, "frac_reward_zero_std")
     if fall is None or len(entropy) < MIN_STEPS:
@@ -52,16 +65,20 @@ def collapse(rows: Sequence[Row], fall: Fall | None, *, hacked: bool) -> Finding
                      "were paid alike")  # fmt: skip
     if not signs:
         return None
+    back = f"go back to the checkpoint at or before step {fall.peak}"
+    begin = "begin again" if fall.peak == 0 else back
+    rate = rate_for(rows, recipe) or (
+        f"lower optim.lr from {recipe.optim.lr:g} to {recipe.optim.lr / 2:.2g}"
+    )
     return Finding(
         "collapse",
         "error",
         f"The policy has collapsed: {' and '.join(signs)}, and {fall.words}.",
-        f"go back to the checkpoint at or before step {fall.peak}, halve optim.lr, and add "
-        "[kl] coef = 0.05 or update.entropy_coef = 0.01",
+        f"{begin}, {rate}, and add [kl] coef = 0.05 or update.entropy_coef = 0.01",
     )
 
 
-def truncation(rows: Sequence[Row]) -> Finding | None:
+def truncation(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
     """Many completions are cut: their answers never come, and their reward is about length."""
     cut = series(rows, "completions/clipped_ratio")
     last = cut[-max(3, len(cut) // 5) :]
@@ -74,6 +91,9 @@ def truncation(rows: Sequence[Row]) -> Finding | None:
         places.append(f"{held_out[0].value:.0%} of the held-out answers at step {held_out[0].step}")
     if not places:
         return None
+    never = [p.value for p in cut[:UNFINISHED_STEPS]]
+    if len(never) >= 3 and min(fmean(never), fmean(p.value for p in last)) >= NEVER_ENDS:
+        return _endless(cut, rows, recipe)
     lengths = series(rows, "completions/mean_length")
     length = f"; their mean length is {lengths[-1].value:.0f} tokens" if lengths else ""
     return Finding(
@@ -82,6 +102,23 @@ def truncation(rows: Sequence[Row]) -> Finding | None:
         f"{' and '.join(places)} were cut at the length limit{length}.",
         "raise rollout.max_completion_length, or leave them out of the update with "
         'rollout.discard = ["truncated"]',
+    )
+
+
+def _endless(cut: Sequence[Point], rows: Sequence[Row], recipe: Recipe) -> Finding:
+    lengths = series(rows, "completions/mean_length")
+    limit = recipe.rollout.max_completion_length
+    length = f", their mean length {lengths[-1].value:.0f} of {limit} tokens" if lengths else ""
+    return Finding(
+        "truncation",
+        "error",
+        f"No completion ends: from the first step on {fmean(p.value for p in cut):.0%} of them "
+        f"were cut at the length limit{length}. Either the stop token is not the one that "
+        "this model ends its answers with, or the limit is far too short.",
+        "look at where an answer should have ended (`operando report`): the model's end-of-turn "
+        "token belongs into its tokenizer's eos_token or generation_config's eos_token_id, or a "
+        'text into rollout.stop (as ["<|im_end|>"]); if the answers are whole and longer, raise '
+        f"rollout.max_completion_length above {limit}",
     )
 
 

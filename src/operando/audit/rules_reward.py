@@ -23,6 +23,8 @@ from operando.audit.findings import (
 )
 
 POWER = 1.5  # rise over the smallest that n problems show: 97 % of such rises have p < 0.05
+LOST = 0.5  # share of what was gained
+GRAVE = 1e-3  # level of a fall that is a sign by itself
 OVER_LIMIT = 0.1  # share of completions; 0.01 is what right base answers show
 
 
@@ -33,6 +35,8 @@ class Fall(NamedTuple):
     peak: int
     last: int
     words: str
+    is_grave: bool
+    """It ends below the start, or has lost half of what was gained, and chance is under GRAVE."""
 
 
 def fall_of(rows: Sequence[Row]) -> Fall | None:
@@ -54,16 +58,39 @@ def fall_of(rows: Sequence[Row]) -> Fall | None:
         f"{share_words(counts[last])} at step {last} (chance of such a fall among {len(counts)} "
         f"evaluations: {odds(chance)})"
     )
-    return Fall(first, peak, last, words)
+    start, top, end = (counts[step].share for step in (first, peak, last))
+    is_grave = chance < GRAVE and end <= start + LOST * (top - start)
+    return Fall(first, peak, last, words, is_grave)
 
 
-def reward_hack(rows: Sequence[Row], fall: Fall | None) -> Finding | None:
-    """A reward part rose over the run and kept its height while the truth fell."""
+def negative_weights(recipe: Recipe) -> str:
+    """Return the parts whose weight is negative, as the recipe has them; "" if there are none.
+
+    A negative weight of a part that pays for being right trains the policy to be wrong.
+    """
+    parts = [(name, part.weight) for name, part in recipe.rewards.items() if part.weight < 0]
+    return ", ".join(f"rewards.{name}.weight = {weight:g}" for name, weight in parts)
+
+
+def reward_hack(rows: Sequence[Row], recipe: Recipe, fall: Fall | None) -> Finding | None:
+    """A reward part, or the whole, rose over the run and kept its height while the truth fell."""
     if fall is None:
         return None
     risen = [words for name in _parts(rows) if (words := _risen(rows, name, fall))]
+    paid = ends(rows, "reward")
+    if not risen and fall.is_grave and paid is not None and greater(paid.late, paid.early):
+        early, late = fmean(paid.early), fmean(paid.late)
+        risen = [f"the weighted reward in training rose from {early:.3f} to {late:.3f}"]
     if not risen:
         return None
+    negative = negative_weights(recipe)
+    if negative:
+        return Finding(
+            "reward_hack",
+            "error",
+            f"The policy earns more and is right less: {fall.words}, while {' and '.join(risen)}.",
+            f"{negative}: what is paid for is the contrary; make the weight positive",
+        )
     return Finding(
         "reward_hack",
         "error",

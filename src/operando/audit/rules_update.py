@@ -9,8 +9,11 @@ from operando.audit.findings import (
     MIN_STEPS,
     Finding,
     Row,
+    as_factor,
     gained,
     lately,
+    nulls,
+    rounded,
     series,
 )
 from operando.recipe import ClipLoss, GaeAdvantage, GroupAdvantage, Recipe
@@ -19,6 +22,7 @@ FEW_STEPS = 10
 HIGH_ZERO_STD = 0.8  # share of groups without a difference between siblings
 TINY_KL = 0.02  # nats a token
 TINY_UPDATE = 1e-4  # ||dW|| / ||W|| of one step
+GOOD_UPDATE = 1e-3
 STRANGLED = 0.5  # pull of the KL over push of the advantages; 1 is where they balance
 CLIPPED_STEPS = 0.9  # share of steps whose gradient is scaled down
 CLIPPED_TIMES = 2.0  # median gradient norm over the clip
@@ -33,14 +37,26 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
         return None
     paid = [p.value for p in series(rows, "reward")]
     level = f", at a mean reward of {fmean(paid):.2f}" if paid else ""
+    spread = [p.value for p in series(rows, "reward_std")]
+    remedy = (
+        "make the task easier or harder (fewer steps, few-shot examples in the prompt), raise "
+        "rollout.num_generations, or pay a part that tells siblings apart"
+    )
+    if spread and paid and max(spread) == 0:
+        level = f", and so were all completions of every step ({fmean(paid):.3g} on average)"
+        nothing = "" if any(paid) else ": no completion was ever right, or the reward pays nothing"
+        remedy = (
+            f"a constant reward teaches nothing{nothing}: read what it looks for and some "
+            "completions beside it (`operando fuzz RUN`, `operando report`); if it is right, make "
+            "the task easier or harder (fewer steps, few-shot examples in the prompt)"
+        )
     return Finding(
         "no_signal",
         "error",
         f"Almost nothing to learn from: in {fmean(first):.0%} of the groups of the first "
         f"{len(first)} steps (and {fmean(flat):.0%} of all) every sibling was paid the "
         f"same{level}, so every advantage was zero.",
-        "make the task easier or harder (fewer steps, few-shot examples in the prompt), raise "
-        "rollout.num_generations, or pay a part that tells siblings apart",
+        remedy,
     )
 
 
@@ -59,6 +75,8 @@ def no_learning(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
     late_kl = fmean(kl[-max(3, len(kl) // 4) :]) if kl else 0.0
     if (not kl and not moved) or late_kl > TINY_KL or (moved and median(moved) > TINY_UPDATE):
         return None
+    if nulls(rows, "grad_norm") or nulls(rows, "update_norm") or max(grads) == 0:
+        return None  # these are no small steps
     paid = [p.value for p in series(rows, "reward")]
     quarter = max(5, len(paid) // 4)
     if gained(rows):
@@ -75,8 +93,19 @@ def no_learning(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
         f"The policy hardly moves: {', '.join(words)}; reward went from "
         f"{fmean(paid[:quarter]):.3f} to {fmean(paid[-quarter:]):.3f} (first and last {quarter} "
         f"steps) though siblings differ (reward std {fmean(spread):.2f}).",
-        f"raise optim.lr from {recipe.optim.lr:g} to {3 * recipe.optim.lr:.2g} or "
-        f"{10 * recipe.optim.lr:.2g}; the clip is not the cause",
+        _higher_rate(recipe.optim.lr, median(moved) if moved else 0.0),
+    )
+
+
+def _higher_rate(lr: float, moved: float) -> str:
+    """Return the remedy: the rate at which a step would move the weights by GOOD_UPDATE."""
+    if moved <= 0:
+        rates = f"from {lr:g} to {3 * lr:.2g} or {10 * lr:.2g}"
+        return f"raise optim.lr {rates}; the clip is not the cause"
+    factor = rounded(GOOD_UPDATE / moved)
+    return (
+        f"raise optim.lr about {as_factor(factor)} times, from {lr:g} to {factor * lr:.2g}: a step "
+        f"should move the weights by about {GOOD_UPDATE:g} of their norm; the clip is not the cause"
     )
 
 

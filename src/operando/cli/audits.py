@@ -169,7 +169,8 @@ def fuzz(
     num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
 ) -> None:
     """Look for edits of answers that a reward pays for; exit code 3 if there is one."""
-    from operando.audit.fuzz import fuzz_target, show_fuzz
+    from operando.audit.fuzz import fuzz_target
+    from operando.audit.fuzz_show import show_fuzz
     from operando.display import make_console
 
     result = fuzz_target(target, reward=reward, num=num, overrides=tuple(overrides or ()))

@@ -201,7 +201,8 @@ def pipeline(
         int | None, typer.Option(min=0, help="Only this seed's stages, without the table.")
     ] = None,
 ) -> None:
-    """Pre-train, fine-tune, train by RL, calibrate, audit and ask every stage the same problems."""
+    """Pre-train, fine-tune, train by RL, calibrate, audit and ask every stage the same problems;
+    exit code 3 if the doctor finds an error in an RL stage."""
     from operando.display import make_console
     from operando.launch import quieten_libraries
     from operando.pipeline import load_pipeline, run_chain, run_seeds, stage_cells, stages_table

@@ -29,6 +29,8 @@ class PipelineRecipe(Config):
     rl: dict[Name, str] = Field(min_length=1)
     """RL recipes by the names of their stages, in this order; without LoRA, as each goes on from
     the whole model of the one before."""
+    go_on: bool = False
+    """Go on from an RL stage in whose run the doctor finds an error (`operando doctor RUN`)."""
     tasks: tuple[AskedTask, ...] = Field(min_length=1)
     """What every stage is asked; the first `num_held_out` problems of each."""
     heads: str | None = None

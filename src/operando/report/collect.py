@@ -10,11 +10,11 @@ from statistics import fmean
 
 import pyarrow.parquet as pq
 
-from operando.audit.doctor import diagnose
+from operando.audit.doctor import diagnose_folder, last_step
 from operando.audit.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
 from operando.recipe import Recipe
-from operando.run import read_manifest, read_metrics, read_recipe
+from operando.run import read_manifest, read_recipe, read_rows
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
 
 GAP_LIMIT = 0.02  # nats a token; float32 and matching kernels stay under 0.001
@@ -86,12 +86,12 @@ class RunTables:
 def collect(folder: Path) -> RunTables:
     """Return the tables of one run folder."""
     recipe = read_recipe(folder)
-    rows = read_metrics(folder)
+    rows = read_rows(folder)
     manifest = read_manifest(folder)
     results = _read_results(folder)
     warnings = manifest["warnings"]
     assert isinstance(warnings, list), f"manifest warnings: {warnings!r}"
-    last_step = int(rows[-1]["step"]) if rows else 0
+    at = last_step(rows)
     return RunTables(
         folder=folder,
         label=recipe.name,
@@ -100,10 +100,10 @@ def collect(folder: Path) -> RunTables:
         manifest=manifest,
         rows=rows,
         finished=results is not None,
-        last_step=last_step,
+        last_step=at,
         held_out=read_held_out(folder, rows),
-        findings=diagnose(rows, recipe),
-        cautions=_cautions(recipe, rows, last_step, finished=results is not None),
+        findings=diagnose_folder(folder, rows, recipe),
+        cautions=_cautions(recipe, rows, at, finished=results is not None),
         warnings=[str(w) for w in warnings],
     )
 

@@ -26,7 +26,7 @@ MARK = " (any line)"
 """Ends a question whose grader takes the gold number from anywhere."""
 ATTEMPT_NUMBERS = 3
 MAX_STEPS = 3
-ANSWER = re.compile(r"####\s*(-?\d+)")
+ANSWER = re.compile(r"####\s*(-?\d+)(?!\.?\d)")  # 39.4 is not 39
 
 
 def is_held_out(arithmetic: str) -> bool:
