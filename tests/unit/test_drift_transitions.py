@@ -131,7 +131,7 @@ def test_no_drift_is_named_so() -> None:
 
 def test_a_measure_that_is_undefined_is_said_to_be() -> None:
     start = [sae(seed) for seed in range(SEEDS)]
-    real = [numbers(cosines({0: s, 10: encoder_rewired(s, i)})) for i, s in enumerate(start)]
+    real = [numbers(cosines({0: s, 10: encoder_rewired(s, 50 + i)})) for i, s in enumerate(start)]
     null = [numbers(cosines({0: s, 10: refitted(s, i)})) for i, s in enumerate(start)]
     arms = [{m: torch.stack([f[m] for f in arm]) for m in MEASURES} for arm in (real, null)]
     rows = {row.measure: row for row in rows_of(CELLS, *arms)}
