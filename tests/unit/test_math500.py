@@ -6,7 +6,6 @@ import json
 import os
 import random
 import sys
-import time
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -291,11 +290,10 @@ def test_what_a_loop_wrote_is_wrong_and_no_error() -> None:
         assert not verify_math(example, text, True).correct
 
 
-def test_boxes_in_boxes_cost_no_time() -> None:
-    start = time.process_time()
-    assert last_boxed(r"\boxed{" * 3000) is None
-    assert last_boxed(r"\boxed{" * 3000 + "}" * 3000) == ""
-    assert time.process_time() - start < 0.5
+def test_boxes_in_boxes_are_read_in_one_pass() -> None:
+    n = 300_000  # a second pass for every box would go on for hours
+    assert last_boxed(r"\boxed{" * n) is None
+    assert last_boxed(r"\boxed{" * n + "}" * n) == ""
 
 
 def test_the_gold_in_the_text_is_not_enough() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -107,11 +106,10 @@ def test_the_letter_that_a_completion_answers_with(completion: str, letter: str 
     assert find_letter(completion) == letter
 
 
-def test_a_long_row_of_marks_costs_no_time() -> None:
-    start = time.process_time()
-    for text in ("*" * 10_000, "answer is " + "*" * 10_000, "answer:" * 3000, "(" * 10_000 + "E"):
+def test_a_long_row_of_marks_is_read_in_one_pass() -> None:
+    n = 300_000  # a second pass for every mark would go on for hours
+    for text in ("*" * n, "answer is " + "*" * n, "answer:" * n, "(" * n + "E"):
         assert find_letter(text) is None
-    assert time.process_time() - start < 0.5
 
 
 def folder(path: Path) -> Path:
