@@ -124,7 +124,7 @@ def test_leave_one_group_out_by_hand() -> None:
     assert_close(adv, torch.tensor([[-14.0], [-12.0], [8.0], [18.0]]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_return_estimators_equal_slow_loops(seed: int) -> None:
     batch = Batch(seed)
@@ -148,7 +148,7 @@ def test_return_estimators_equal_slow_loops(seed: int) -> None:
         assert_close(got, torch.tensor(expected)[:, None] * batch.mask_BT, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_permuting_a_group_permutes_its_advantages(seed: int) -> None:
     batch = Batch(seed)
@@ -218,7 +218,7 @@ def test_reward_to_go_by_hand() -> None:
     assert_close(reward_to_go_advantages(reward, MASK, 2, 0.5), adv)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from([0.0, 0.7, 1.0]))
 def test_reward_to_go_equals_slow_loop(seed: int, gamma: float) -> None:
     batch = Batch(seed)
@@ -250,7 +250,7 @@ def test_gae_by_hand() -> None:
     assert_close(out.return_BT, torch.tensor([[0.15625, 0.375, 1.0], [0.375, 1.0, 0.0]]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from([0.5, 1.0]), st.sampled_from([0.0, 0.9, 1.0]))
 def test_gae_equals_the_sum_of_deltas(seed: int, gamma: float, lam: float) -> None:
     batch = Batch(seed)

@@ -264,7 +264,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(PIECES, max_size=8), st.sampled_from(["\nA:", "\nA: <think>"]))
 def test_every_edit_takes_any_text_and_keeps_the_final_answer(
     words: list[str], prefill: str

@@ -76,7 +76,7 @@ def test_empty_mini_batch_weighs_nothing(aggregation: str) -> None:
     assert (token_weights(empty, aggregation, count_totals(empty), 8) == 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS, st.sampled_from(AGGREGATIONS), st.sampled_from(sorted(POLICY_LOSSES)))
 def test_split_padding_and_order_leave_loss_and_gradient_unchanged(
     seed: int, aggregation: str, name: str
@@ -183,7 +183,7 @@ def test_gspo_token_by_hand() -> None:
     assert_close(grad(out.loss_BT.sum(), logp), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_gspo_token_equals_sequence_gspo_for_a_constant_advantage(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from operando.recipe import (
@@ -244,7 +244,6 @@ def test_fence_by_hand_and_what_it_counts() -> None:
     assert value(FENCE, "<Think>a</think >") == -0.5
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2000))
 def test_every_further_tag_costs_in_float32_too(n: int) -> None:
     texts = [" <x1>" * n, " <x1>" * (n + 1)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import select
@@ -130,7 +131,8 @@ class _Talk:
         self.keys = [secrets.token_hex(16) for _ in job.requests]
         header = {
             "program": job.program,
-            "seconds": int(job.limits.seconds + GRACE + 0.999),
+            "seconds": math.ceil(job.limits.seconds + GRACE)
+            + 1,  # so that the parent's clock rules
             "memory_mb": job.limits.memory_mb,
             "layers": list(layers),
         }
