@@ -35,7 +35,7 @@ from operando.launch import launch
 from operando.models.load import load_model
 from operando.recipe import ModelConfig, PromptConfig, Recipe
 from operando.recipe_io import check
-from operando.run import read_metrics
+from operando.run_folder import read_metrics
 
 
 def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:

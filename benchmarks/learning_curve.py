@@ -48,7 +48,7 @@ def run_operando(args: argparse.Namespace) -> list[float]:
     from operando.launch import launch
     from operando.recipe import Recipe
     from operando.recipe_io import check
-    from operando.run import read_metrics
+    from operando.run_folder import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, object] = {

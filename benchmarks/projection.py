@@ -23,7 +23,7 @@ from operando.launch import launch
 from operando.models.load import load_model
 from operando.recipe import ModelConfig, Recipe
 from operando.recipe_io import check
-from operando.run import read_metrics
+from operando.run_folder import read_metrics
 
 ARMS: dict[str, dict[str, object]] = {
     "without": {},

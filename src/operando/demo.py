@@ -15,7 +15,8 @@ from operando.recipe import Recipe
 from operando.recipe_io import load_recipe
 from operando.report.cards import paired_sentence
 from operando.report.html import write_report
-from operando.run import free_name, read_metrics, read_recipe, read_rows
+from operando.run import free_name
+from operando.run_folder import read_metrics, read_recipe, read_rows
 from operando.study.stats import paired_difference, wilson
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -18,13 +17,15 @@ from operando import parallel
 from operando.audit.doctor import diagnose, show_finding, shown_live
 from operando.discovery.directions import refresher
 from operando.display import RunDisplay, StudyDisplay
+from operando.files import read_object
 from operando.models.load import count_layers
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
-from operando.run import Run, read_metrics, read_rows
+from operando.run import Run
+from operando.run_folder import read_metrics, read_rows
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
 from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
@@ -125,7 +126,7 @@ def run_contribution(
 def run_study(console: Console, study: Study, at_once: int, on_ray: bool) -> StudyResult:
     """Train every arm and seed in a process each, ask all the same, and judge the claims."""
     quieten_libraries()
-    registered = json.loads(preregister(study).read_text(encoding="utf-8"))
+    registered = read_object(preregister(study), amendments=list)
     jobs = plan(study)
     left = [job for job in jobs.values() if not job.is_done]
     cores = os.cpu_count() or 1

@@ -37,6 +37,7 @@ from operando.calibrate.show import drafting_tables, halting_tables
 from operando.calibrate.source import SourceConfig
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.errors import GateFailed, UserError, nearest
+from operando.files import parse_json, read_object, read_text
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
 from operando.pretrain.fit import STATE
@@ -229,7 +230,7 @@ def _is_missing(file: Path, recipe: MixtureRecipe | SftRecipe) -> bool:
     """Return whether a stage is still to be made; one made by another recipe is an error."""
     if not file.is_file():
         return True
-    then = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+    then = read_object(file, recipe=dict)["recipe"]
     changed = differences(then, recipe.model_dump(mode="json", exclude={"out"}))
     if changed:
         raise UserError(
@@ -290,7 +291,7 @@ def _overrides(task: AskedTask) -> tuple[str, ...]:
 def _ask(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     settings = [task.model_dump(mode="json") for task in recipe.tasks]
     file, record = chain.folder / "answers.parquet", chain.folder / "answers.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
+    if record.is_file() and parse_json(read_text(record), str(record)) == settings:
         return
     console.print(f"seed {chain.seed}, asking every stage", highlight=False)
     first, *others = chain.models.values()

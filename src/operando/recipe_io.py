@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from operando.errors import UserError, nearest
+from operando.files import brief, is_file, parser_said, read_text
 from operando.recipe import (
     Config,
     MixtureRecipe,
@@ -26,7 +27,7 @@ C = TypeVar("C", bound=Config)
 def recipe_file(name: str) -> Path:
     """Return the file that `name` means: a path, or a recipe that ships with operando."""
     here = Path(name)
-    if here.is_file():
+    if is_file(here):
         return here
     shipped = shipped_recipes()
     wanted = here.name if here.suffix == ".toml" else f"{here.name}.toml"
@@ -34,7 +35,7 @@ def recipe_file(name: str) -> Path:
         if file.name == wanted:
             return file
     raise UserError(
-        f"no recipe {name!r}: neither a file nor a shipped recipe."
+        f"no recipe {brief(name)}: neither a file nor a shipped recipe."
         f"{nearest(wanted, [f.name for f in shipped])} "
         f"Shipped: {', '.join(f.stem for f in shipped)}"
     )
@@ -56,7 +57,7 @@ def read_toml(file: Path) -> dict[str, object]:
     if base is None:
         return tables
     base_file = file.parent / str(base)
-    if not base_file.is_file():
+    if not is_file(base_file):
         raise UserError(f"{file}: base = {base!r}, but there is no file {base_file}")
     below = _parse_toml(base_file)
     if "base" in below:
@@ -65,12 +66,11 @@ def read_toml(file: Path) -> dict[str, object]:
 
 
 def _parse_toml(file: Path) -> dict[str, object]:
+    text = read_text(file)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not a text file: {error}") from error
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid TOML: {parser_said(error)}") from error
 
 
 def merge(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
@@ -95,6 +95,8 @@ def apply_override(tables: dict[str, object], override: str) -> dict[str, object
         value: object = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"override {brief(override)}: {parser_said(error)}") from error
     nested: object = value
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}

@@ -14,7 +14,8 @@ from operando import parallel
 from operando.models.freeze import Certificate
 from operando.recipe import Recipe
 from operando.rollout.held_out import Judged
-from operando.run import Run, read_metrics, write_json, write_parquet
+from operando.run import Run, write_json, write_parquet
+from operando.run_folder import read_metrics
 from operando.types import Batch, Rewards, Trace
 from operando.update.hygiene import duplicate_fraction, zero_variance_fraction
 from operando.update.losses import Totals, effective_sample_size, kl_estimate

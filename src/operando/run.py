@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -28,12 +29,13 @@ import pyarrow.parquet as pq
 import torch
 
 from operando.errors import UserError
+from operando.owned import FolderLock
 from operando.recipe import Recipe
-from operando.recipe_io import check, read_toml, to_toml
+from operando.recipe_io import to_toml
+from operando.run_folder import FORMAT, metric_lines, read_manifest, read_recipe, step_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 PACKAGES = ("operando", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -64,9 +66,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.{os.getpid()}.part"
     try:
         yield temporary
+        sync(temporary)
         if target.is_dir() and temporary.is_dir():
             shutil.rmtree(target)
         os.replace(temporary, target)
+        sync_one(target.parent)
     except Exception as error:
         if _is_full_disk(error):
             raise UserError(
@@ -78,6 +82,21 @@ def atomic_path(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder with all that is in it, to the disk itself."""
+    for inside in path.rglob("*") if path.is_dir() else ():
+        sync_one(inside)
+    sync_one(path)
+
+
+def sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -112,20 +131,30 @@ class Run:
     Example: run = Run.create(recipe); run.log_metrics({"step": 1, "reward": 0.4}); run.close()
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, lock: FolderLock | None = None) -> None:
         self.folder = folder
         self.recipe = recipe
         self.seeds = SeedTree(recipe.seed)
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._lock = lock  # None: another process of the same run holds it
+        self._metrics = self._open_metrics()
 
     @classmethod
     def create(cls, recipe: Recipe, command: str = "") -> Run:
-        """Return a new run folder; an existing one is an error."""
+        """Return a new run folder, which this process owns; an existing one is an error."""
         folder = Path(recipe.runs_dir) / recipe.name
-        if folder.exists():
-            raise UserError(
-                f"{folder} exists. Go on with it: --resume. Or choose another: name=NEW_NAME"
-            )
+        with ExitStack() as undo:
+            lock = FolderLock(folder)
+            undo.callback(lock.release)
+            if folder.exists():
+                raise UserError(
+                    f"{folder} exists. Go on with it: --resume. Or choose another: name=NEW_NAME"
+                )
+            cls._begin(folder, recipe, command)
+            undo.pop_all()
+        return cls(folder, recipe, lock)
+
+    @staticmethod
+    def _begin(folder: Path, recipe: Recipe, command: str) -> None:
         part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
             part.mkdir(parents=True)
@@ -134,13 +163,14 @@ class Run:
             (part / "code.diff").write_text(_git("diff", "HEAD") or "", encoding="utf-8")
             part.rename(folder)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"can't make the run folder {folder}: {error}") from error
-        return cls(folder, recipe)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     @classmethod
     def resume(cls, recipe: Recipe) -> Run:
-        """Return an existing run folder to go on with; the recipe must be the one it began with."""
+        """Return an existing run folder to go on with, which this process owns from now on; the
+        recipe must be the one it began with."""
         folder = Path(recipe.runs_dir) / recipe.name
         old = read_recipe(folder)
         if old != recipe:
@@ -149,7 +179,7 @@ class Run:
                 f"{folder} was begun with another recipe; changed: {'; '.join(changed)}. "
                 "Undo the change, or begin a new run with name=NEW_NAME"
             )
-        return cls(folder, recipe)
+        return cls(folder, recipe, FolderLock(folder))
 
     @classmethod
     def follow(cls, recipe: Recipe) -> Run:
@@ -158,108 +188,70 @@ class Run:
 
     def warnings(self) -> list[str]:
         """Return the warnings so far."""
-        return json.loads((self.folder / "manifest.json").read_text())["warnings"]
+        return list(map(str, _list(read_manifest(self.folder)["warnings"])))
 
     def log_metrics(self, metrics: Mapping[str, float | int | str | None]) -> None:
-        """Append one line to metrics.jsonl; NaN becomes null."""
+        """Append one line to metrics.jsonl, now and not later; NaN becomes null."""
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in metrics.items()
         }
-        self._metrics.write(json.dumps(clean) + "\n")
+        line = (json.dumps(clean) + "\n").encode()
+        try:
+            written = self._metrics.write(line)
+        except OSError as error:
+            written, why = 0, error.strerror
+        else:
+            why = "no space left"
+        if written != len(line):
+            raise UserError(
+                f"{self.folder / 'metrics.jsonl'}: {why}; what is saved is whole: make room, then "
+                "go on with --resume"
+            )
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk itself, before a checkpoint that needs its rows."""
+        os.fsync(self._metrics.fileno())
+
+    def _open_metrics(self) -> io.FileIO:
+        return io.FileIO(self.folder / "metrics.jsonl", "a")  # unbuffered: close has nothing left
 
     def rewind_to(self, step: int) -> None:
         """Drop what was written after `step`, so that the resumed run writes it again."""
         self._metrics.close()
-        kept = [line for line, row in _metric_lines(self.folder) if int(str(row["step"])) <= step]
+        kept = [line for line, row in metric_lines(self.folder) if int(row["step"] or 0) <= step]
         with atomic_path(self.folder / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         for kind in ("rollouts", "evals"):
-            for file in (self.folder / kind).glob("*step_*.parquet"):
-                if int(file.stem.rpartition("_")[2]) > step:
+            for file in (self.folder / kind).iterdir() if (self.folder / kind).is_dir() else ():
+                at = step_of(file)
+                if at is not None and at > step:
                     file.unlink()
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._metrics = self._open_metrics()
 
     def warn(self, message: str) -> None:
         """Record a warning in the manifest, once, and log it."""
-        manifest = json.loads((self.folder / "manifest.json").read_text())
-        if message not in manifest["warnings"]:
-            manifest["warnings"].append(message)
-            write_json(self.folder / "manifest.json", manifest)
+        manifest = read_manifest(self.folder)
+        warnings = _list(manifest["warnings"])
+        if message not in warnings:
+            write_json(self.folder / "manifest.json", manifest | {"warnings": [*warnings, message]})
             logger.warning(message)
 
     def note(self, **facts: object) -> None:
         """Add facts (hashes of data and model, ...) to the manifest."""
-        manifest = json.loads((self.folder / "manifest.json").read_text())
+        manifest = read_manifest(self.folder)
         write_json(self.folder / "manifest.json", {**manifest, **facts})
 
     def close(self) -> None:
+        """Give the folder back."""
         self._metrics.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """Return the recipe of a run folder of this format."""
-    read_manifest(folder)
-    file = folder / "recipe.toml"
-    return check(Recipe, read_toml(file), str(file))
-
-
-def read_manifest(folder: Path) -> dict[str, object]:
-    """Return the manifest of a run folder; a folder of another format is an error."""
-    file = folder / "manifest.json"
-    if not file.is_file():
-        beside = sorted(m.parent.name for m in folder.parent.glob("*/manifest.json"))
-        known = f" Runs there: {', '.join(beside[:8])}" if beside else ""
-        raise UserError(f"{folder} is not a run folder: it has no manifest.json.{known}")
-    try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} has run format {manifest.get('format')!r}; this operando reads {FORMAT}. "
-            f"It was written by operando {manifest.get('versions', {}).get('operando', '?')}"
-        )
-    return manifest
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl as floats, without what is null, not finite or text."""
-    return [
-        {key: value for key, value in row.items() if value is not None} for row in read_rows(folder)
-    ]
-
-
-def read_rows(folder: Path) -> list[dict[str, float | None]]:
-    """Return the rows of metrics.jsonl without what is text; None is a number that was not finite.
-
-    A folder of another program may hold NaN or Infinity as they are: they are None as well.
-    """
-    return [
-        {
-            key: float(value) if value is not None and math.isfinite(value) else None
-            for key, value in row.items()
-            if not isinstance(value, str)
-        }
-        for _, row in _metric_lines(folder)
-    ]
-
-
-def _metric_lines(folder: Path) -> list[tuple[str, dict[str, float | int | str | None]]]:
-    """Return each line of metrics.jsonl with its row; a last line cut by a kill is left out."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    found = []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append((line, json.loads(line)))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{file}:{number} is damaged: {error}") from error
-    return found
+def _list(value: object) -> list[object]:
+    assert isinstance(value, list)
+    return value
 
 
 def _manifest(recipe: Recipe, command: str) -> dict[str, object]:

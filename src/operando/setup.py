@@ -13,6 +13,7 @@ import torch
 
 from operando import parallel
 from operando.errors import UserError
+from operando.files import read_object
 from operando.internals.directions import DirectionSet, check_directions, load_directions
 from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
@@ -28,7 +29,8 @@ from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
 from operando.rollout.steered import SteeredSampler
-from operando.run import Run, read_manifest, read_metrics
+from operando.run import Run
+from operando.run_folder import read_manifest, read_metrics
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
@@ -297,7 +299,7 @@ def check_base(certificate: Path, insulation: Insulation) -> None:
         raise UserError(
             f"{certificate} is missing: what this checkpoint was trained over is unknown"
         )
-    former = json.loads(certificate.read_text(encoding="utf-8"))["frozen_sha256"]
+    former = str(read_object(certificate, frozen_sha256=str)["frozen_sha256"])
     now = joint_digest(insulation.frozen())
     if former != now:
         raise UserError(
@@ -308,13 +310,22 @@ def check_base(certificate: Path, insulation: Insulation) -> None:
 
 def resume(setup: Setup) -> int:
     """Return the last step that was saved, with weights and optimizer as they were; else 0."""
-    steps = saved_steps(setup.run.folder)
+    rows = {int(row["step"]): row for row in read_metrics(setup.run.folder)}
+    saved = saved_steps(setup.run.folder)
+    steps = [step for step in saved if step in rows]
+    if saved and not steps:
+        raise UserError(
+            f"{setup.run.folder}/metrics.jsonl has no row of a saved step (saved: "
+            f"{', '.join(map(str, saved))}): it was cut or emptied. Put it back, or begin a new "
+            "run with name=NEW_NAME"
+        )
     done = steps[-1] if steps else 0
+    if parallel.rank() == 0 and steps[-1:] != saved[-1:]:
+        setup.run.warn(f"metrics.jsonl has no row of step {saved[-1]}: gone on from step {done}")
     if done:
         check_base(checkpoint_folder(setup.run.folder, done) / "certificate.json", setup.insulation)
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)
-        row = next(row for row in read_metrics(setup.run.folder) if row["step"] == done)
-        setup.kl_coef = row.get("kl_coef", setup.kl_coef)
+        setup.kl_coef = rows[done].get("kl_coef", setup.kl_coef)
     if setup.projector is not None:
         if done:
             setup.projector.resume(done)

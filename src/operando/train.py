@@ -37,6 +37,7 @@ from operando.rollout.held_out import answer_greedily, judge
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
 from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up, shifted
+from operando.stopping import Stopped, stops_after_step
 from operando.types import Batch, Rewards, Trace, make_batch
 from operando.update import hygiene
 from operando.update.card import draft_card
@@ -80,14 +81,18 @@ def train(
     done = resume(setup)
     if done == 0:
         report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
-    for step in range(done + 1, recipe.steps + 1):
-        begin_step(setup, step)
-        metrics, batch = train_step(setup, step)
-        if step % recipe.eval.every == 0 or step == recipe.steps:
-            metrics |= evaluate(setup, step)
-        report_step(setup, tracker, step, batch, metrics, on_step)
-        if recipe.saves(step):
-            write_checkpoint(setup, step)
+    with stops_after_step() as asked_to_stop:
+        for step in range(done + 1, recipe.steps + 1):
+            begin_step(setup, step)
+            metrics, batch = train_step(setup, step)
+            if step % recipe.eval.every == 0 or step == recipe.steps:
+                metrics |= evaluate(setup, step)
+            report_step(setup, tracker, step, batch, metrics, on_step)
+            signum = parallel.max_over_ranks(asked_to_stop())
+            if recipe.saves(step) or signum:
+                write_checkpoint(setup, step)
+            if signum and step < recipe.steps:
+                raise Stopped(signum, f"stopped; step {step} is saved: go on with --resume")
     if parallel.rank() == 0:
         write_results(run, recipe, time.monotonic() - started)
     tracker.finish()
@@ -152,8 +157,8 @@ def evaluate(setup: Setup, step: int) -> dict[str, float]:
 
 
 def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int], Prefix | None]:
-    """Return this step's rollouts (all ranks'), which rows this rank scores and trains on, and what
-    the sampler saw below the first trained block."""
+    """Return this step's rollouts of all ranks, the rows of this one, and what the sampler saw
+    below the first trained block."""
     config = setup.recipe.rollout
     each = config.num_prompts // parallel.world_size()
     first = parallel.rank() * each
@@ -309,9 +314,7 @@ def write_checkpoint(setup: Setup, step: int) -> None:
         "README.md": draft_card(setup.recipe, step, policy),
         "certificate.json": certificate.as_text(),
     }
-    save_checkpoint(
-        run.folder, step, policy, setup.optimizer, weights, documents, setup.recipe.checkpoint.keep
-    )
+    save_checkpoint(run, step, policy, setup.optimizer, weights, documents)
     if parallel.rank() == 0:
         write_certificate(run, certificate)
 

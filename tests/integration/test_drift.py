@@ -33,7 +33,7 @@ from operando.internals.sae_formats import load_sae, save_sae
 from operando.recipe.rewards import ScorerReward
 from operando.recipe.update import KlConfig, OptimConfig
 from operando.recipe_io import to_toml
-from operando.run import read_recipe
+from operando.run_folder import read_recipe
 from tests.integration.runs import tiny, trained
 
 QUIET = Console(quiet=True)

@@ -21,7 +21,8 @@ from operando.internals.sae import SAE, Origin
 from operando.internals.sae_formats import load_sae, save_sae
 from operando.models.load import load_model, width_of
 from operando.models.policy import Policy
-from operando.run import SeedTree, read_recipe
+from operando.run import SeedTree
+from operando.run_folder import read_recipe
 from tests.integration.runs import tiny, trained
 
 QUIET = Console(quiet=True)

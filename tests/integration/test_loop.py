@@ -18,7 +18,8 @@ from operando import cli, setup
 from operando.errors import UserError
 from operando.launch import launch
 from operando.recipe_io import load_recipe
-from operando.run import Run, read_metrics
+from operando.run import Run
+from operando.run_folder import read_metrics
 from operando.train import train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -24,7 +24,8 @@ from operando.models.layers import decoder_blocks
 from operando.models.load import Loaded, auto_class, load_model
 from operando.models.policy import Policy
 from operando.recipe import LoraConfig, ModelConfig
-from operando.run import SeedTree, read_manifest
+from operando.run import SeedTree
+from operando.run_folder import read_manifest
 from tests.integration.runs import adapter, captured_setups, metric_rows, tiny, trained
 from tests.unit.multimodal import saved_multimodal, tiny_multimodal
 from tests.unit.tiny import byte_tokenizer, tiny_model

@@ -12,7 +12,7 @@ from operando.cli import main
 from operando.errors import GateFailed, UserError
 from operando.pipeline import Chain, load_pipeline, run_chain, stage_cells
 from operando.recipe import PipelineRecipe
-from operando.run import read_recipe
+from operando.run_folder import read_recipe
 
 RECIPES = {
     "pretrain.toml": """

@@ -17,7 +17,7 @@ from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.recipe import ModelConfig
 from operando.recipe_io import to_toml
-from operando.run import read_manifest
+from operando.run_folder import read_manifest
 from tests.integration.runs import adapter, metric_rows, python, rollout_rows, tiny, trained
 
 

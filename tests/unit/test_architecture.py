@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
-    "errors", "recipe", "recipe_io", "types", "run", "parallel", "models", "internals", "tasks",
+    "errors", "text", "files", "owned", "stopping", "recipe", "recipe_io", "run_folder",
+    "types", "run", "parallel", "models", "internals", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
     "drift", "study", "calibrate", "discovery", "audit", "report", "display", "launch", "demo",
     "pipeline", "cli", "__main__",
@@ -62,5 +63,6 @@ def test_the_command_line_starts_without_torch() -> None:
         tree = ast.parse(file.read_text())
         top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         named |= {getattr(n, "module", None) or n.names[0].name for n in top}
-    own = {"operando.errors", "operando.cli", "operando.cli.app"}
-    assert named == {"__future__", "sys", "pathlib", "typing", "typer"} | own
+    light = {"errors", "files", "owned", "stopping", "cli", "cli.app"}
+    library = {"__future__", "signal", "sys", "pathlib", "typing", "typer"}
+    assert named == library | {f"operando.{name}" for name in light}

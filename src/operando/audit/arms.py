@@ -12,7 +12,8 @@ from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import PromptConfig, Recipe
 from operando.rollout.sampler import Sampler, Sampling, as_rollouts, make_sampler, uniform_streams
-from operando.run import SeedTree, read_recipe
+from operando.run import SeedTree
+from operando.run_folder import read_recipe
 from operando.tasks.prompts import make_prompts
 from operando.types import Example, Prompt, Rollout
 from operando.update.checkpoint import load_weights, pick_step

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.models.freeze import Certificate, Insulation, check_merged
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.run import SeedTree, read_recipe, write_json
+from operando.run import SeedTree, write_json
+from operando.run_folder import read_recipe
 from operando.update.checkpoint import checkpoint_folder, load_weights, pick_step
 
 
@@ -40,11 +41,8 @@ def check_former(file: Path, certificate: Certificate) -> None:
     """Refuse a certificate that was made for other weights or another base."""
     if not file.is_file():
         raise UserError(f"{file} is missing: this checkpoint was saved without a certificate")
-    try:
-        former = json.loads(file.read_text(encoding="utf-8"))
-        weights, frozen = former["weights_sha256"], former["frozen_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no insulation certificate: {error!r}") from error
+    former = read_object(file, weights_sha256=str, frozen_sha256=str)
+    weights, frozen = str(former["weights_sha256"]), str(former["frozen_sha256"])
     if weights != certificate.weights_sha256:
         raise UserError(
             f"{file} was made for other weights: it names sha256 {weights[:12]}, the files beside "

@@ -33,7 +33,8 @@ from operando.audit.rules_update import (
 )
 from operando.errors import UserError
 from operando.recipe import Recipe
-from operando.run import read_recipe, read_rows, write_json
+from operando.run import write_json
+from operando.run_folder import read_recipe, read_rows
 
 
 class Rule(NamedTuple):

@@ -10,7 +10,8 @@ from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
 from operando.rollout.held_out import Judged, answer_greedily
 from operando.rollout.sampler import Sampling, make_sampler
-from operando.run import SeedTree, read_recipe, write_parquet
+from operando.run import SeedTree, write_parquet
+from operando.run_folder import read_recipe
 from operando.setup import make_prompt_sets
 from operando.study.stats import PairedDifference, paired_difference
 from operando.tasks.load import load_task

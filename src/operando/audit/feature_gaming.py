@@ -25,7 +25,8 @@ from operando.rewards.base import TrainerState
 from operando.rewards.compose import RewardPart, make_parts, pay
 from operando.rollout.held_out import judge
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
-from operando.run import SeedTree, read_recipe, write_json
+from operando.run import SeedTree, write_json
+from operando.run_folder import read_recipe
 from operando.setup import make_prompt_sets, make_taps
 from operando.study.stats import Interval, wilson
 from operando.tasks.load import load_task

@@ -23,7 +23,8 @@ from operando.recipe_io import load_recipe
 from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
 from operando.rewards.compose import RewardPart, make_parts, weighted_sum
 from operando.rewards.formats import is_one_block
-from operando.run import read_recipe, write_json
+from operando.run import write_json
+from operando.run_folder import read_recipe
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.types import Rollout

@@ -51,7 +51,8 @@ from operando.recipe_io import apply_override, check
 from operando.rollout.held_out import answer_greedily
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
-from operando.run import read_recipe, write_json
+from operando.run import write_json
+from operando.run_folder import read_recipe
 from operando.tasks.load import load_task
 from operando.tasks.loops import NEXT_QUESTION_STOPS
 from operando.tasks.prompts import make_prompts

@@ -34,7 +34,8 @@ from operando.recipe import (
 )
 from operando.rollout.held_out import Judged
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler
-from operando.run import SeedTree, read_recipe, write_parquet
+from operando.run import SeedTree, write_parquet
+from operando.run_folder import check_model_or_run, read_recipe
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
 from operando.tasks import clrs
 from operando.tasks.base import Task
@@ -198,18 +199,15 @@ def _is_run(folder: Path) -> bool:
 
 def _models(folder: Path, step: int | None, is_first: bool) -> list[Model]:
     """Return a run's base and trained model (of --also: the trained one), or a folder's model."""
+    check_model_or_run(folder)
     if _is_run(folder):
         recipe, at = read_recipe(folder), pick_step(folder, step if is_first else None)
         trained = Model(f"{folder.name} step {at}", recipe.model, folder, at)
         base = Model(f"base {Path(recipe.model.id).name}", recipe.model, None, 0)
         return [base, trained] if is_first else [trained]
-    if (folder / "config.json").is_file():
-        if step is not None and is_first:
-            raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
-        return [Model(folder.name, ModelConfig(id=str(folder)), None, 0)]
-    raise UserError(
-        f"{folder}: neither a run folder (with manifest.json) nor a model folder (with config.json)"
-    )
+    if step is not None and is_first:
+        raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
+    return [Model(folder.name, ModelConfig(id=str(folder)), None, 0)]
 
 
 # --- what is asked -------------------------------------------------------------------------------

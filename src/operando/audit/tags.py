@@ -14,7 +14,8 @@ from rich.table import Table
 
 from operando.errors import UserError
 from operando.rewards.formats import find_tags, pair_tags
-from operando.run import read_manifest, write_json
+from operando.run import write_json
+from operando.run_folder import read_manifest
 from operando.study.stats import PairedDifference, paired_difference
 
 HELD_OUT = re.compile(r"held_out_step_(\d+)\.parquet")

@@ -36,7 +36,8 @@ from operando.recipe_io import apply_override, check
 from operando.rollout.held_out import judge
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
-from operando.run import SeedTree, atomic_path, read_recipe, write_json
+from operando.run import SeedTree, atomic_path, write_json
+from operando.run_folder import read_recipe
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts

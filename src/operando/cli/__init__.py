@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 # isort: off
@@ -10,13 +11,16 @@ from operando.cli import runs, audits, inside, calibrate  # in the order of the 
 
 # isort: on
 from operando.errors import GateFailed, UserError
+from operando.files import brief
+from operando.stopping import Stopped, stop_now
 
 __all__ = ["app", "audits", "calibrate", "inside", "main", "runs"]
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, a diverged run 1, a
-    check that failed 3."""
+    check that failed 3, a signal 128 and its number."""
+    signal.signal(signal.SIGTERM, stop_now)
     try:
         app()
     except UserError as error:
@@ -28,6 +32,13 @@ def main() -> None:
     except FloatingPointError as error:  # a number that is not finite
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; go on with the same command (train: and --resume)", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written, a name too long
+        if error.filename is None and error.strerror is None:
+            raise
+        where = f"{brief(str(error.filename))}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted; go on with the same command (train: and --resume)"
+        print(text, file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 130)

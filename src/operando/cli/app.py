@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from operando.owned import owned
 
 app = typer.Typer(
     add_completion=False,
@@ -17,3 +20,16 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="a.b=value, TOML values", show_default=False)
 ]
+
+
+def own(context: typer.Context, folder: Path) -> None:
+    """Hold a folder till the command's end; one that another process writes is an error."""
+    context.with_resource(owned(folder))
+
+
+def own_run(context: typer.Context, folder: Path) -> None:
+    """Hold a run folder till the command's end; what is none is an error, before torch is there."""
+    from operando.run_folder import read_recipe
+
+    read_recipe(folder)
+    own(context, folder)

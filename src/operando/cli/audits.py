@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app
+from operando.cli.app import Overrides, app, own, own_run
 from operando.errors import UserError
 
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
     num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
@@ -42,6 +43,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer held-out problems with the base and the trained model on the same prompts, paired."""
+    from operando.run_folder import check_model_or_run
+
+    check_model_or_run(run)
+    own(context, run)
     from operando.audit.evaluate import evaluate_run
     from operando.audit.outside import (
         OutsideConfig,
@@ -81,6 +86,7 @@ def evaluate(
 
 @app.command()
 def canary(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     prompts: Annotated[
         Path | None, typer.Option(help="A .jsonl file; default: the prompts in the package.")
@@ -92,6 +98,7 @@ def canary(
     ] = "ours",
 ) -> None:
     """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
+    own_run(context, run)
     from operando.audit.canary import canary_lines, canary_table, run_canary
     from operando.audit.feature_gaming import game_features, gaming_lines
     from operando.display import make_console
@@ -117,10 +124,12 @@ def canary(
 
 @app.command()
 def certify(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
 ) -> None:
     """Check from the files alone that training landed only in its layers; exit code 3 if not."""
+    own_run(context, run)
     from operando.audit.certify import certify_run
     from operando.display import make_console, show_certificate
     from operando.launch import quieten_libraries
@@ -139,6 +148,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Default: RUN/report.html.")] = None,
 ) -> None:
     """Write one self-contained HTML page about runs, and refresh their model cards."""
+    from operando.run_folder import read_recipe
+
+    for run in runs:
+        read_recipe(run)
+
     from operando.report.cards import write_cards
     from operando.report.html import write_report
 
@@ -151,6 +165,10 @@ def report(
 @app.command()
 def doctor(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
     """Say what ails a run, with the arithmetic and a remedy, or what was checked and is well."""
+    from operando.run_folder import read_recipe
+
+    read_recipe(run)
+
     from operando.audit.doctor import examine, show_diagnosis
     from operando.display import make_console
 
@@ -181,8 +199,11 @@ def fuzz(
 
 
 @app.command()
-def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def tags(
+    context: typer.Context, run: Annotated[Path, typer.Argument(help="A run folder.")]
+) -> None:
     """Show the tags a run's model writes, base beside trained on the same prompts."""
+    own_run(context, run)
     from operando.audit.tags import audit_tags, tags_table
     from operando.display import make_console
 
@@ -202,6 +223,7 @@ def audit() -> None:
 
 @audit_app.command("pathology")
 def pathology(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="task.key=value, with --task", show_default=False)
@@ -216,6 +238,10 @@ def pathology(
     seed: Annotated[int, typer.Option(min=0, help="Of random models, shuffles, intervals.")] = 0,
 ) -> None:
     """Audit the loops of a recursive model beside random twins; exit code 3 if a test fails."""
+    from operando.run_folder import check_model_or_run
+
+    check_model_or_run(run)
+    own(context, run)
     from operando.audit.pathology import audit_pathology
     from operando.audit.pathology_show import pathology_tables
     from operando.display import make_console

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app
+from operando.cli.app import Overrides, app, own
 
 calibrate_app = typer.Typer(
     no_args_is_help=True, help="Halting and drafting of a recursive model, its policy frozen."
@@ -35,6 +35,7 @@ Seed = Annotated[int, typer.Option(min=0)]
 
 @calibrate_app.command("halting")
 def calibrate_halting(
+    context: typer.Context,
     run: Run,
     overrides: Overrides = None,
     task: TaskOption = None,
@@ -54,6 +55,10 @@ def calibrate_halting(
     seed: Seed = 0,
 ) -> None:
     """Fit the halt head and choose its threshold; exit code 3 if none keeps the rule."""
+    from operando.run_folder import check_model_or_run
+
+    check_model_or_run(run)
+    own(context, out or run)
     from operando.calibrate.halt_head import Rule
     from operando.calibrate.halting import HaltingConfig
     from operando.calibrate.halting import calibrate_halting as calibrate
@@ -80,6 +85,7 @@ def calibrate_halting(
 
 @calibrate_app.command("drafting")
 def calibrate_drafting(
+    context: typer.Context,
     run: Run,
     overrides: Overrides = None,
     task: TaskOption = None,
@@ -99,6 +105,10 @@ def calibrate_drafting(
     seed: Seed = 0,
 ) -> None:
     """Fit the drafting heads and choose how many draft; exit code 3 if a token changes."""
+    from operando.run_folder import check_model_or_run
+
+    check_model_or_run(run)
+    own(context, out or run)
     from operando.calibrate.drafting import DraftingConfig
     from operando.calibrate.drafting import calibrate_drafting as calibrate
     from operando.calibrate.show import drafting_tables

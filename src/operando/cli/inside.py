@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app
+from operando.cli.app import Overrides, app, own_run
 from operando.errors import UserError
 
 features_app = typer.Typer(no_args_is_help=True, help="SAE features that go with right answers.")
@@ -20,14 +20,16 @@ def features_discover(
     overrides: Overrides = None,
 ) -> None:
     """Find features that tell right from wrong answers; exit code 3 if the gate stays closed."""
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+
     from operando.discovery.features import discover
     from operando.discovery.show import show_discovery
     from operando.display import counting, make_console
     from operando.launch import quieten_libraries
-    from operando.recipe_io import load_recipe
 
     quieten_libraries()
-    checked = load_recipe(recipe, tuple(overrides or ()))
     console = make_console()
     with counting(console, "prompts answered") as progress:
         found = discover(checked, progress)
@@ -47,14 +49,16 @@ def direction_extract(
     overrides: Overrides = None,
 ) -> None:
     """Extract a hack-ward direction and its controls; exit code 3 if it fails its gate."""
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+
     from operando.discovery.directions import extract
     from operando.discovery.show import show_directions
     from operando.display import make_console
     from operando.launch import quieten_libraries
-    from operando.recipe_io import load_recipe
 
     quieten_libraries()
-    checked = load_recipe(recipe, tuple(overrides or ()))
     found = extract(checked)
     show_directions(make_console(), found)
     print(found.files["real"])
@@ -68,14 +72,16 @@ def direction_validate(
     overrides: Overrides = None,
 ) -> None:
     """Judge the written directions on pairs of the task's held-out split."""
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+
     from operando.discovery.directions import validate
     from operando.discovery.show import accuracy_table
     from operando.display import make_console
     from operando.launch import quieten_libraries
-    from operando.recipe_io import load_recipe
 
     quieten_libraries()
-    checked = load_recipe(recipe, tuple(overrides or ()))
     make_console().print(accuracy_table(validate(checked), checked.eval.num, {}))
 
 
@@ -89,14 +95,16 @@ def direction_steer(
     num: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 50,
 ) -> None:
     """Add each direction while the base answers: do the answers turn to hacks?"""
+    from operando.recipe_io import load_recipe
+
+    checked = load_recipe(recipe, tuple(overrides or ()))
+
     from operando.discovery.directions import steer
     from operando.discovery.show import steering_table
     from operando.display import make_console
     from operando.launch import quieten_libraries
-    from operando.recipe_io import load_recipe
 
     quieten_libraries()
-    checked = load_recipe(recipe, tuple(overrides or ()))
     make_console().print(steering_table(steer(checked, scale or [0.2, 0.5, 1.0], num)))
 
 
@@ -106,6 +114,7 @@ app.add_typer(sae_app, name="sae")
 
 @sae_app.command("train")
 def sae_train(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     layers: Annotated[str, typer.Option(help='Layers to read after, e.g. "2,4".')],
     expansion: Annotated[int, typer.Option(min=1, help="Features a dimension.")] = 8,
@@ -130,6 +139,7 @@ def sae_train(
     tokens: Annotated[int, typer.Option(min=1000, help="Most tokens to read.")] = 20_000,
 ) -> None:
     """Train a warm-start SAE chain over the stages, with its null arm. Goes on where it stopped."""
+    own_run(context, run)
     from operando.display import make_console
     from operando.drift.commands import train_run_saes
     from operando.launch import quieten_libraries
@@ -143,8 +153,12 @@ def sae_train(
 
 
 @sae_app.command("eval")
-def sae_eval(run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")]) -> None:
+def sae_eval(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")],
+) -> None:
     """Show how good the chains' SAEs are on held-out texts: error, sparsity, loss recovered."""
+    own_run(context, run)
     from operando.display import make_console
     from operando.drift.evaluate import evaluate_saes, quality_table
     from operando.launch import quieten_libraries
@@ -157,6 +171,7 @@ def sae_eval(run: Annotated[Path, typer.Argument(help="A run folder with SAE cha
 
 @app.command()
 def drift(
+    context: typer.Context,
     runs: Annotated[list[str], typer.Argument(help="A run folder; or: compare RUN_A RUN_B RUN_C.")],
     frozen: Annotated[
         Path | None, typer.Option(help="One SAE of any format for all stages, not refitted.")
@@ -172,6 +187,11 @@ def drift(
     ] = None,
 ) -> None:
     """Show what changed inside between a run's stages, the null arm beside every number."""
+    if runs[0] != "compare" and len(runs) != 1:
+        raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
+    for folder in dict.fromkeys(runs[1:] if runs[0] == "compare" else runs):
+        own_run(context, Path(folder))
+
     from operando.display import make_console
     from operando.drift.commands import show_drift, show_frozen, show_grid
     from operando.drift.compare import compare_drift
@@ -179,8 +199,6 @@ def drift(
 
     quieten_libraries()
     console = make_console()
-    if runs[0] != "compare" and len(runs) != 1:
-        raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
     if layers is not None and not grid:
         raise UserError("drift: --layers belongs to --grid")
     if site is not None and not (grid or frozen):

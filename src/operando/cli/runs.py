@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app
+from operando.cli.app import Overrides, app, own
 from operando.errors import UserError
 
 
@@ -34,12 +34,14 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on where the run of this name stopped.")] = False,
 ) -> None:
     """Train as a recipe says. Prints the run folder last."""
-    from operando.display import make_console
-    from operando.launch import dry_run as check_only
-    from operando.launch import launch
     from operando.recipe_io import load_recipe
 
     checked = load_recipe(recipe, tuple(overrides or ()))
+
+    from operando.display import make_console
+    from operando.launch import dry_run as check_only
+    from operando.launch import launch
+
     console = make_console()
     if dry_run:
         check_only(console, checked)
@@ -60,12 +62,14 @@ def contribution(
     ] = None,
 ) -> None:
     """Train each block of layers alone: which share of all layers' gain does it bring?"""
-    from operando.display import make_console
-    from operando.launch import run_contribution
     from operando.recipe_io import load_recipe
-    from operando.report.contribution import contribution_table
 
     checked = load_recipe(recipe, tuple(overrides or ()))
+
+    from operando.display import make_console
+    from operando.launch import run_contribution
+    from operando.report.contribution import contribution_table
+
     console = make_console()
     result = run_contribution(console, checked, width, seeds, sets or [])
     console.print(contribution_table(result))
@@ -82,6 +86,10 @@ def study(
     dry_run: Annotated[bool, typer.Option(help="Check it and print the plan.")] = False,
 ) -> None:
     """Train arms x seeds, ask all the same, judge preregistered claims; 3 if one is falsified."""
+    from operando.recipe_io import load_study_recipe
+
+    load_study_recipe(recipe)  # its mistakes at once; those of its arms need the library
+
     from operando.display import make_console
     from operando.launch import run_study, show_plan
     from operando.report.study import study_tables, visible_sentences
@@ -144,6 +152,7 @@ def import_model(
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the saved state; [mixture] only.")] = (
@@ -151,15 +160,18 @@ def pretrain(
     ),
 ) -> None:
     """Train a small language model from nothing, on word problems or on a mixture of sources."""
+    from operando.recipe_io import load_pretrain_recipe
+
+    checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
+
     from operando.display import PretrainDisplay, make_console
     from operando.launch import quieten_libraries
     from operando.pretrain.lm import pretrain as run_pretraining
     from operando.pretrain.mixture import num_steps, pretrain_mixture
     from operando.recipe import MixtureRecipe
-    from operando.recipe_io import load_pretrain_recipe
 
-    checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
     quieten_libraries()
+    own(context, Path(checked.out))
     if isinstance(checked, MixtureRecipe):
         with PretrainDisplay(make_console(), num_steps(checked)) as display:
             folder = pretrain_mixture(checked, resume, display.show)
@@ -173,18 +185,22 @@ def pretrain(
 
 @app.command()
 def sft(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A fine-tuning recipe.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the saved state.")] = False,
 ) -> None:
     """Train a model on the answers of question-answer pairs, and write it as a model folder."""
-    from operando.display import PretrainDisplay, make_console
-    from operando.launch import quieten_libraries
-    from operando.pretrain.sft import finetune, num_steps
     from operando.recipe_io import load_sft_recipe
 
     checked = load_sft_recipe(recipe, tuple(overrides or ()))
+
+    from operando.display import PretrainDisplay, make_console
+    from operando.launch import quieten_libraries
+    from operando.pretrain.sft import finetune, num_steps
+
     quieten_libraries()
+    own(context, Path(checked.out))
     with PretrainDisplay(make_console(), num_steps(checked), "fine-tuning") as display:
         folder = finetune(checked, resume, display.show)
     print(folder)
@@ -203,6 +219,10 @@ def pipeline(
 ) -> None:
     """Pre-train, fine-tune, train by RL, calibrate, audit and ask every stage the same problems;
     exit code 3 if the doctor finds an error in an RL stage."""
+    from operando.recipe_io import load_pipeline_recipe
+
+    load_pipeline_recipe(recipe)  # its mistakes at once; those of its stages need the library
+
     from operando.display import make_console
     from operando.launch import quieten_libraries
     from operando.pipeline import load_pipeline, run_chain, run_seeds, stage_cells, stages_table

@@ -12,7 +12,6 @@ Beside its weights each folder keeps training.json: the settings, and how the tr
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from operando.drift.collect import Texts, load_acts, stages_of
 from operando.drift.quality import mean_activation, sink_tokens
 from operando.drift.sae_train import EpochStats, SaeTrainConfig, train_sae
 from operando.errors import UserError
+from operando.files import read_object
 from operando.internals.sae import SAE, Origin
 from operando.internals.sae_formats import load_sae, save_sae
 from operando.run import SeedTree, atomic_path, write_json
@@ -186,7 +186,7 @@ def training_of(folder: Path) -> Training:
             f"{folder} holds no {RECORD}, so nobody knows how it was trained; remove it to train "
             "it again"
         )
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = read_object(file, history=list, settings=dict)
     history = tuple(EpochStats(**line) for line in value.pop("history"))
     return Training(ChainConfig(**value.pop("settings")), history=history, **value)
 

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from operando.drift.quality import splicing
 from operando.errors import UserError
+from operando.files import read_object
 from operando.models.hooks import ActivationReader
 from operando.models.load import head_weight, load_model, lora_in_model_dtype
 from operando.models.logprobs import token_logps
 from operando.models.policy import Policy
-from operando.run import SeedTree, atomic_path, read_manifest, read_recipe, write_json
+from operando.run import SeedTree, atomic_path, write_json
+from operando.run_folder import read_manifest, read_recipe
 from operando.update.checkpoint import load_weights, weight_steps
 
 Writer = Literal["base", "last", "both"]
@@ -109,7 +111,7 @@ def chosen_texts(run: Path) -> Texts:
     file = run / "drift" / "texts.json"
     if not file.is_file():
         raise UserError(f"{run} has no SAE chains; run: operando sae train {run}")
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = read_object(file, writer=str, max_tokens=int, digest=str)
     texts = read_texts(run, kept["writer"], kept["max_tokens"])
     if texts.digest != kept["digest"]:
         raise UserError(f"{run}/rollouts changed since its SAEs were trained: other token ids")
@@ -121,7 +123,7 @@ def choose_texts(run: Path, writer: Writer, max_tokens: int) -> Texts:
     texts = read_texts(run, writer, max_tokens)
     file = run / "drift" / "texts.json"
     value = {"writer": writer, "max_tokens": max_tokens, "digest": texts.digest}
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != value:
+    if file.is_file() and read_object(file) != value:
         raise UserError(
             f"{run} has SAEs of other texts ({file}); give the same --texts and --tokens, or "
             f"remove {run}/saes and {run}/drift"
@@ -159,7 +161,7 @@ def collect(
     """
     stages = stages_of(run)
     where = run / "drift" / "acts" / texts.writer / "texts.json"
-    known = json.loads(where.read_text())["digest"] if where.is_file() else None
+    known = read_object(where, digest=str)["digest"] if where.is_file() else None
     if known != texts.digest:
         for old in where.parent.glob("step_*/*.npy"):
             old.unlink()

@@ -31,7 +31,7 @@ from operando.internals.sae_formats import load_sae
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of
 from operando.recipe import Recipe
-from operando.run import read_recipe
+from operando.run_folder import read_recipe
 
 WRITERS = ("base", "last", "both")
 CHOICES = {

@@ -16,7 +16,8 @@ from operando.drift.nulls import Band, Verdict, classify
 from operando.drift.transitions import MEASURES, Measure, cosines, numbers
 from operando.errors import UserError
 from operando.recipe import Recipe
-from operando.run import read_recipe, write_json
+from operando.run import write_json
+from operando.run_folder import read_recipe
 
 Cell = tuple[str, int, int]
 Limits = tuple[float, float, float]  # value, low, high

@@ -32,7 +32,8 @@ from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.run import SeedTree, read_recipe, write_parquet
+from operando.run import SeedTree, write_parquet
+from operando.run_folder import read_recipe
 from operando.update.checkpoint import load_weights
 
 

@@ -5,8 +5,7 @@ the base's texts and on the last model's, which tells "the text changed" from "t
 
 Siblings, the texts of one prompt, are one text for every interval and test.
 
-Dims: N tokens, G texts, D width of the model, M features, T stages, R resamples; C columns of sums
-over the tokens of a text.
+Dims: N tokens, G texts, D width of the model, M features, T stages, R resamples; C sums a text.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ from operando.drift.quality import sink_tokens
 from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.run import SeedTree, read_recipe, write_json, write_parquet
+from operando.run import SeedTree, write_json, write_parquet
+from operando.run_folder import read_recipe
 from operando.update.checkpoint import load_weights
 
 FDR = 0.05

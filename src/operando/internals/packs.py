@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.internals.sae import SAE
 from operando.internals.sae_formats import load_sae
 from operando.recipe import PromptConfig
@@ -91,10 +92,7 @@ def load_pack(path: str | Path) -> FeaturePack:
             f"there is no feature pack {file}; make one with: operando features discover RECIPE"
         )
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        pack = TypeAdapter(FeaturePack).validate_python(held)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
+        pack = TypeAdapter(FeaturePack).validate_python(read_object(file))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.internals.sae import SAE, Activation, Origin
 
 
@@ -128,10 +129,7 @@ def whole(value: object, where: str, key: str) -> int:
 
 
 def read_json(file: Path) -> dict[str, object]:
-    try:
-        return mapping(json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged or cut short: {error}") from error
+    return mapping(read_object(file))
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:

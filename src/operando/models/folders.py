@@ -7,13 +7,13 @@ names a tokenizer class that 4.x does not have.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from operando.files import read_object
 from operando.models.recursive import RecursiveCausalLM
 from operando.run import write_json
 
@@ -77,5 +77,5 @@ def _with_class_of_4(config: Json) -> Json:
 
 
 def _edit(file: Path, change: Callable[[Json], Json]) -> None:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     write_json(file, change(config))

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils.import_utils import is_gguf_available
 
 from operando.errors import UserError, nearest
+from operando.files import read_object
 from operando.models.folders import save_folder
 from operando.models.gguf_read import GgufFile, read_model
 from operando.models.load import cache_folder
@@ -157,7 +158,7 @@ def _sha256_of(folder: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+        return str(read_object(file, sha256=str)["sha256"])
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): delete {folder} and import again") from error
 

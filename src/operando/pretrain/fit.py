@@ -24,6 +24,7 @@ from operando.errors import UserError
 from operando.pretrain.lm import PretrainProgress, draw_loops
 from operando.recipe import MixtureRecipe, SftRecipe
 from operando.run import atomic_path, differences
+from operando.stopping import Stopped, stops_after_step
 
 STATE = "training_state.pt"
 IGNORED = -100  # a label that has no loss
@@ -84,26 +85,30 @@ def fit(
         )
     model.train()
     started, before = time.monotonic(), tokens
-    for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(recipe, steps, step)
-        batch = batch_at(step)
-        ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
-        # Right padding under causal attention needs no attention mask.
-        # Of the step alone, so that a resumed training draws the same.
-        loops = draw_loops(min_loops, model, random.Random(f"{recipe.seed}/loops/{step}"))
-        loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
-        assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        tokens += int((labels_BS != IGNORED).sum())
-        losses = [*losses, float(loss.detach())][-FINAL:]
-        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < steps:
-            _save(file, asked, model, optimizer, step + 1, tokens, losses)
-        rate = (tokens - before) / (time.monotonic() - started)
-        on_step(PretrainProgress(step + 1, steps, losses[-1], rate))
+    with stops_after_step() as asked_to_stop:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(recipe, steps, step)
+            batch = batch_at(step)
+            ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
+            # Right padding under causal attention needs no attention mask.
+            # Of the step alone, so that a resumed training draws the same.
+            loops = draw_loops(min_loops, model, random.Random(f"{recipe.seed}/loops/{step}"))
+            loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
+            assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            tokens += int((labels_BS != IGNORED).sum())
+            losses = [*losses, float(loss.detach())][-FINAL:]
+            rate = (tokens - before) / (time.monotonic() - started)
+            on_step(PretrainProgress(step + 1, steps, losses[-1], rate))
+            signum = asked_to_stop()
+            if ((step + 1) % recipe.checkpoint_every == 0 or signum) and step + 1 < steps:
+                _save(file, asked, model, optimizer, step + 1, tokens, losses)
+                if signum:
+                    raise Stopped(signum, f"stopped; step {step + 1} is saved: go on with --resume")
     model.eval()
     return Fitted(tokens, round(sum(losses) / len(losses), 4), steps)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ import pyarrow.parquet as pq
 from operando.audit.doctor import diagnose_folder, last_step
 from operando.audit.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
+from operando.files import read_object, read_text
 from operando.recipe import Recipe
-from operando.run import read_manifest, read_recipe, read_rows
+from operando.run_folder import read_manifest, read_recipe, read_rows, step_of
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
 
 GAP_LIMIT = 0.02  # nats a token; float32 and matching kernels stay under 0.001
@@ -90,13 +90,13 @@ def collect(folder: Path) -> RunTables:
     manifest = read_manifest(folder)
     results = _read_results(folder)
     warnings = manifest["warnings"]
-    assert isinstance(warnings, list), f"manifest warnings: {warnings!r}"
+    assert isinstance(warnings, list)  # read_manifest looked
     at = last_step(rows)
     return RunTables(
         folder=folder,
         label=recipe.name,
         recipe=recipe,
-        recipe_text=(folder / "recipe.toml").read_text(encoding="utf-8"),
+        recipe_text=read_text(folder / "recipe.toml"),
         manifest=manifest,
         rows=rows,
         finished=results is not None,
@@ -126,15 +126,13 @@ def _read_results(folder: Path) -> Mapping[str, object] | None:
     file = folder / "results.json"
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    return read_object(file)
 
 
 def step_files(folder: Path, pattern: str) -> dict[int, Path]:
     """Return the files `<pattern>_00020.parquet` by step, in order."""
-    files = {int(f.stem.rpartition("_")[2]): f for f in folder.glob(f"{pattern}_*.parquet")}
+    named = [(step_of(file), file) for file in folder.glob(f"{pattern}_*.parquet")]
+    files = {step: file for step, file in named if step is not None}
     return dict(sorted(files.items()))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from operando.errors import UserError, nearest
+from operando.files import read_object
 from operando.recipe import Recipe, StudyRecipe
 from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, to_toml
 from operando.run import Run, atomic_path, differences, write_json
@@ -166,7 +167,7 @@ def preregister(study: Study) -> Path:
         registered = {"written": now, "sha256": digest, "seeds": seeds, "amendments": []}
         write_json(file, registered | promised)
         return file
-    old = json.loads(file.read_text(encoding="utf-8"))
+    old = read_object(file, sha256=str, seeds=list, amendments=list)
     if old["sha256"] != digest:
         then = {key: old[key] for key in promised}
         changed = differences(then, json.loads(json.dumps(promised)))

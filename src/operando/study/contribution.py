@@ -6,12 +6,12 @@ contribution", 2607.01232), with an interval over seeds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.models.layers import parse_layer_set
 from operando.recipe import Recipe
 from operando.run import write_json
@@ -116,6 +116,6 @@ def _by_seed(gains: Mapping[tuple[str, int], float]) -> dict[str, dict[str, floa
 
 def _held_out(folder: Path) -> tuple[float, float]:
     """Return held-out accuracy before and after a run."""
-    held_out = json.loads((folder / "results.json").read_text(encoding="utf-8"))["held_out"]
+    held_out = read_object(folder / "results.json", held_out=dict)["held_out"]
     base, trained = held_out["base"], held_out["trained"]
     return base["correct"] / base["n"], trained["correct"] / trained["n"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from operando.files import read_object
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import ModelConfig, Recipe
@@ -53,7 +54,7 @@ def _measure(
 ) -> Path:
     file, note = folder / "evals" / "study.parquet", folder / "evals" / "study.json"
     asked = json.loads(json.dumps({"model": model, "asked": _asked(study)}))
-    if file.is_file() and note.is_file() and json.loads(note.read_text()) == asked:
+    if file.is_file() and note.is_file() and read_object(note) == asked:
         return file
     columns = answer(study, recipe, folder if step is not None else None, step)
     note.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.models.load import cache_folder
 from operando.recipe import CodeTaskConfig
 from operando.run import hash_file, write_json
@@ -155,7 +156,7 @@ def check_problems(
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     file = cache_folder() / "code" / f"checked_{digest}.json"
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file, expected=dict, wrong=dict)
     else:
         found = {"expected": {}, "wrong": {}}
         sources = [job for job in made if job.requests]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from operando.errors import UserError, nearest
+from operando.files import brief, parse_json, read_text
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -102,18 +101,10 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
     # Not splitlines: a JSON string may hold U+2028 and its like, and one question does.
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = raw.decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: not JSON: {error}") from error
+        row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: expected an object, got {row!r}")
+            raise UserError(f"{file}:{number}: expected an object, got {brief(row)}")
         yield Row(row, f"{file}:{number}")

@@ -7,7 +7,6 @@ no source is left out or repeated without being told to.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
+from operando.files import read_text
 from operando.models.tokens import text_ids
 from operando.recipe import (
     ClrsSource,
@@ -148,13 +148,8 @@ def _read(config: FileSource, file: Path) -> tuple[list[Document], Mapping[str, 
 
 
 def _blocks(file: Path) -> list[str]:
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = raw.decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read: {error}") from error
     blocks: list[list[str]] = [[]]
-    for line in lines:
+    for line in read_text(file).split("\n"):
         if line.strip():
             blocks[-1].append(line)
         elif blocks[-1]:

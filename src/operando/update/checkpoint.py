@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from operando import parallel
 from operando.errors import UserError
 from operando.models.policy import Policy
-from operando.run import atomic_path
+from operando.run import Run, atomic_path
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -37,18 +37,19 @@ def saved_steps(run_folder: Path) -> list[int]:
 
 
 def save_checkpoint(
-    run_folder: Path,
+    run: Run,
     step: int,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     weights: Mapping[str, Tensor],
     documents: Mapping[str, str],
-    keep: int | None,
 ) -> Path:
-    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest `keep`.
+    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest to keep, and
+    those that a signal had saved between the recipe's.
 
     `weights` are Policy.save_weights(); `documents` are text files beside them, by name.
     """
+    run_folder, recipe = run.folder, run.recipe
     folder = checkpoint_folder(run_folder, step)
     trained = {name: parallel.whole(p.detach()).cpu() for name, p in policy.trainable().items()}
     state = {
@@ -58,6 +59,7 @@ def save_checkpoint(
         "optimizer": _optimizer_state(optimizer),
     }
     if parallel.rank() == 0:
+        run.sync()
         with atomic_path(folder) as part:
             part.mkdir(parents=True)
             policy.save_pretrained(part, weights)
@@ -65,6 +67,10 @@ def save_checkpoint(
                 (part / name).write_text(text, encoding="utf-8")
             (part / "resume").mkdir()
             torch.save(state, part / "resume" / "state.pt")
+        for old in saved_steps(run_folder):
+            if old < step and not recipe.saves(old):
+                shutil.rmtree(checkpoint_folder(run_folder, old))
+        keep = recipe.checkpoint.keep
         for old in saved_steps(run_folder)[: -keep if keep is not None else 0]:
             shutil.rmtree(checkpoint_folder(run_folder, old) / "resume")
     parallel.barrier()

@@ -6,7 +6,6 @@ checkpoint of another layout would load as another model without a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from operando.errors import UserError
+from operando.files import read_object
 from operando.models.recursive.configuration import RecursiveConfig
 from operando.models.recursive.modeling import RecursiveCausalLM
 
@@ -25,10 +25,7 @@ def check_layout(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return  # a hub id
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    config = read_object(file)
     if config.get("model_type") != RecursiveConfig.model_type:
         return
     given = _given(folder)
