@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
-    "errors", "recipe", "recipe_io", "types", "run", "parallel", "models", "internals", "tasks",
+    "text", "errors", "recipe", "recipe_io", "types", "run", "parallel", "models", "internals",
+    "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
     "drift", "study", "calibrate", "discovery", "audit", "report", "display", "launch", "demo",
     "pipeline", "cli", "__main__",

@@ -19,13 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from operando.errors import UserError, nearest
+from operando.text import encodable, one_line
 from operando.types import Rollout, Trace
 
+ROLLOUT_COLUMNS = frozenset({
+    "step", "group", "sample", "prompt", "completion", "answer", "correct", "reason",
+    "is_truncated", "discarded", "reward", "advantage", "prompt_ids", "completion_ids", "tokens",
+    "sampling_logp", "old_logp", "ref_logp", "entropy", "advantage_tokens", "reward_tokens",
+})  # fmt: skip
+"""Columns that records.write_rollouts writes itself."""
 RewardValue = float | None | Sequence[float]
 RewardFunction = Callable[..., Sequence[RewardValue]]
 
@@ -45,10 +53,41 @@ class RewardLog:
     columns: dict[str, list[object]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
+        if not name or one_line(name) != name:
+            raise UserError(f"log_metric: expected a name on one line, got {name[:200]!r}")
         self.metrics.setdefault(name, []).append(float(value))
 
-    def log_extra(self, column: str, values: list[object]) -> None:
-        self.columns[column] = list(values)
+    def log_extra(self, column: str, values: Sequence[object]) -> None:
+        """Keep a column for the rollouts' parquet; its texts are made encodable (text.py).
+
+        A column that no parquet can hold, or that would stand in the place of one of the run's own
+        (`correct`, `reward`, ...), is an error.
+        """
+        if not column or one_line(column) != column or column in ROLLOUT_COLUMNS:
+            raise UserError(
+                f"log_extra: expected a column name on one line that is none of the run's own, got "
+                f"{column[:200]!r}"
+            )
+        self.columns[column] = [_encodable(value) for value in values]
+        try:
+            pa.array(self.columns[column])
+        except (pa.ArrowException, OverflowError) as error:
+            raise UserError(
+                f"log_extra: column {column!r}: expected numbers, texts or lists, all of one kind: "
+                f"{error}"
+            ) from error
+
+
+def _encodable(value: object) -> object:
+    match value:
+        case str():
+            return encodable(value)
+        case list() | tuple():
+            return [_encodable(one) for one in value]
+        case dict():
+            return {_encodable(k): _encodable(v) for k, v in value.items()}
+        case _:
+            return value
 
 
 def wants_trace(function: RewardFunction) -> bool:
@@ -91,6 +130,12 @@ def call_reward(
             values = asyncio.run(values)
     except Exception as error:  # rewritten, never swallowed: a broken reward is not a reward of 0
         raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    for column, held in log.columns.items():
+        if len(held) != len(rollouts):
+            raise UserError(
+                f"reward {name!r}, log_extra: column {column!r} has {len(held)} values for "
+                f"{len(rollouts)} completions"
+            )
     return _check_length(name, values, rollouts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from operando.errors import UserError, nearest
+from operando.text import lone_surrogate
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -87,16 +89,21 @@ class Source(NamedTuple):
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Return the rows of a .jsonl, .jsonl.gz or .parquet file."""
+    """Return the rows of a .jsonl, .jsonl.gz or .parquet file, as they stand there.
+
+    Control characters are data, and stay. A lone surrogate ("\\ud800" in JSON) has no bytes, so
+    nothing could be trained on it: it is an error that names the line.
+    """
     return _parquet_rows(file) if file.name.endswith(".parquet") else _jsonl_rows(file)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
+        rows = table.to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable parquet file: {error}") from error
-    for i, row in enumerate(table.to_pylist()):
+    for i, row in enumerate(rows):
         yield Row(row, f"{file}: row {i}")
 
 
@@ -105,15 +112,21 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         lines = raw.decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{file}: can't be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            broken = lone_surrogate(row) if "\\u" in line else None
+        except (ValueError, RecursionError) as error:  # too deep, or a number of 5,000 digits
             raise UserError(f"{file}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: expected an object, got {row!r}")
+        if broken is not None:
+            raise UserError(
+                f"{file}:{number}: a lone surrogate, which is no character: {broken[:80]!r}. Write "
+                "what it stands for, or leave the row out"
+            )
         yield Row(row, f"{file}:{number}")

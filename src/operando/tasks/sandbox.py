@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from operando.errors import UserError
+from operando.text import one_line
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 GRACE = 1.0  # seconds of wall time beyond the limit, for the interpreter's start
@@ -162,6 +163,8 @@ class _Talk:
         try:
             said = json.loads(line)
             state, value = str(said["state"]), str(said["value"])
+            if not (value.isascii() and value.isprintable()):  # what `encode` never writes
+                state, value = state if state != "value" else "raised", one_line(value)
         except (ValueError, KeyError, TypeError, RecursionError):
             return  # not one of ours: the program wrote it
         if not self.state:
