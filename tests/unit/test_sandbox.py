@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import socket
@@ -300,7 +301,7 @@ def test_every_way_out_is_refused_by_each_layer_alone(layers: tuple[str, ...]) -
 
 @needs_kernel
 def test_no_thread_outlives_anything_since_none_starts() -> None:
-    program = "import _thread\n_thread.start_new_thread(print, ())"
+    program = "import queue\nqueue.threading._start_new_thread(print, ())"
     assert run_in(("kernel",), program, "1").detail == "RuntimeError: can't start new thread"
 
 
@@ -356,3 +357,47 @@ def test_attacks_side_by_side_leave_a_good_answer_right() -> None:
     codes = [HANGS["signals ignored"], GOOD, "import os\nos._exit(0)", GOOD, ESCAPES["fork bomb"]]
     found = grade_all([(ADD, fence.format(c), "run_tests") for c in codes], FAST, 4)
     assert [g.correct for g in found] == [False, True, False, True, False]
+
+
+# --- each wall alone -----------------------------------------------------------------------------
+
+OTHERS = (("landlock",), ("uid",), ("landlock", "uid"), ("bwrap",))
+LEAD = "import os, sys, queue\n"  # os and queue still hold what their modules are made of
+ATTACKS = {
+    "read a file": "os.close(os.open('/etc/passwd', os.O_RDONLY))",
+    "write in /tmp": "os.close(os.open(TMP + '/new', os.O_CREAT | os.O_WRONLY))",
+    "mkfifo": "os.mkfifo(TMP + '/fifo')",
+    "list a folder": "os.listdir('/etc')",
+    "run a program": "p = os.posix_spawn('/bin/true', ['true'], {}); "
+    "assert os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) == 0",
+    "fork": "p = os.fork()\nif p == 0: os._exit(0)\nos.waitpid(p, 0)",
+    "thread": "queue.threading._start_new_thread(int, ())",
+    "signal the trainer": "os.kill(os.getppid(), 0)\nassert os.getppid() > 1",
+    "pidfd of the trainer": "import signal\n"
+    "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)\nassert os.getppid() > 1",
+    "priority of the trainer": "assert os.getppid() > 1\nos.setpriority(0, os.getppid(), 5)",
+    "be another user": "os.setuid(1)",
+    "chroot": "os.chroot('/')",
+    "stat a file": "os.stat('/etc/passwd')",
+}  # fmt: skip
+STOPPED: dict[tuple[str, ...], set[str]] = {
+    ("kernel",): set(ATTACKS),
+    ("hook",): set(ATTACKS) - {"list a folder", "pidfd of the trainer", "stat a file"},
+}
+
+
+@functools.cache
+def stands(layers: tuple[str, ...]) -> str:
+    """Return why a wall does not stand here, or an empty text."""
+    return sandbox._fails(layers, sandbox.IMAGE)
+
+
+def attempts(layers: tuple[str, ...], folder: str) -> set[str]:
+    """Return the attacks that a wall alone stops."""
+    found = set()
+    for name, program in ATTACKS.items():
+        outcome = run_in(layers, f"TMP = {folder!r}\n{LEAD}{program}", "1")
+        assert outcome.state in ("ready", "raised"), (name, outcome)
+        if outcome.state == "raised":
+            found.add(name)
+    return found
