@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from operando.errors import UserError
 from operando.tasks import sandbox
 from operando.tasks.code_labels import CodeGrade, CodeTest, Problem, grade_all
 from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_many, run_python
@@ -380,10 +381,22 @@ ATTACKS = {
     "chroot": "os.chroot('/')",
     "stat a file": "os.stat('/etc/passwd')",
 }  # fmt: skip
-STOPPED: dict[tuple[str, ...], set[str]] = {
+STOPPED = {  # as an ordinary user or as root; what is not named, a wall lets through
     ("kernel",): set(ATTACKS),
-    ("hook",): set(ATTACKS) - {"list a folder", "pidfd of the trainer", "stat a file"},
-}
+    ("landlock",): {
+        "read a file", "write in /tmp", "mkfifo", "list a folder", "run a program",
+        "signal the trainer", "pidfd of the trainer",
+    },
+    ("uid",): {
+        "run a program", "fork", "thread", "signal the trainer", "pidfd of the trainer",
+        "priority of the trainer", "be another user", "chroot",
+    },
+    ("landlock", "uid"): set(ATTACKS) - {"stat a file"},
+    ("bwrap",): {
+        "write in /tmp", "mkfifo", "signal the trainer", "pidfd of the trainer",
+        "priority of the trainer", "be another user", "chroot", "read a file", "list a folder",
+    },
+}  # fmt: skip
 
 
 @functools.cache
@@ -401,3 +414,87 @@ def attempts(layers: tuple[str, ...], folder: str) -> set[str]:
         if outcome.state == "raised":
             found.add(name)
     return found
+
+
+@pytest.mark.parametrize("layers", STOPPED, ids="+".join)
+def test_each_wall_alone_stops_what_the_docs_say(layers: tuple[str, ...], tmp_path: Path) -> None:
+    if stands(layers):
+        pytest.skip(stands(layers))
+    found = attempts(layers, str(tmp_path))
+    assert STOPPED[layers] <= found, STOPPED[layers] - found
+    assert not children()
+
+
+@pytest.mark.parametrize("layers", [("kernel",), ("hook",), *OTHERS], ids="+".join)
+@pytest.mark.parametrize(
+    "name", ["faulthandler", "pwd", "posix", "_thread", "atexit", "_posixsubprocess", "_socket"]
+)
+def test_only_the_modules_of_the_list_are_found(layers: tuple[str, ...], name: str) -> None:
+    if stands(layers):
+        pytest.skip(stands(layers))
+    for program in (f"import {name}", f"import sys\nsys.modules.pop({name!r}, 0)\nimport {name}"):
+        assert "ModuleNotFoundError" in run_in(layers, program, "1").detail, program
+
+
+def test_without_a_wall_code_is_refused_unless_the_recipe_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = sandbox._fails
+
+    def fails(layers: tuple[str, ...], image: str) -> str:
+        return "none here" if layers in sandbox.WALLS else real(layers, image)
+
+    monkeypatch.setattr(sandbox, "_fails", fails)
+    sandbox.containment.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"kernel: none here.*task.sandbox = \"none\""):
+            sandbox.containment()
+        assert sandbox.containment("none").detail.startswith("no wall: ")
+        monkeypatch.setenv("PATH", "/nowhere")
+        with pytest.raises(UserError, match="there is no command podman"):
+            sandbox.containment("podman")
+    finally:
+        sandbox.containment.cache_clear()
+
+
+def test_one_answer_has_one_value_in_every_process() -> None:
+    program = "import random\ndef f(): return list(set('abcdefgh')), random.random()"
+    jobs = [Job(program, (Request("f()"),), FAST)] * 8
+    assert len({o.replies for o in run_many(jobs, 2)}) == 1
+
+
+@pytest.mark.parametrize("tool", ["docker", "podman"])
+def test_a_container_gets_no_network_no_rights_and_no_more(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = tmp_path / tool
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n[ $1 = run ] || exit 0\n'
+        f"exec {sys.executable} -s -P -S -B {sandbox.CHILD} 1\n"
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    outcome = sandbox._run(Job("print('x')", (Request("6 * 7"),), FAST), (tool, "hook"))
+    assert outcome.replies == (Reply(True, "42"),)
+    said = (tmp_path / "said").read_text()
+    for option in (
+        "--network=none", "--read-only", "--cap-drop=ALL", "--pids-limit=8", "--memory=576m",
+        "--user=65534:65534", "--security-opt=no-new-privileges", "python:3.11-slim python3",
+        "PYTHONHASHSEED=0", "kill operando-",
+    ):  # fmt: skip
+        assert option in said, option
+
+
+def test_a_class_that_takes_no_swap_is_still_swapped_and_a_lie_about_type_voids_it() -> None:
+    meta = "class M(type):\n    def __setattr__(self, *a): pass\n"
+    code = GOOD.replace("class Solution:", f"{meta}class Solution(metaclass=M):")
+    own = "\ndef run_tests():\n    assert Solution().add(1, 2) == 3"
+    assert grade(code + own).tests == "innocent"
+    assert grade(f"{GOOD}{own}\ntype = None").tests == "unknown"
+
+
+def test_a_forged_state_is_none_and_a_name_is_read_as_python_reads_it() -> None:
+    talk = sandbox._Talk(Job("", ()), ())
+    talk._line(b'{"state": NaN, "value": "x"}')
+    assert talk.state == "" and talk.outcome().detail == ""
+    assert grade(f"{BAD}\ndef run_\u1d57ests():\n    pass").hinted
