@@ -175,7 +175,14 @@ def score_marks(step: int, marks: Sequence[bool]) -> Score:
 def _read_answers(file: Path) -> list[Answer]:
     columns = ["example_id", "question", "completion", "answer", "correct", "reason"]
     return [
-        Answer(**{k: shown(v) if isinstance(v, str) else v for k, v in row.items()})
+        Answer(
+            example_id=row["example_id"],
+            question=shown(row["question"]),
+            completion=shown(row["completion"]),
+            answer=shown(row["answer"]),
+            correct=row["correct"],
+            reason=shown(row["reason"]),
+        )
         for row in pq.read_table(file, columns=columns).to_pylist()
     ]
 
