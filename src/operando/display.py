@@ -19,6 +19,7 @@ from operando.pretrain.lm import PretrainProgress
 from operando.report.cards import paired_sentence
 from operando.setup import StepReport
 from operando.study.stats import wilson
+from operando.text import shown
 
 SHOWN = (
     ("reward", "reward", "{:.3f}"),
@@ -96,7 +97,7 @@ class RunDisplay:
             self.first.setdefault(key, value)
         if report.batch is not None:
             best = max(report.batch.rollouts, key=lambda r: len(r.completion))
-            self.sample = best.prompt.text[-160:] + best.completion[:240]
+            self.sample = shown(best.prompt.text[-160:] + best.completion[:240])
         if "eval/correct" in metrics:
             self.held_out.append((report.step, metrics["eval/correct"]))
         if self.console.is_terminal:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from operando.text import shown
+
 
 class UserError(Exception):
-    """A mistake in what the user gave. The command line prints it and exits with code 2."""
+    """A mistake in what the user gave. The command line prints it and exits with code 2.
+
+    What it quotes may be anybody's: it is printed with its control characters spelled out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class GateFailed(Exception):

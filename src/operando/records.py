@@ -16,6 +16,7 @@ from operando.recipe import Recipe
 from operando.rollout.held_out import Judged
 from operando.run import Run, write_json, write_parquet
 from operando.run_folder import read_metrics
+from operando.text import encodable
 from operando.types import Batch, Rewards, Trace
 from operando.update.hygiene import duplicate_fraction, zero_variance_fraction
 from operando.update.losses import Totals, effective_sample_size, kl_estimate
@@ -141,7 +142,7 @@ def write_rollouts(
 
     def text(token: int) -> str:
         if token not in vocabulary:
-            vocabulary[token] = str(tokenizer.decode([token]))
+            vocabulary[token] = encodable(str(tokenizer.decode([token])))
         return vocabulary[token]
 
     def per_token(x_BT: Float[Tensor, "B T"] | None) -> list[list[float] | None]:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from operando.text import one_line
+
 
 @dataclass(frozen=True)
 class Example:
@@ -32,14 +34,18 @@ class Example:
     columns: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-class Verdict(NamedTuple):
-    """What the verifier says of one completion, and why.
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifier says of one completion, and why, on one line: it may quote the completion.
 
     Example: Verdict(False, "two '####' marks")
     """
 
     correct: bool
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", one_line(self.reason))
 
 
 @dataclass(frozen=True)

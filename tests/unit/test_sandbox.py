@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from operando.errors import UserError
 from operando.tasks import sandbox
 from operando.tasks.code_labels import CodeGrade, CodeTest, Problem, grade_all
 from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_many, run_python
@@ -300,7 +302,7 @@ def test_every_way_out_is_refused_by_each_layer_alone(layers: tuple[str, ...]) -
 
 @needs_kernel
 def test_no_thread_outlives_anything_since_none_starts() -> None:
-    program = "import _thread\n_thread.start_new_thread(print, ())"
+    program = "import queue\nqueue.threading._start_new_thread(print, ())"
     assert run_in(("kernel",), program, "1").detail == "RuntimeError: can't start new thread"
 
 
@@ -356,3 +358,143 @@ def test_attacks_side_by_side_leave_a_good_answer_right() -> None:
     codes = [HANGS["signals ignored"], GOOD, "import os\nos._exit(0)", GOOD, ESCAPES["fork bomb"]]
     found = grade_all([(ADD, fence.format(c), "run_tests") for c in codes], FAST, 4)
     assert [g.correct for g in found] == [False, True, False, True, False]
+
+
+# --- each wall alone -----------------------------------------------------------------------------
+
+OTHERS = (("landlock",), ("uid",), ("landlock", "uid"), ("bwrap",))
+LEAD = "import os, sys, queue\n"  # os and queue still hold what their modules are made of
+ATTACKS = {
+    "read a file": "os.close(os.open('/etc/passwd', os.O_RDONLY))",
+    "write in /tmp": "os.close(os.open(TMP + '/new', os.O_CREAT | os.O_WRONLY))",
+    "mkfifo": "os.mkfifo(TMP + '/fifo')",
+    "list a folder": "os.listdir('/etc')",
+    "run a program": "p = os.posix_spawn('/bin/true', ['true'], {}); "
+    "assert os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) == 0",
+    "fork": "p = os.fork()\nif p == 0: os._exit(0)\nos.waitpid(p, 0)",
+    "thread": "queue.threading._start_new_thread(int, ())",
+    "signal the trainer": "os.kill(os.getppid(), 0)\nassert os.getppid() > 1",
+    "pidfd of the trainer": "import signal\n"
+    "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)\nassert os.getppid() > 1",
+    "priority of the trainer": "assert os.getppid() > 1\nos.setpriority(0, os.getppid(), 5)",
+    "be another user": "os.setuid(1)",
+    "chroot": "os.chroot('/')",
+    "stat a file": "os.stat('/etc/passwd')",
+}  # fmt: skip
+STOPPED = {  # as an ordinary user or as root; what is not named, a wall lets through
+    ("kernel",): set(ATTACKS),
+    ("landlock",): {
+        "read a file", "write in /tmp", "mkfifo", "list a folder", "run a program",
+        "signal the trainer", "pidfd of the trainer",
+    },
+    ("uid",): {
+        "run a program", "fork", "thread", "signal the trainer", "pidfd of the trainer",
+        "priority of the trainer", "be another user", "chroot",
+    },
+    ("landlock", "uid"): set(ATTACKS) - {"stat a file"},
+    ("bwrap",): {
+        "write in /tmp", "mkfifo", "signal the trainer", "pidfd of the trainer",
+        "priority of the trainer", "be another user", "chroot", "read a file", "list a folder",
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def stands(layers: tuple[str, ...]) -> str:
+    """Return why a wall does not stand here, or an empty text."""
+    return sandbox._fails(layers, sandbox.IMAGE)
+
+
+def attempts(layers: tuple[str, ...], folder: str) -> set[str]:
+    """Return the attacks that a wall alone stops."""
+    found = set()
+    for name, program in ATTACKS.items():
+        outcome = run_in(layers, f"TMP = {folder!r}\n{LEAD}{program}", "1")
+        assert outcome.state in ("ready", "raised"), (name, outcome)
+        if outcome.state == "raised":
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("layers", STOPPED, ids="+".join)
+def test_each_wall_alone_stops_what_the_docs_say(layers: tuple[str, ...], tmp_path: Path) -> None:
+    if stands(layers):
+        pytest.skip(stands(layers))
+    found = attempts(layers, str(tmp_path))
+    assert STOPPED[layers] <= found, STOPPED[layers] - found
+    assert not children()
+
+
+@pytest.mark.parametrize("layers", [("kernel",), ("hook",), *OTHERS], ids="+".join)
+@pytest.mark.parametrize(
+    "name", ["faulthandler", "pwd", "posix", "_thread", "atexit", "_posixsubprocess", "_socket"]
+)
+def test_only_the_modules_of_the_list_are_found(layers: tuple[str, ...], name: str) -> None:
+    if stands(layers):
+        pytest.skip(stands(layers))
+    for program in (f"import {name}", f"import sys\nsys.modules.pop({name!r}, 0)\nimport {name}"):
+        assert "ModuleNotFoundError" in run_in(layers, program, "1").detail, program
+
+
+def test_without_a_wall_code_is_refused_unless_the_recipe_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = sandbox._fails
+
+    def fails(layers: tuple[str, ...], image: str) -> str:
+        return "none here" if layers in sandbox.WALLS else real(layers, image)
+
+    monkeypatch.setattr(sandbox, "_fails", fails)
+    sandbox.containment.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"kernel: none here.*task.sandbox = \"none\""):
+            sandbox.containment()
+        assert sandbox.containment("none").detail.startswith("no wall: ")
+        monkeypatch.setenv("PATH", "/nowhere")
+        with pytest.raises(UserError, match="there is no command podman"):
+            sandbox.containment("podman")
+    finally:
+        sandbox.containment.cache_clear()
+
+
+def test_one_answer_has_one_value_in_every_process() -> None:
+    program = "import random\ndef f(): return list(set('abcdefgh')), random.random()"
+    jobs = [Job(program, (Request("f()"),), FAST)] * 8
+    assert len({o.replies for o in run_many(jobs, 2)}) == 1
+
+
+@pytest.mark.parametrize("tool", ["docker", "podman"])
+def test_a_container_gets_no_network_no_rights_and_no_more(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = tmp_path / tool
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n[ $1 = run ] || exit 0\n'
+        f"exec {sys.executable} -s -P -S -B {sandbox.CHILD} 1\n"
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    outcome = sandbox._run(Job("print('x')", (Request("6 * 7"),), FAST), (tool, "hook"))
+    assert outcome.replies == (Reply(True, "42"),)
+    said = (tmp_path / "said").read_text()
+    for option in (
+        "--network=none", "--read-only", "--cap-drop=ALL", "--pids-limit=8", "--memory=576m",
+        "--user=65534:65534", "--security-opt=no-new-privileges", "python:3.11-slim python3",
+        "PYTHONHASHSEED=0", "kill operando-",
+    ):  # fmt: skip
+        assert option in said, option
+
+
+def test_a_class_that_takes_no_swap_is_still_swapped_and_a_lie_about_type_voids_it() -> None:
+    meta = "class M(type):\n    def __setattr__(self, *a): pass\n"
+    code = GOOD.replace("class Solution:", f"{meta}class Solution(metaclass=M):")
+    own = "\ndef run_tests():\n    assert Solution().add(1, 2) == 3"
+    assert grade(code + own).tests == "innocent"
+    assert grade(f"{GOOD}{own}\ntype = None").tests == "unknown"
+
+
+def test_a_forged_state_is_none_and_a_name_is_read_as_python_reads_it() -> None:
+    talk = sandbox._Talk(Job("", ()), ())
+    talk._line(b'{"state": NaN, "value": "x"}')
+    assert talk.state == "" and talk.outcome().detail == ""
+    assert grade(f"{BAD}\ndef run_\u1d57ests():\n    pass").hinted

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils.hub import cached_file
 
 from operando.errors import UserError
+from operando.text import encodable, lone_surrogate
 
 
 def load_tokenizer(where: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -43,6 +44,9 @@ def text_ids(
 
     A text that the ids don't hold is a UserError, which names `what`; see `lost_in_ids`.
     """
+    for text in texts:
+        if lone_surrogate(text) is not None:
+            raise UserError(f"{what}: a lone surrogate, which is no character: {text[:200]!r}")
     rows: list[list[int]] = (
         tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     )
@@ -133,13 +137,14 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
     """Return the text that a model wrote, as rewards, stops and verifiers read it.
 
     Without beginning, end and padding tokens. Every other special token stands as it is spelled:
-    a <think> that is registered as special is part of the answer.
+    a <think> that is registered as special is part of the answer. So do control characters, which
+    a report spells out; a lone surrogate, which a decoder in Python may leave, is U+FFFD.
     """
     hidden = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     shown = [i for i in ids if i not in hidden]
     text = tokenizer.decode(shown, clean_up_tokenization_spaces=False)
     assert isinstance(text, str), type(text)
-    return text
+    return encodable(text)
 
 
 def check_stop(

@@ -155,6 +155,11 @@ class CodeTaskConfig(Config):
     memory_mb: int = Field(default=1024, ge=128)
     workers: int | None = Field(default=None, ge=1)
     """Sandboxes at once; absent: one a core."""
+    sandbox: Literal["wall", "none", "docker", "podman"] = "wall"
+    """wall: seccomp, else Landlock, else bubblewrap; where none holds, an error. none: without one
+    too, by Python's audit hook alone. docker, podman: a container for each answer."""
+    sandbox_image: str = Field(default="python:3.11-slim", pattern=r"^[A-Za-z0-9][\w.:/@-]*$")
+    """Of docker and podman: an image with Python 3.11 or later as python3."""
     failing: Literal["error", "drop"] = "error"
     """What a problem is whose canonical solution fails or whose tests can't be read."""
     seed: int = 0

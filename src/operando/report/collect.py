@@ -16,6 +16,7 @@ from operando.files import read_object, read_text
 from operando.recipe import Recipe
 from operando.run_folder import read_manifest, read_recipe, read_rows, step_of
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
+from operando.text import shown
 
 GAP_LIMIT = 0.02  # nats a token; float32 and matching kernels stay under 0.001
 ESS_LIMIT = 0.9
@@ -171,7 +172,17 @@ def score_marks(step: int, marks: Sequence[bool]) -> Score:
 
 def _read_answers(file: Path) -> list[Answer]:
     columns = ["example_id", "question", "completion", "answer", "correct", "reason"]
-    return [Answer(**row) for row in pq.read_table(file, columns=columns).to_pylist()]
+    return [
+        Answer(
+            example_id=row["example_id"],
+            question=shown(row["question"]),
+            completion=shown(row["completion"]),
+            answer=shown(row["answer"]),
+            correct=row["correct"],
+            reason=shown(row["reason"]),
+        )
+        for row in pq.read_table(file, columns=columns).to_pylist()
+    ]
 
 
 def _cautions(recipe: Recipe, rows: Sequence[Row], last_step: int, *, finished: bool) -> list[str]:

@@ -13,6 +13,7 @@ from operando.report.collect import Change, HeldOut, RunTables, Score, collect_a
 from operando.report.figures import Chart, Table, charts
 from operando.report.samples import MAX_TOKENS, SampleSet, choose_samples, pack
 from operando.run import atomic_path
+from operando.text import encodable
 
 HERE = Path(__file__).parent
 MAX_CHANGES = 20  # of each list in the page; the rest is in evals/
@@ -152,4 +153,5 @@ def facts(manifest: Mapping[str, object]) -> list[tuple[str, str]]:
 def embed(value: object) -> str:
     """Return JSON that can stand inside a script element: no text can end it or open another."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = encodable(text)  # a folder may be anybody's
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

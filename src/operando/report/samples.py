@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from operando.report.collect import step_files
+from operando.text import one_line, shown
 
 MAX_TOKENS = 60_000  # of the whole page; about 12 bytes each
 MISSING = -128
@@ -192,8 +193,8 @@ def _read_groups(file: Path, only: int | None = None, note: str = "") -> list[Si
         Siblings(
             step=siblings[0]["step"],
             group=number,
-            prompt=siblings[0]["prompt"],
-            answer=siblings[0]["answer"],
+            prompt=shown(siblings[0]["prompt"]),
+            answer=shown(siblings[0]["answer"]),
             note=note,
             samples=[_sample(row) for row in sorted(siblings, key=lambda r: r["sample"])],
         )
@@ -216,9 +217,9 @@ def _sample(row: RolloutRow) -> Sample:
         assert len(values) == num, f"{key}: {len(values)} values for {num} tokens"
     return Sample(
         sample=row["sample"],
-        completion=row["completion"],
+        completion=shown(row["completion"]),
         correct=row["correct"],
-        reason=row["reason"],
+        reason=one_line(row["reason"]),
         is_truncated=row["is_truncated"],
         discarded=row["discarded"],
         reward=row["reward"],
@@ -228,7 +229,7 @@ def _sample(row: RolloutRow) -> Sample:
             if key.startswith("rewards/") and isinstance(value, float)
         },
         advantage=row["advantage"],
-        tokens=row["tokens"],
+        tokens=[shown(token) for token in row["tokens"]],
         channels=channels,
     )
 

@@ -9,23 +9,34 @@ ids) and may return a list of floats per completion, one for each completion tok
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from operando.errors import UserError, nearest
+from operando.text import encodable, one_line
 from operando.types import Rollout, Trace
 
+ROLLOUT_COLUMNS = frozenset({
+    "step", "group", "sample", "prompt", "completion", "answer", "correct", "reason",
+    "is_truncated", "discarded", "reward", "advantage", "prompt_ids", "completion_ids", "tokens",
+    "sampling_logp", "old_logp", "ref_logp", "entropy", "advantage_tokens", "reward_tokens",
+})  # fmt: skip
+"""Columns that records.write_rollouts writes itself."""
 RewardValue = float | None | Sequence[float]
 RewardFunction = Callable[..., Sequence[RewardValue]]
 
@@ -45,10 +56,41 @@ class RewardLog:
     columns: dict[str, list[object]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
+        if not name or one_line(name) != name:
+            raise UserError(f"log_metric: expected a name on one line, got {name[:200]!r}")
         self.metrics.setdefault(name, []).append(float(value))
 
-    def log_extra(self, column: str, values: list[object]) -> None:
-        self.columns[column] = list(values)
+    def log_extra(self, column: str, values: Sequence[object]) -> None:
+        """Keep a column for the rollouts' parquet; its texts are made encodable (text.py).
+
+        A column that no parquet can hold, or that would stand in the place of one of the run's own
+        (`correct`, `reward`, ...), is an error.
+        """
+        if not column or one_line(column) != column or column in ROLLOUT_COLUMNS:
+            raise UserError(
+                f"log_extra: expected a column name on one line that is none of the run's own, got "
+                f"{column[:200]!r}"
+            )
+        self.columns[column] = [_encodable(value) for value in values]
+        try:
+            pa.array(self.columns[column])
+        except (pa.ArrowException, OverflowError) as error:
+            raise UserError(
+                f"log_extra: column {column!r}: expected numbers, texts or lists, all of one kind: "
+                f"{error}"
+            ) from error
+
+
+def _encodable(value: object) -> object:
+    match value:
+        case str():
+            return encodable(value)
+        case list() | tuple():
+            return [_encodable(one) for one in value]
+        case dict():
+            return {_encodable(k): _encodable(v) for k, v in value.items()}
+        case _:
+            return value
 
 
 def wants_trace(function: RewardFunction) -> bool:
@@ -90,8 +132,35 @@ def call_reward(
         if inspect.iscoroutine(values):
             values = asyncio.run(values)
     except Exception as error:  # rewritten, never swallowed: a broken reward is not a reward of 0
-        raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+        raise UserError(_raised(name, error, rollouts)) from error
+    for column, held in log.columns.items():
+        if len(held) != len(rollouts):
+            raise UserError(
+                f"reward {name!r}, log_extra: column {column!r} has {len(held)} values for "
+                f"{len(rollouts)} completions"
+            )
     return _check_length(name, values, rollouts)
+
+
+def _raised(name: str, error: Exception, rollouts: Sequence[Rollout]) -> str:
+    """Return what a user's reward raised, with the frames of the user's and the completion.
+
+    The completion is the one that a frame holds in a variable; else the first of the call is shown.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))[1:]  # without call_reward itself
+    where = "".join(
+        f"\n  {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in frames
+    )
+    texts = [r.completion for r in rollouts]
+    held = [
+        value
+        for frame, _ in reversed(frames)
+        for value in frame.f_locals.values()
+        if isinstance(value, str) and value in texts
+    ]
+    which = "The completion" if held else f"The first of {len(texts)} completions"
+    text = (held or texts)[0][:300]
+    return f"reward {name!r} raised {type(error).__name__}: {error}{where}\n{which}: {text!r}"
 
 
 def _check_length(name: str, values: object, rollouts: Sequence[Rollout]) -> Sequence[RewardValue]:
@@ -156,27 +225,50 @@ def _number(name: str, completion: int, value: object) -> float:
 
 
 def load_function(path: str) -> RewardFunction:
-    """Return the function that "package.module:name" or "file.py:name" means."""
+    """Return the function that "package.module:name" or "file.py:name" means.
+
+    A file is loaded as `import` would: under a name of its own in sys.modules (so dataclasses and
+    pickles work), with the modules beside it importable, its `if __name__ == "__main__"` not run.
+    """
     where, _, name = path.rpartition(":")
-    if where.endswith(".py"):
-        file = Path(where)
-        if not file.is_file():
-            raise UserError(f"reward path {path!r}: there is no file {file.resolve()}")
-        spec = importlib.util.spec_from_file_location(f"operando_reward_{file.stem}", file)
-        assert spec is not None and spec.loader is not None, path
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except (SyntaxError, ImportError) as error:
-            raise UserError(f"reward path {path!r}: {error}") from error
-    else:
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(where)
-        except ImportError as error:
-            raise UserError(f"reward path {path!r}: {error}") from error
+    if not where.removesuffix(".py") or not name:
+        raise UserError(
+            f"reward path {path!r}: expected file.py:function or package.module:function"
+        )
+    try:
+        module = _load_file(path, Path(where)) if where.endswith(".py") else _load_module(where)
+    except UserError:
+        raise
+    except Exception as error:  # rewritten, never swallowed: it is the user's own code
+        frames = traceback.extract_tb(error.__traceback__)
+        at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        raise UserError(f"reward path {path!r}: {type(error).__name__}: {error}{at}") from error
     if name not in vars(module):
         functions = [n for n, v in vars(module).items() if callable(v)]
         raise UserError(f"reward path {path!r}: no function {name!r}.{nearest(name, functions)}")
     return vars(module)[name]
+
+
+def _load_module(where: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return importlib.import_module(where)
+
+
+def _load_file(path: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise UserError(f"reward path {path!r}: there is no file {file.resolve()}")
+    file = file.resolve()
+    known = hashlib.sha256(str(file).encode(errors="surrogateescape")).hexdigest()[:12]
+    name = f"operando_user_{known}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, path
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # last: no helper takes the name of an installed module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

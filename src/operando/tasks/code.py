@@ -248,7 +248,10 @@ def code_pair(example: Example, entry_point: str) -> Pair:
 
 def load_code(config: CodeTaskConfig) -> Task:
     """Return the coding task; a problem that can't be read or solved is an error, or dropped."""
-    limits = Limits(config.seconds, config.memory_mb)
+    limits = Limits(
+        config.seconds, config.memory_mb, sandbox=config.sandbox, image=config.sandbox_image
+    )
+    held = containment(limits.sandbox, limits.image)
     files = {"train": _file(config.problems, "task.problems")}
     if config.held_out is not None:
         files["held_out"] = _file(config.held_out, "task.held_out")
@@ -301,7 +304,7 @@ def load_code(config: CodeTaskConfig) -> Task:
             "train_rows": len(examples["train"]),
             "held_out_rows": len(examples["held_out"]),
             "dropped": dropped,
-            "sandbox": containment().detail,
+            "sandbox": held.detail,
         },
     )
 

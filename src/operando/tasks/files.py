@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from operando.errors import UserError, nearest
 from operando.files import brief, parse_json, read_text
+from operando.text import lone_surrogate
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -86,16 +87,21 @@ class Source(NamedTuple):
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Return the rows of a .jsonl, .jsonl.gz or .parquet file."""
+    """Return the rows of a .jsonl, .jsonl.gz or .parquet file, as they stand there.
+
+    Control characters are data, and stay. A lone surrogate ("\\ud800" in JSON) has no bytes, so
+    nothing could be trained on it: it is an error that names the line.
+    """
     return _parquet_rows(file) if file.name.endswith(".parquet") else _jsonl_rows(file)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
+        rows = table.to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable parquet file: {error}") from error
-    for i, row in enumerate(table.to_pylist()):
+    for i, row in enumerate(rows):
         yield Row(row, f"{file}: row {i}")
 
 
@@ -107,4 +113,10 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
         row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: expected an object, got {brief(row)}")
+        broken = lone_surrogate(row) if "\\u" in line else None
+        if broken is not None:
+            raise UserError(
+                f"{file}:{number}: a lone surrogate, which is no character: {brief(broken)}. Write "
+                "what it stands for, or leave the row out"
+            )
         yield Row(row, f"{file}:{number}")

@@ -19,6 +19,7 @@ import math
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,9 +31,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from operando.errors import UserError
+from operando.text import one_line
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 GRACE = 1.0  # seconds of wall time beyond the limit, for the interpreter's start
+CONTAINER_GRACE = 20.0  # for a container's
+IMAGE = "python:3.11-slim"
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,10 @@ class Limits(NamedTuple):
     memory_mb: int = 1024
     output_mb: int = 8
     """Of replies. What the program prints goes nowhere."""
+    sandbox: Literal["wall", "none", "docker", "podman"] = "wall"
+    """See `containment`."""
+    image: str = IMAGE
+    """Of docker and podman: one with Python 3.11 or later as python3."""
 
 
 class Request(NamedTuple):
@@ -84,34 +92,88 @@ class Job(NamedTuple):
 
 
 class Containment(NamedTuple):
-    """Which layers hold a program in. Example: Containment(kernel=True, detail="seccomp ...")"""
+    """Which layers hold a program in. Example: Containment(("kernel", "hook"), "seccomp ...")"""
 
-    kernel: bool
+    layers: tuple[str, ...]
     detail: str
+
+    @property
+    def kernel(self) -> bool:
+        """Whether seccomp is one of them."""
+        return "kernel" in self.layers
+
+
+WALLS = {
+    ("kernel", "hook"): "seccomp allow-list, audit hook, rlimits",
+    ("landlock", "uid", "hook"): "Landlock, a user of its own, audit hook, rlimits",
+    ("landlock", "hook"): "Landlock, audit hook, rlimits",
+    ("bwrap", "hook"): "bubblewrap, audit hook, rlimits",
+}
+"""What can hold a program in, the narrowest first."""
 
 
 @cache
-def containment() -> Containment:
-    """Return what holds programs in on this machine, tried once; the weaker way is a warning."""
+def containment(sandbox: str = "wall", image: str = IMAGE) -> Containment:
+    """Return what holds programs in on this machine, tried once.
+
+    wall: the first of WALLS that stands here; none of them is a UserError. none: the same, but
+    where none stands the audit hook and the limits will do, which is a warning. docker, podman: a
+    container of `image` for each program.
+    """
     if os.name != "posix":
         raise UserError("running model-written code needs Linux or macOS (resource limits)")
-    tried = _run(Job("import math", (Request("1 + 1"),)), ("kernel", "hook"))
-    if tried.state == "ready" and tried.replies == (Reply(True, "2"),):
-        return Containment(True, "seccomp allow-list, audit hook, rlimits")
-    plain = _run(Job("import math", (Request("1 + 1"),)), ("hook",))
-    if plain.replies != (Reply(True, "2"),):
-        raise UserError(f"the sandbox does not start here: {plain.state} {plain.detail}")
+    if sandbox in ("docker", "podman"):
+        if shutil.which(sandbox) is None:
+            raise UserError(
+                f"task.sandbox = {sandbox!r}: there is no command {sandbox} on the PATH. Install "
+                'it, or leave task.sandbox out (expected "wall", "docker", "podman" or "none")'
+            )
+        why = _fails((sandbox, "hook"), image)
+        if why:
+            raise UserError(
+                f"task.sandbox = {sandbox!r}: no container of {image!r} answers: {why}. Try: "
+                f"{sandbox} run --rm {image} python3 -c 1"
+            )
+        return Containment((sandbox, "hook"), f"{sandbox} {image}, audit hook, rlimits")
+    refused = []
+    for layers, detail in WALLS.items():
+        why = _fails(layers, image)
+        if not why:
+            return Containment(layers, detail)
+        refused.append(f"{layers[0]}: {why}")
+    told = "; ".join(refused)
+    if sandbox != "none":
+        raise UserError(
+            f"nothing here can hold model-written code in ({told}). Install bubblewrap, use "
+            'task.sandbox = "docker" or "podman", or a virtual machine with task.sandbox = "none", '
+            "which leaves Python's audit hook and limits only: three lines get around them"
+        )
+    layers = ("uid", "hook") if os.geteuid() == 0 else ("hook",)
+    why = _fails(layers, image)
+    if why:
+        raise UserError(f"the sandbox does not start here: {why}")
     log.warning(
-        "the sandbox has no seccomp here (%s): model-written code is held in by Python's audit "
-        "hook and resource limits only, which a determined program can get around",
-        tried.detail or tried.state,
+        "no wall holds model-written code in here (%s): Python's audit hook and resource limits "
+        "only, which a determined program can get around",
+        told,
     )
-    return Containment(False, f"audit hook, rlimits (no seccomp: {tried.detail or tried.state})")
+    return Containment(layers, f"no wall: {', '.join(layers)}, rlimits only ({told})")
+
+
+def _fails(layers: tuple[str, ...], image: str) -> str:
+    """Return why a program does not run within these layers, or an empty text."""
+    if layers[0] == "bwrap" and shutil.which("bwrap") is None:
+        return "no command bwrap on the PATH"
+    job = Job("import math", (Request("1 + 1"),), Limits(image=image))
+    tried = _run(job, layers)
+    if tried.state == "ready" and tried.replies == (Reply(True, "2"),):
+        return ""
+    return f"{tried.state} {tried.detail}".strip()
 
 
 def run_python(job: Job) -> Outcome:
     """Return what became of a program, run in a process of its own."""
-    return _run(job, ("kernel", "hook") if containment().kernel else ("hook",))
+    return _run(job, containment(job.limits.sandbox, job.limits.image).layers)
 
 
 def run_many(jobs: Sequence[Job], workers: int | None = None) -> list[Outcome]:
@@ -162,9 +224,13 @@ class _Talk:
         try:
             said = json.loads(line)
             state, value = str(said["state"]), str(said["value"])
+            if not (value.isascii() and value.isprintable()):  # what `encode` never writes
+                state, value = state if state != "value" else "raised", one_line(value)
         except (ValueError, KeyError, TypeError, RecursionError):
             return  # not one of ours: the program wrote it
         if not self.state:
+            if state not in ("ready", "raised", "syntax", "unlocked"):
+                return
             self.state, self.detail = state, value[:300]
             asked = zip(self.keys, self.job.requests, strict=True)
             rows = [{"key": k, "source": r.source, "mode": r.mode} for k, r in asked]
@@ -183,31 +249,61 @@ class _Talk:
         return Outcome("died", self.detail or self.end, replies, self.end)
 
 
+def command(layers: Sequence[str], limits: Limits, reply: int, name: str) -> list[str]:
+    """Return the command line of a child that replies on a descriptor; a container gets a name."""
+    options = ["-s", "-P", "-S", "-B"]
+    match layers[0]:
+        case "docker" | "podman":
+            return [
+                layers[0], "run", "--rm", "--interactive", f"--name={name}", "--network=none",
+                "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
+                "--pids-limit=8", f"--memory={limits.memory_mb + 64}m", "--user=65534:65534",
+                "--env=PYTHONHASHSEED=0", f"--volume={CHILD}:/sandbox_child.py:ro", "--workdir=/",
+                limits.image, "python3", *options, "/sandbox_child.py", "1",
+            ]  # fmt: skip
+        case "bwrap":
+            seen = ["/usr", "/lib", "/lib64", sys.base_prefix, sys.prefix, str(CHILD)]
+            binds = [word for path in seen for word in ("--ro-bind-try", path, path)]
+            around = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", *binds]
+            around += ["--uid", "65534", "--gid", "65534", "--chdir", "/"]
+        case _:
+            around = []
+    return [*around, sys.executable, *options, str(CHILD), str(reply)]
+
+
 def _run(job: Job, layers: Sequence[str]) -> Outcome:
     talk = _Talk(job, layers)
+    is_container = layers[0] in ("docker", "podman")
+    name = f"operando-{secrets.token_hex(8)}"
     reply_read, reply_write = os.pipe()
+    # Nothing of this environment but the fixed hash seed; a container's own command needs its own.
+    around = dict(os.environ) if is_container else {}
+    if layers[0] == "bwrap":
+        around = {"PATH": os.environ.get("PATH", os.defpath)}
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(CHILD), str(reply_write)],
+            command(layers, job.limits, reply_write, name),
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=reply_write if is_container else subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={},
+            env={**around, "PYTHONHASHSEED": "0"},
             pass_fds=(reply_write,),
             start_new_session=True,
         )
     finally:
         os.close(reply_write)
     try:
-        _converse(process, reply_read, talk)
+        _converse(process, reply_read, talk, CONTAINER_GRACE if is_container else GRACE)
     finally:
         os.close(reply_read)
         _end(process)
+        if is_container:  # it does not end with the command that started it
+            subprocess.run([layers[0], "kill", name], capture_output=True, timeout=60, check=False)
     return talk.outcome()
 
 
-def _converse(process: subprocess.Popen[bytes], reply_read: int, talk: _Talk) -> None:
+def _converse(process: subprocess.Popen[bytes], reply_read: int, talk: _Talk, grace: float) -> None:
     """Send what there is to send and hear what is said, until all is said or time is up."""
     assert process.stdin is not None
     stdin = process.stdin.fileno()
@@ -216,7 +312,7 @@ def _converse(process: subprocess.Popen[bytes], reply_read: int, talk: _Talk) ->
     poll.register(reply_read, select.POLLIN)
     poll.register(stdin, select.POLLOUT)
     is_sending = True
-    deadline = time.monotonic() + talk.job.limits.seconds + GRACE
+    deadline = time.monotonic() + talk.job.limits.seconds + grace
     while not talk.is_over():
         left = deadline - time.monotonic()
         if left <= 0:

@@ -4,10 +4,15 @@ It reads one line (limits and program) from its standard input, limits itself, i
 program may need, locks itself in, executes the program and says "ready". Then it answers one
 request a line: an expression to evaluate, or statements to execute, in the program's namespace.
 
-Locked in means two layers. The kernel's (Linux on x86-64): a seccomp allow-list of system calls,
-which a process can't take back. What is not on it fails: opening any file, any socket, starting or
-signalling any process, another limit. The interpreter's, everywhere: an audit hook that refuses
-the same events. Since nothing can be opened, modules are imported before the lock closes.
+Locked in means a wall of the kernel's and one of the interpreter's. The kernel's is a seccomp
+allow-list of system calls (Linux on x86-64), which a process can't take back: opening any file, any
+socket, starting or signalling any process, another limit is not on it. Where there is none it is
+Landlock (no file, no TCP, no signal), with a user id of its own where this is root, or a container
+around this process. The interpreter's is an audit hook that refuses the same events. Since nothing
+can be opened, modules are imported before the lock closes.
+
+The hash seed is fixed (by sandbox.py) and so is `random`'s; what a program still sees of chance is
+the clock, its process id, addresses (`id`) and os.urandom.
 """
 
 from __future__ import annotations
@@ -45,12 +50,18 @@ AUDIT_X86_64 = 0xC000003E
 REFUSED_EVENTS = (
     "open", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "glob.", "fcntl.",
     "mmap.", "pty.", "signal.pthread_kill", "resource.", "syslog.", "_thread.", "winreg.",
-    "gc.get_", "sys._getframe", "sys._current_", "sys.settrace", "sys.setprofile",
+    "gc.get_", "sys._current_", "sys.settrace", "sys.setprofile",
     "sys.addaudithook", "pathlib.", "urllib.", "ftplib.",
     "http.", "smtplib.", "webbrowser.", "sqlite3.", "marshal.", "cpython.run_",
 )  # fmt: skip
 # What the import system and dataclasses do themselves.
-HARMLESS_EVENTS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv", "sys._getframe")
+HARMLESS_EVENTS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
+HIDDEN = (
+    "_imp", "_posixshmem", "_posixsubprocess", "_signal", "_socket", "_testcapi", "_thread",
+    "atexit", "faulthandler", "fcntl", "grp", "marshal", "mmap", "nis", "posix", "pwd", "readline",
+    "resource", "select", "spwd", "syslog", "termios", "__main__",
+)  # fmt: skip
+"""Modules that are loaded already, or built in, and are not for the program."""
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -141,13 +152,17 @@ def refuse(
     args: tuple[object, ...],
     refused: tuple[str, ...] = REFUSED_EVENTS,  # defaults: a module's globals could be changed
     harmless: tuple[str, ...] = HARMLESS_EVENTS,
+    modules: frozenset[str] = MODULES,
     set_again: tuple[str, ...] = ("__code__", "__defaults__", "__kwdefaults__"),
 ) -> None:
     """Raise PermissionError for what a program may not do; the interpreter's layer."""
     if event.startswith(refused) and not event.startswith(harmless):
         raise PermissionError(f"not permitted here: {event}")
-    if event == "import" and args[1] is not None:  # a compiled module, from a file
-        raise PermissionError("not permitted here: a compiled module")
+    if event == "import":
+        if args[1] is not None:  # a compiled module, from a file
+            raise PermissionError("not permitted here: a compiled module")
+        if str(args[0]).partition(".")[0] not in modules:
+            raise ModuleNotFoundError(f"No module named {args[0]!r}")
     if event.startswith("object.__") and args[1] in set_again:
         raise PermissionError("not permitted here: another body for a function")
 
@@ -172,21 +187,84 @@ def seccomp() -> None:
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     filters = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: die with whoever started this
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
-        raise OSError(ctypes.get_errno(), "no_new_privs")
     if libc.prctl(22, 2, ctypes.create_string_buffer(filters), 0, 0):  # PR_SET_SECCOMP
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
+def bind() -> None:
+    """Tie this process to its parent's life and to the rights it has. Nothing where no Linux."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(1, 9, 0, 0, 0):  # PR_SET_PDEATHSIG: die with whoever started this
+        raise OSError(ctypes.get_errno(), "a signal at the parent's death")
+    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+
+
+def drop_user() -> None:
+    """Become a user that nobody is, with no group and no capability. OSError where not root.
+
+    The limit of processes counts for it, and no other process can be signalled or changed by it.
+    """
+    user = 50_000 + os.getpid() % 10_000  # inside the 65,536 ids of a container without root
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def landlock(is_alone: bool) -> None:
+    """Leave this process no file to open, make or run, no TCP and no signal to any other process.
+
+    OSError where the kernel has no Landlock, or, `is_alone` (no user of its own), one that lets
+    signals through (before ABI 6). See docs.kernel.org/userspace-api/landlock.html.
+    """
+    import ctypes
+    import struct
+
+    if sys.platform != "linux":
+        raise OSError(f"landlock: none on {sys.platform}")
+    libc = ctypes.CDLL(None, use_errno=True)
+    abi = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset, LANDLOCK_CREATE_RULESET_VERSION
+    if abi < (6 if is_alone else 1):
+        raise OSError(f"landlock: the kernel has version {max(abi, 0)}")
+    files = (1 << (13 + (abi >= 2) + (abi >= 3) + (abi >= 5))) - 1
+    rules = struct.pack("QQQ", files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 8 * (1 + (abi >= 4) + (abi >= 6))
+    made = libc.syscall(444, ctypes.create_string_buffer(rules), ctypes.c_size_t(size), 0)
+    if made < 0 or libc.syscall(446, made, 0):  # landlock_restrict_self
+        raise OSError(ctypes.get_errno(), "landlock")
+    os.close(made)
+
+
+def not_found(spec: object, *_: object) -> None:
+    raise ModuleNotFoundError(f"No module named {getattr(spec, 'name', spec)!r}")
+
+
 def lock(layers: list[str]) -> None:
     """Close the layers. The names that lead out of Python are taken from sys.modules."""
+    import ctypes  # another user, below, may not be able to read it  # noqa: F401
+    import struct  # noqa: F401
+
+    for name in MODULES & set(sys.builtin_module_names):
+        __import__(name)
+    if "uid" in layers:
+        drop_user()
+    bind()  # after the user: a change of it forgets the parent
+    if "landlock" in layers:
+        landlock("uid" not in layers)
     if "kernel" in layers:
         seccomp()
     for name in [m for m in sys.modules if m.partition(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]
     sys.modules["ctypes"] = sys.modules["_ctypes"] = None  # pyright: ignore
-    for name in ("_posixsubprocess", "_socket", "resource", "fcntl", "__main__"):
+    import _imp
+
+    for name in ("create_builtin", "create_dynamic"):  # no compiled module is made any more
+        setattr(_imp, name, not_found)
+    for name in HIDDEN:
         sys.modules[name] = None  # pyright: ignore[reportArgumentType]
     if "hook" in layers:
         sys.addaudithook(refuse)
@@ -237,6 +315,10 @@ def answer(request: dict[str, str], namespace: dict[str, object]) -> dict[str, o
 
 def main() -> None:
     """Serve one program."""
+    global REPLY_FD
+    if REPLY_FD == 1:  # in a container, whose standard output is the way back
+        REPLY_FD = os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     requests = lines()
     job = json.loads(next(requests))
     limit(job["seconds"], job["memory_mb"])
@@ -246,6 +328,10 @@ def main() -> None:
         __import__(name)
     import encodings.ascii
     import encodings.latin_1  # noqa: F401
+    import random
+
+    random.seed(0)
+    os.environ.clear()  # of the hash seed
 
     try:
         lock(job["layers"])

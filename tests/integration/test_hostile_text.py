@@ -1,0 +1,62 @@
+"""A run whose completions, rewards and verdicts hold hostile text trains, reports and resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from operando.models.tokens import completion_text
+from operando.recipe import CodeTaskConfig
+from operando.records import write_held_out
+from operando.rollout import sampler
+from operando.rollout.held_out import judge
+from operando.run import Run
+from operando.tasks.code import load_code
+from operando.text import encodable
+from operando.types import Prompt, Rollout
+from tests.integration.runs import ROOT, python, rollout_rows, tiny, trained
+
+HOSTILE = "\ud800\x00\x1b[2J\u202e\x9b</script>\udfff" + "x" * 1_000_000
+
+
+def test_a_run_of_hostile_text_is_written_evaluated_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tail = "\ud800\x00\x1b[2J\u202e"
+
+    def hostile_text(*args: object) -> str:  # as a tokenizer in Python may decode
+        return encodable(completion_text(*args) + tail)  # pyright: ignore
+
+    monkeypatch.setattr(sampler, "completion_text", hostile_text)
+
+    def logs(completions: Sequence[str], log_extra, **_: object) -> list[float]:  # noqa: ANN001
+        log_extra("said", [HOSTILE] * len(completions))
+        return [float(len(c)) / 100 for c in completions]
+
+    recipe = tiny(tmp_path, "steps=2", "rewards.f={kind = 'function'}")
+    folder = trained(recipe, functions={"f": logs})
+    rows = rollout_rows(folder, 1)
+    assert all(r["said"] == encodable(HOSTILE) for r in rows)
+    assert all(str(r["completion"]).endswith("\ufffd\x00\x1b[2J\u202e") for r in rows)
+    page = tmp_path / "page.html"
+    reported = python("-m", "operando", "report", str(folder), "--out", str(page), cwd=ROOT)
+    assert reported.returncode == 0, reported.stderr
+    text = page.read_text(encoding="utf-8")
+    assert not set("\x00\x1b\u202e\x9b") & set(text)
+
+
+def test_answers_that_raise_hostile_text_are_held_out_like_others(tmp_path: Path) -> None:
+    task = load_code(CodeTaskConfig(kind="code", num_held_out=2))
+    entry = task.held_out[0]
+    codes = ["raise ValueError('\\ud800')", "raise ValueError('\\x1b[2J\\x00')"]
+    rollouts = [
+        Rollout(Prompt(entry, "", ()), i, 0, f"```python\n{code}\n```", (1,), (0.0,), False)
+        for i, code in enumerate(codes)
+    ]
+    judged = judge(task, rollouts)
+    assert ["ValueError" in j.verdict.reason for j in judged] == [True, True]
+    run = Run.create(tiny(tmp_path))
+    write_held_out(run, 0, judged)
+    run.close()
