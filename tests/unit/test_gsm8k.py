@@ -341,7 +341,7 @@ def test_unknown_suffix(tmp_path: Path, test_file: Path) -> None:
         ('{"question": "q", "answer": 1}', r":1: `answer` must be text, got 1"),
         ('{"question": "q", "answer": "it is 1"}', r":1: the answer has no '####'"),
         ('{"question": "q", "answer": "#### one"}', r":1: expected a number .* got 'one'"),
-        ('{"question": "q"', r":1: not JSON"),
+        ('{"question": "q"', r":1 is damaged"),
         ("[1]", r":1: expected an object"),
     ],
 )

@@ -100,5 +100,5 @@ def test_a_row_with_a_lone_surrogate_names_its_line_and_controls_are_data(tmp_pa
         next(rows)
     for broken in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
         file.write_text(broken)
-        with pytest.raises(UserError, match=r"rows.jsonl:1: not JSON"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1 is damaged"):
             next(read_rows(file))
