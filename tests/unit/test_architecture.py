@@ -64,5 +64,5 @@ def test_the_command_line_starts_without_torch() -> None:
         top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         named |= {getattr(n, "module", None) or n.names[0].name for n in top}
     light = {"errors", "files", "owned", "stopping", "cli", "cli.app"}
-    library = {"__future__", "signal", "sys", "pathlib", "typing", "typer"}
+    library = {"__future__", "contextlib", "signal", "sys", "pathlib", "typing", "typer"}
     assert named == library | {f"operando.{name}" for name in light}

@@ -6,7 +6,7 @@ import signal
 import sys
 
 # isort: off
-from operando.cli.app import app
+from operando.cli.app import app, held
 from operando.cli import runs, audits, inside, calibrate  # in the order of the help page
 
 # isort: on
@@ -22,7 +22,8 @@ def main() -> None:
     check that failed 3, a signal 128 and its number."""
     signal.signal(signal.SIGTERM, stop_now)
     try:
-        app()
+        with held:
+            app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +23,18 @@ Overrides = Annotated[
 ]
 
 
-def own(context: typer.Context, folder: Path) -> None:
+held = ExitStack()
+"""Folders that this command writes; `main` gives them back."""
+
+
+def own(folder: Path) -> None:
     """Hold a folder till the command's end; one that another process writes is an error."""
-    context.with_resource(owned(folder))
+    held.enter_context(owned(folder))
 
 
-def own_run(context: typer.Context, folder: Path) -> None:
+def own_run(folder: Path) -> None:
     """Hold a run folder till the command's end; what is none is an error, before torch is there."""
     from operando.run_folder import read_recipe
 
     read_recipe(folder)
-    own(context, folder)
+    own(folder)

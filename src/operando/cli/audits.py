@@ -13,7 +13,6 @@ from operando.errors import UserError
 
 @app.command("eval")
 def evaluate(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
     num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
@@ -46,7 +45,7 @@ def evaluate(
     from operando.run_folder import check_model_or_run
 
     check_model_or_run(run)
-    own(context, run)
+    own(run)
     from operando.audit.evaluate import evaluate_run
     from operando.audit.outside import (
         OutsideConfig,
@@ -86,7 +85,6 @@ def evaluate(
 
 @app.command()
 def canary(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     prompts: Annotated[
         Path | None, typer.Option(help="A .jsonl file; default: the prompts in the package.")
@@ -98,7 +96,7 @@ def canary(
     ] = "ours",
 ) -> None:
     """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
-    own_run(context, run)
+    own_run(run)
     from operando.audit.canary import canary_lines, canary_table, run_canary
     from operando.audit.feature_gaming import game_features, gaming_lines
     from operando.display import make_console
@@ -124,12 +122,11 @@ def canary(
 
 @app.command()
 def certify(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
 ) -> None:
     """Check from the files alone that training landed only in its layers; exit code 3 if not."""
-    own_run(context, run)
+    own_run(run)
     from operando.audit.certify import certify_run
     from operando.display import make_console, show_certificate
     from operando.launch import quieten_libraries
@@ -199,11 +196,9 @@ def fuzz(
 
 
 @app.command()
-def tags(
-    context: typer.Context, run: Annotated[Path, typer.Argument(help="A run folder.")]
-) -> None:
+def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Show the tags a run's model writes, base beside trained on the same prompts."""
-    own_run(context, run)
+    own_run(run)
     from operando.audit.tags import audit_tags, tags_table
     from operando.display import make_console
 
@@ -223,7 +218,6 @@ def audit() -> None:
 
 @audit_app.command("pathology")
 def pathology(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="task.key=value, with --task", show_default=False)
@@ -241,7 +235,7 @@ def pathology(
     from operando.run_folder import check_model_or_run
 
     check_model_or_run(run)
-    own(context, run)
+    own(run)
     from operando.audit.pathology import audit_pathology
     from operando.audit.pathology_show import pathology_tables
     from operando.display import make_console

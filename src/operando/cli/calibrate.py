@@ -35,7 +35,6 @@ Seed = Annotated[int, typer.Option(min=0)]
 
 @calibrate_app.command("halting")
 def calibrate_halting(
-    context: typer.Context,
     run: Run,
     overrides: Overrides = None,
     task: TaskOption = None,
@@ -58,7 +57,7 @@ def calibrate_halting(
     from operando.run_folder import check_model_or_run
 
     check_model_or_run(run)
-    own(context, out or run)
+    own(out or run)
     from operando.calibrate.halt_head import Rule
     from operando.calibrate.halting import HaltingConfig
     from operando.calibrate.halting import calibrate_halting as calibrate
@@ -85,7 +84,6 @@ def calibrate_halting(
 
 @calibrate_app.command("drafting")
 def calibrate_drafting(
-    context: typer.Context,
     run: Run,
     overrides: Overrides = None,
     task: TaskOption = None,
@@ -108,7 +106,7 @@ def calibrate_drafting(
     from operando.run_folder import check_model_or_run
 
     check_model_or_run(run)
-    own(context, out or run)
+    own(out or run)
     from operando.calibrate.drafting import DraftingConfig
     from operando.calibrate.drafting import calibrate_drafting as calibrate
     from operando.calibrate.show import drafting_tables

@@ -114,7 +114,6 @@ app.add_typer(sae_app, name="sae")
 
 @sae_app.command("train")
 def sae_train(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     layers: Annotated[str, typer.Option(help='Layers to read after, e.g. "2,4".')],
     expansion: Annotated[int, typer.Option(min=1, help="Features a dimension.")] = 8,
@@ -139,7 +138,7 @@ def sae_train(
     tokens: Annotated[int, typer.Option(min=1000, help="Most tokens to read.")] = 20_000,
 ) -> None:
     """Train a warm-start SAE chain over the stages, with its null arm. Goes on where it stopped."""
-    own_run(context, run)
+    own_run(run)
     from operando.display import make_console
     from operando.drift.commands import train_run_saes
     from operando.launch import quieten_libraries
@@ -154,11 +153,10 @@ def sae_train(
 
 @sae_app.command("eval")
 def sae_eval(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")],
 ) -> None:
     """Show how good the chains' SAEs are on held-out texts: error, sparsity, loss recovered."""
-    own_run(context, run)
+    own_run(run)
     from operando.display import make_console
     from operando.drift.evaluate import evaluate_saes, quality_table
     from operando.launch import quieten_libraries
@@ -171,7 +169,6 @@ def sae_eval(
 
 @app.command()
 def drift(
-    context: typer.Context,
     runs: Annotated[list[str], typer.Argument(help="A run folder; or: compare RUN_A RUN_B RUN_C.")],
     frozen: Annotated[
         Path | None, typer.Option(help="One SAE of any format for all stages, not refitted.")
@@ -190,7 +187,7 @@ def drift(
     if runs[0] != "compare" and len(runs) != 1:
         raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
     for folder in dict.fromkeys(runs[1:] if runs[0] == "compare" else runs):
-        own_run(context, Path(folder))
+        own_run(Path(folder))
 
     from operando.display import make_console
     from operando.drift.commands import show_drift, show_frozen, show_grid

@@ -152,7 +152,6 @@ def import_model(
 
 @app.command()
 def pretrain(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the saved state; [mixture] only.")] = (
@@ -171,7 +170,7 @@ def pretrain(
     from operando.recipe import MixtureRecipe
 
     quieten_libraries()
-    own(context, Path(checked.out))
+    own(Path(checked.out))
     if isinstance(checked, MixtureRecipe):
         with PretrainDisplay(make_console(), num_steps(checked)) as display:
             folder = pretrain_mixture(checked, resume, display.show)
@@ -185,7 +184,6 @@ def pretrain(
 
 @app.command()
 def sft(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A fine-tuning recipe.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the saved state.")] = False,
@@ -200,7 +198,7 @@ def sft(
     from operando.pretrain.sft import finetune, num_steps
 
     quieten_libraries()
-    own(context, Path(checked.out))
+    own(Path(checked.out))
     with PretrainDisplay(make_console(), num_steps(checked), "fine-tuning") as display:
         folder = finetune(checked, resume, display.show)
     print(folder)

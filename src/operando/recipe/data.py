@@ -12,7 +12,7 @@ from operando.recipe.base import Config
 
 
 class LoraConfig(Config):
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=65_536)
     """Rank r of the update B A."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank."""
@@ -24,7 +24,7 @@ class LoraConfig(Config):
 
 
 class ModelConfig(Config):
-    id: str = "starter"
+    id: Annotated[str, Field(min_length=1)] = "starter"
     """"starter" (ships in the package), a name made by `operando import`, a local folder, a GGUF
     file, or a hub id."""
     revision: str | None = None
@@ -49,7 +49,7 @@ class ModelConfig(Config):
 
 class WordsTaskConfig(Config):
     kind: Literal["words"]
-    num_steps: tuple[int, ...] = (2,)
+    num_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2,), min_length=1)
     """Operations in a problem; each problem draws one of these."""
     max_number: int = Field(default=20, ge=2, le=1000)
     num_train: int = Field(default=20_000, ge=1)
@@ -98,7 +98,7 @@ class MmluTaskConfig(Config):
 class ClrsTaskConfig(Config):
     kind: Literal["clrs"]
     """CLRS-Text depth-first search on adjacency matrices, generated."""
-    sizes: tuple[Annotated[int, Field(ge=2, le=64)], ...] = (4, 5)
+    sizes: tuple[Annotated[int, Field(ge=2, le=64)], ...] = Field(default=(4, 5), min_length=1)
     """Nodes; each graph draws one of these."""
     hints: bool = True
     """Whether the answer holds the trace before pi. An answer of n nodes has about 200 (n = 4),
@@ -111,7 +111,7 @@ class ClrsTaskConfig(Config):
 class GraphSearchTaskConfig(Config):
     kind: Literal["graph_search"]
     """Paths in small directed graphs, by a depth-first walk in words, generated."""
-    sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = (4, 5, 6)
+    sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = Field(default=(4, 5, 6), min_length=1)
     """Nodes; each graph draws one of these."""
     min_edges: int = Field(default=1, ge=1)
     """Of the shortest path. With 1, "start, goal" is right on two problems of three, by no search;
@@ -208,9 +208,9 @@ class PromptConfig(Config):
 
 
 class RolloutConfig(Config):
-    num_prompts: int = Field(default=16, ge=1)
+    num_prompts: int = Field(default=16, ge=1, le=100_000)
     """Prompts a step (P)."""
-    num_generations: int = Field(default=8, ge=1)
+    num_generations: int = Field(default=8, ge=1, le=100_000)
     """Completions of each prompt (G); B = P * G."""
     max_completion_length: int = Field(default=64, ge=1)
     """Tokens; a completion cut here is truncated."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Folder, FolderName, Rate
 from operando.recipe.pretrain import TinyModelConfig
 
 Weight = Annotated[float, Field(gt=0, le=1)]
@@ -17,7 +17,7 @@ class ClrsSource(Config):
     """CLRS-Text depth-first search, generated; no held-out graph of the task `clrs`."""
     weight: Weight
     """Share of the tokens (pre-training) or of the pairs (`operando sft`)."""
-    sizes: tuple[Annotated[int, Field(ge=2, le=64)], ...] = (4, 5)
+    sizes: tuple[Annotated[int, Field(ge=2, le=64)], ...] = Field(default=(4, 5), min_length=1)
     """Nodes; each graph draws one of these."""
     hints: bool = True
     """Whether the answer holds the trace before pi."""
@@ -28,7 +28,7 @@ class GraphSearchSource(Config):
     """Verbal depth-first walks, generated; no held-out problem of the task `graph_search`."""
     weight: Weight
     """Share of the tokens or of the pairs."""
-    sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = (4, 5, 6)
+    sizes: tuple[Annotated[int, Field(ge=2, le=26)], ...] = Field(default=(4, 5, 6), min_length=1)
     """Nodes; each graph draws one of these."""
     trace: bool = True
     """Whether the walk stands before the answer. Off: the path at once."""
@@ -39,7 +39,7 @@ class WordsSource(Config):
     """Word problems with their steps, generated; no held-out arithmetic of the task `words`."""
     weight: Weight
     """Share of the tokens or of the pairs."""
-    num_steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2)
+    num_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
     """Operations in a problem; each problem draws one of these."""
     max_number: int = Field(default=20, ge=2, le=1000)
 
@@ -144,15 +144,15 @@ class MixtureConfig(Config):
 class MixtureRecipe(Config):
     """Language-model training of a new small model on a mixture of sources."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    out: str
+    name: FolderName
+    out: Folder
     """Folder that gets the model, its tokenizer and pretrain.json."""
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
     """Rows a step."""
     model: TinyModelConfig = TinyModelConfig()
     mixture: MixtureConfig
-    lr: float = Field(default=2e-3, gt=0)
+    lr: Rate = 2e-3
     warmup_steps: int = Field(default=20, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -172,8 +172,8 @@ class MixtureRecipe(Config):
 class SftRecipe(Config):
     """Supervised fine-tuning of a model on the answers of question-answer pairs."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    out: str
+    name: FolderName
+    out: Folder
     """Folder that gets the model, its tokenizer and sft.json."""
     model: str
     """A model folder, e.g. the `out` of a pre-training recipe; "starter", or a hub id."""
@@ -188,7 +188,7 @@ class SftRecipe(Config):
     """By a name of your own; their weights sum to 1. A source that can't be had is an error."""
     min_loops: int | None = Field(default=None, ge=1)
     """Of a recursive model: a step draws its loops from here to the model's. Absent: all."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: Rate = 5e-4
     warmup_steps: int = Field(default=10, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)

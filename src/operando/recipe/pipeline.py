@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Folder
 from operando.recipe.data import ClrsTaskConfig, GraphSearchTaskConfig, WordsTaskConfig
 
 Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -19,7 +19,7 @@ STAGES = ("pretrain", "sft")
 class PipelineRecipe(Config):
     """Stages of one model, each from what the one before wrote, and the problems all are asked."""
 
-    out: str
+    out: Folder
     """Folder that gets a folder seed_K for each seed, and stages.json."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     pretrain: str

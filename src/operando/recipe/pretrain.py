@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Folder, FolderName, Rate
 
 
 class TinyModelConfig(Config):
@@ -27,14 +27,14 @@ class TinyModelConfig(Config):
 class PretrainRecipe(Config):
     """Plain language-model training of a small model on generated text."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    out: str
+    name: FolderName
+    out: Folder
     """Folder that gets the model, its tokenizer and pretrain.json."""
     steps: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=64, ge=1)
     model: TinyModelConfig = TinyModelConfig()
-    num_steps: tuple[int, ...] = (1, 2)
+    num_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
     max_number: int = Field(default=20, ge=2)
     frac_direct: float = Field(default=0.5, ge=0, le=1)
     """Share of texts that answer at once, without the steps."""
@@ -42,7 +42,7 @@ class PretrainRecipe(Config):
     """Share of the answers given at once that are wrong by 1 to 9."""
     frac_think: float = Field(default=0.2, ge=0, le=1)
     """Share of texts whose prompt asks for <think> and whose answer has it."""
-    lr: float = Field(default=2e-3, gt=0)
+    lr: Rate = 2e-3
     warmup_steps: int = Field(default=100, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from operando.errors import nearest
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Folder, FolderName
 from operando.recipe.data import (
     CanaryTaskConfig,
     ClrsTaskConfig,
@@ -139,13 +139,13 @@ class ParallelConfig(Config):
 
 
 class Recipe(Config):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: FolderName
     """The run is written to runs/<name>."""
     steps: int = Field(ge=1)
     """Batches of rollouts to train on."""
     seed: int = Field(default=0, ge=0)
     """Root of every random stream."""
-    runs_dir: str = "runs"
+    runs_dir: Folder = "runs"
     """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from operando.errors import nearest
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Folder, FolderName
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 BASE = "base"
@@ -159,9 +159,9 @@ class ParetoConfig(Config):
 class StudyRecipe(Config):
     """Arms x seeds, one evaluation pass, and claims that are fixed before the first run."""
 
-    name: Name
+    name: FolderName
     """The study is written to runs/<name>."""
-    runs_dir: str = "runs"
+    runs_dir: Folder = "runs"
     """Folder of the study's folder."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=2)
     """Every arm is trained with each. Seeds may be added later."""

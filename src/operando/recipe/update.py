@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from operando.recipe.base import Config
+from operando.recipe.base import Config, Rate
 
 # --- advantages (seam 2) -------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ class GaeAdvantage(Config):
     """1: returns minus values; 0: one-step differences."""
     whiten: bool = True
     """Scale advantages to mean 0 and std 1 over the batch's tokens."""
-    value_lr: float = Field(default=1e-3, gt=0)
+    value_lr: Rate = 1e-3
     """Learning rate of the value head."""
     value_coef: float = Field(default=0.1, gt=0)
     """Weight of the value loss, which also reaches the trained layers below the head."""
@@ -138,7 +138,7 @@ class UpdateConfig(Config):
 
 
 class OptimConfig(Config):
-    lr: float = Field(default=1e-4, gt=0)
+    lr: Rate = 1e-4
     """Base learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate goes on after the warm-up; linear and cosine end at 0."""
