@@ -19,6 +19,7 @@ from operando.audit.doctor import diagnose, show_finding, shown_live
 from operando.discovery.directions import refresher
 from operando.display import RunDisplay, StudyDisplay
 from operando.models.load import count_layers
+from operando.models.memory import memory_lines
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
@@ -216,6 +217,8 @@ def dry_run(console: Console, recipe: Recipe) -> None:
     trainable = setup.policy.trainable()
     count = sum(p.numel() for p in trainable.values())
     console.print(to_toml(recipe), highlight=False, markup=False, soft_wrap=True)
+    for line in [] if setup.memory is None else memory_lines(setup.memory):
+        console.print(line, highlight=False, markup=False)
     console.print(
         f"ok: {count:,} trained parameters in {len(trainable)} tensors, blocks "
         f"{setup.policy.layers[0]}-{setup.policy.layers[-1]} of {len(setup.policy.blocks)}; "

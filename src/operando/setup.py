@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from operando import parallel
 from operando.errors import UserError
@@ -18,7 +19,16 @@ from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
-from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
+from operando.models.load import (
+    Loaded,
+    auto_class,
+    load_model,
+    open_model,
+    opened_of,
+    pad_id,
+    stop_ids,
+)
+from operando.models.memory import Memory, available, check_memory, estimate, small_machine
 from operando.models.policy import Policy, Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
@@ -66,6 +76,7 @@ class Setup:
     pad_id: int
     taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
     reference: bool  # whether the scoring pass runs the frozen base too
+    memory: Memory | None  # by estimate; None where it can't be told
     projector: Projector | None = None
     shift: Shift | None = None
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
@@ -96,7 +107,14 @@ def set_up(
     if not task.train:
         raise UserError(f"task {task.name} is for evaluation: it has no training split")
     parts = make_parts(recipe, task, functions)
-    loaded = loaded or load_model(recipe.model)
+    opened = open_model(recipe.model) if loaded is None else opened_of(loaded)
+    config, device = opened.config, opened.device
+    train_prompts, held_out_prompts = make_prompt_sets(recipe, task, opened.tokenizer, config)
+    prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
+    longest = max(len(p.ids) for p in (*train_prompts, *held_out_prompts))
+    memory = estimate(config, recipe, longest, device.type, parallel.world_size())
+    small = check_room(recipe, config, longest, device) if loaded is None else []
+    loaded = loaded or load_model(recipe.model, opened)
     dual = [p for p in parts if p.internal is not None and p.internal.config.dual]
     reference = recipe.kl is not None or bool(dual)
     policy = Policy(
@@ -110,8 +128,6 @@ def set_up(
     )
     if recipe.parallel.kind == "fsdp" and parallel.world_size() > 1:
         policy.shard()
-    train_prompts, held_out_prompts = make_prompt_sets(recipe, task, loaded)
-    prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
     ends = stop_ids(policy.base, loaded.tokenizer)
     check_stop(loaded.tokenizer, ends, recipe.rollout.stop)
     sampler = make_sampler(
@@ -127,7 +143,7 @@ def set_up(
         recipe, run, task, train_prompts, held_out_prompts, policy,
         steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
         pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
-        shift=shift,
+        memory, shift=shift,
         projector=make_projector(
             recipe, run, policy, optimizer, partial(refresh, policy) if refresh else None
         ),
@@ -139,7 +155,7 @@ def set_up(
             model_type=loaded.model.config.model_type,
             data=dict(task.source), prompts_sha256=prompts_sha256, sampler=sampler.name,
         )  # fmt: skip
-        for warning in hygiene.check_machine():
+        for warning in [*small, *hygiene.check_machine()]:
             run.warn(warning)
         if unstarted := missing_start(recipe.prompt, loaded.tokenizer):
             run.warn(unstarted)
@@ -149,6 +165,26 @@ def set_up(
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
+
+
+def check_room(
+    recipe: Recipe, config: PreTrainedConfig, longest: int, device: torch.device
+) -> list[str]:
+    """Refuse what a CUDA device can't hold, by estimate; return warnings of a CPU's memory."""
+
+    def told(changed: Recipe) -> Memory:
+        memory = estimate(config, changed, longest, device.type, parallel.world_size())
+        assert memory is not None, config.model_type
+        return memory
+
+    room = available(device)
+    known = estimate(config, recipe, longest, device.type, parallel.world_size())
+    if room is None or known is None:
+        return []
+    if device.type == "cpu":
+        return small_machine(known, room)
+    check_memory(recipe, told, room, f"model.device = {str(device)!r}")
+    return []
 
 
 def make_taps(
@@ -261,16 +297,15 @@ def begin_step(setup: Setup, step: int) -> None:
 
 
 def make_prompt_sets(
-    recipe: Recipe, task: Task, loaded: Loaded
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return training and held-out prompts; worked examples are taken out of the training set."""
-    context = loaded.model.config.get_text_config().max_position_embeddings
+    context = config.get_text_config().max_position_embeddings
     room = context - recipe.rollout.max_completion_length
     limit = min(recipe.prompt.max_prompt_length or room, room)
     shots = list(task.train[: recipe.prompt.few_shot])
     train_examples = task.train[len(shots) :]
     held_out = task.held_out[: recipe.eval.num]
-    tokenizer = loaded.tokenizer
     return (
         make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit),
         make_prompts(held_out, shots, recipe.prompt, tokenizer, limit),

@@ -56,7 +56,7 @@ def evaluate_run(
         raise UserError(f"--num {count}: the held-out split has {len(task.held_out)} problems")
     wanted = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"num": count})})
     loaded = load_model(recipe.model)
-    _, prompts = make_prompt_sets(wanted, task, loaded)
+    _, prompts = make_prompt_sets(wanted, task, loaded.tokenizer, loaded.model.config)
     length = (
         max_completion_length
         or recipe.eval.max_completion_length

@@ -91,7 +91,9 @@ class _Bench:
 
     def sample(self, num: int) -> list[Rollout]:
         config = replace_num(self.recipe, num)
-        _, prompts = make_prompt_sets(config, self.task, self.loaded)
+        _, prompts = make_prompt_sets(
+            config, self.task, self.loaded.tokenizer, self.loaded.model.config
+        )
         rollout, length = config.rollout, config.rollout.max_completion_length
         sampler = make_sampler(
             rollout.engine, self.policy.base, self.loaded.tokenizer,

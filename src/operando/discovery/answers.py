@@ -73,7 +73,7 @@ def sample_answers(
 ) -> Answers:
     """Return the base model's answers to the first training prompts, sampled as in training."""
     task = load_task(recipe.task)
-    prompts, _ = make_prompt_sets(recipe, task, loaded)
+    prompts, _ = make_prompt_sets(recipe, task, loaded.tokenizer, loaded.model.config)
     if len(prompts) < num_prompts:
         raise UserError(
             f"discover.num_prompts = {num_prompts}, but task {task.name} has {len(prompts)} "

@@ -95,7 +95,9 @@ class Workbench:
         self.loaded = Loaded(policy.base, policy.tokenizer, policy.identity)
         self.layers = parse_layer_set(self.config.layers, len(self.policy.blocks))
         wanted = self.config.num_pairs + self.config.num_held_out
-        prompts, self.held_out = make_prompt_sets(recipe, self.task, self.loaded)
+        prompts, self.held_out = make_prompt_sets(
+            recipe, self.task, self.loaded.tokenizer, self.loaded.model.config
+        )
         if len(prompts) < wanted:
             raise UserError(
                 f"direction: {wanted} pairs are asked for, the training split has {len(prompts)}"

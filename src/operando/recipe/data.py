@@ -224,7 +224,7 @@ class RolloutConfig(Config):
     """auto: operando's engine where it serves the architecture, else HF generate (noted in the
     manifest)."""
     max_batch: int = Field(default=512, ge=1)
-    """Most rows decoded at once."""
+    """Most rows decoded at once. Keys and values of all of them must fit, as `micro_tokens` must."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

@@ -102,7 +102,9 @@ def answer(
         wanted = asked.eval.model_copy(update={"num": evaluation.num})
         task = study.tasks[name]
         few = replace(task, train=task.train[: asked.prompt.few_shot])  # no training prompts
-        _, prompts = make_prompt_sets(asked.model_copy(update={"eval": wanted}), few, loaded)
+        _, prompts = make_prompt_sets(
+            asked.model_copy(update={"eval": wanted}), few, loaded.tokenizer, loaded.model.config
+        )
         sampling = Sampling(
             asked.rollout.max_completion_length,
             temperature=evaluation.temperature or 1.0,
