@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from operando.recipe_io import check, read_toml, to_toml
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+STARTED = "%Y-%m-%dT%H:%M:%SZ"  # of the manifest, in UTC
 PACKAGES = ("operando", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -223,6 +225,12 @@ def read_manifest(folder: Path) -> dict[str, object]:
     return manifest
 
 
+def start_of(folder: Path) -> datetime:
+    """Return when a run was begun (UTC): the day that its chat template prints, whenever asked."""
+    started = str(read_manifest(folder)["started"])
+    return datetime.strptime(started, STARTED).replace(tzinfo=UTC)
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the rows of metrics.jsonl as floats, without what is null, not finite or text."""
     return [
@@ -266,7 +274,7 @@ def _manifest(recipe: Recipe, command: str) -> dict[str, object]:
     return {
         "format": FORMAT,
         "name": recipe.name,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": time.strftime(STARTED, time.gmtime()),
         "command": command,
         "seed": recipe.seed,
         "seed_tree": "sha256('seed/part/part/...')[:8] >> 1; streams: rollout/step/prompt/sample, "

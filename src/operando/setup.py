@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
 from operando.rollout.steered import SteeredSampler
-from operando.run import Run, read_manifest, read_metrics
+from operando.run import Run, read_manifest, read_metrics, start_of
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
@@ -109,7 +110,9 @@ def set_up(
     parts = make_parts(recipe, task, functions)
     opened = open_model(recipe.model) if loaded is None else opened_of(loaded)
     config, device = opened.config, opened.device
-    train_prompts, held_out_prompts = make_prompt_sets(recipe, task, opened.tokenizer, config)
+    train_prompts, held_out_prompts = make_prompt_sets(
+        recipe, task, opened.tokenizer, config, start_of(run.folder)
+    )
     prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
     longest = max(len(p.ids) for p in (*train_prompts, *held_out_prompts))
     memory = estimate(config, recipe, longest, device.type, parallel.world_size())
@@ -157,7 +160,7 @@ def set_up(
         )  # fmt: skip
         for warning in [*small, *hygiene.check_machine()]:
             run.warn(warning)
-        if unstarted := missing_start(recipe.prompt, loaded.tokenizer):
+        if unstarted := missing_start(recipe.prompt, loaded.tokenizer, start_of(run.folder)):
             run.warn(unstarted)
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
@@ -297,9 +300,16 @@ def begin_step(setup: Setup, step: int) -> None:
 
 
 def make_prompt_sets(
-    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    recipe: Recipe,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    day: datetime,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Return training and held-out prompts; worked examples are taken out of the training set."""
+    """Return training and held-out prompts; worked examples are taken out of the training set.
+
+    `day` is the date that a chat template prints: that of the run's start.
+    """
     context = config.get_text_config().max_position_embeddings
     room = context - recipe.rollout.max_completion_length
     limit = min(recipe.prompt.max_prompt_length or room, room)
@@ -307,8 +317,8 @@ def make_prompt_sets(
     train_examples = task.train[len(shots) :]
     held_out = task.held_out[: recipe.eval.num]
     return (
-        make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit),
-        make_prompts(held_out, shots, recipe.prompt, tokenizer, limit),
+        make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit, day),
+        make_prompts(held_out, shots, recipe.prompt, tokenizer, limit, day),
     )
 
 
@@ -319,9 +329,8 @@ def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:
     if former != now:
         raise UserError(
             f"{run.folder} was begun with other prompts: their ids had sha256 {str(former)[:12]}, "
-            f"now {now[:12]}. The data, the tokenizer or the chat template has changed (some "
-            "templates print the date: run it with the clock of that day, or put the date into the "
-            "model's chat_template); or begin a new run with name=NEW_NAME"
+            f"now {now[:12]}. The data, the tokenizer or the chat template has changed: undo that, "
+            "or begin a new run with name=NEW_NAME"
         )
     return now
 
