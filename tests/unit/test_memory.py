@@ -12,7 +12,7 @@ from operando import setup
 from operando.errors import UserError
 from operando.launch import dry_run, launch
 from operando.models.layers import decoder_blocks
-from operando.models.load import lora_in_model_dtype, open_model
+from operando.models.load import float32_products, lora_in_model_dtype, open_model
 from operando.models.lora import with_lora
 from operando.models.memory import (
     OVERHEAD,
@@ -221,3 +221,13 @@ def test_a_dry_run_shows_the_estimate_and_a_small_machine_warns(tmp_path, monkey
     folder = launch(Console(quiet=True), recipe)
     assert folder is not None
     assert any("memory: by estimate" in w for w in read_manifest(folder)["warnings"])
+
+
+def test_tf32_is_asked_for_and_ends_with_the_run():
+    before = torch.get_float32_matmul_precision()
+    for tf32, word in ((True, "high"), (False, "highest")):
+        with float32_products(ModelConfig(tf32=tf32), CUDA) as precision:
+            assert precision == word == torch.get_float32_matmul_precision()
+        assert torch.get_float32_matmul_precision() == before
+    with float32_products(ModelConfig(tf32=True), torch.device("cpu")) as precision:
+        assert precision == before

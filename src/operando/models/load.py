@@ -206,6 +206,18 @@ def auto_class(
     return AutoModelForImageTextToText
 
 
+@contextmanager
+def float32_products(config: ModelConfig, device: torch.device) -> Iterator[str]:
+    """Multiply float32 matrices as the recipe says for one run; give torch's word for it."""
+    former = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    try:
+        yield torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(former)
+
+
 def count_layers(config: ModelConfig) -> int:
     """Return the number of decoder blocks, from the model's config alone."""
     loaded = AutoConfig.from_pretrained(resolve(config.id), revision=config.revision)

@@ -32,6 +32,9 @@ class ModelConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. Trained weights and all losses are float32, so bfloat16 needs `lora`.
     (No float16: its gradients need a loss scale, which operando does not have.)"""
+    tf32: bool = False
+    """On a CUDA device, multiply float32 matrices in TF32, with 10 bits of mantissa in place of 23:
+    faster, and `sampler/gap_mean` says what it costs."""
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
     quantization: Literal["none", "nf4"] = "none"
