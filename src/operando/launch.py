@@ -19,13 +19,14 @@ from operando.discovery.directions import refresher
 from operando.display import RunDisplay, StudyDisplay
 from operando.files import read_object
 from operando.models.load import count_layers
+from operando.models.memory import memory_lines
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
 from operando.run import Run
-from operando.run_folder import read_metrics, read_rows
+from operando.run_folder import read_metrics, read_rows, start_of
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
 from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
@@ -197,7 +198,13 @@ def _train_shown(
                         found.add(finding.name)
                         console.print(*show_finding(finding), sep="\n", soft_wrap=True)
 
-        train(recipe, run, functions=functions, refresh=refresher(recipe), on_step=on_step)
+        train(
+            recipe,
+            run,
+            functions=functions,
+            refresh=refresher(recipe, start_of(run.folder)),
+            on_step=on_step,
+        )
 
 
 def dry_run(console: Console, recipe: Recipe) -> None:
@@ -211,12 +218,14 @@ def dry_run(console: Console, recipe: Recipe) -> None:
         trial = recipe.model_copy(update={"runs_dir": folder})
         run = Run.create(trial)
         try:
-            setup = set_up(trial, run, {}, refresh=refresher(trial))
+            setup = set_up(trial, run, {}, refresh=refresher(trial, start_of(run.folder)))
         finally:
             run.close()
     trainable = setup.policy.trainable()
     count = sum(p.numel() for p in trainable.values())
     console.print(to_toml(recipe), highlight=False, markup=False, soft_wrap=True)
+    for line in [] if setup.memory is None else memory_lines(setup.memory):
+        console.print(line, highlight=False, markup=False)
     console.print(
         f"ok: {count:,} trained parameters in {len(trainable)} tensors, blocks "
         f"{setup.policy.layers[0]}-{setup.policy.layers[-1]} of {len(setup.policy.blocks)}; "

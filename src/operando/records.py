@@ -74,7 +74,9 @@ def batch_metrics(
         metrics["loops/mean"] = sum(loops) / len(loops)
     for name, part_BT in rewards.parts.items():
         part_B = _applicable(masked_sum(part_BT, mask_BT))
-        metrics[f"rewards/{name}/mean"] = float(part_B.mean()) if len(part_B) else 0.0
+        if not len(part_B):  # it applied to no rollout: no number, rather than a nought
+            continue
+        metrics[f"rewards/{name}/mean"] = float(part_B.mean())
         metrics[f"rewards/{name}/std"] = float(part_B.std()) if len(part_B) > 1 else 0.0
         if name in rewards.dense:  # the sum over tokens grows with length; this does not
             metrics[f"rewards/{name}/token_mean"] = float(masked_mean(part_BT, mask_BT))
@@ -121,7 +123,8 @@ def eval_metrics(judged: Sequence[Judged], proxies: Rewards | None) -> dict[str,
     if proxies is not None:
         for name, part_BT in proxies.parts.items():
             part_B = _applicable(part_BT.sum(1))
-            metrics[f"eval/rewards/{name}"] = float(part_B.mean()) if len(part_B) else 0.0
+            if len(part_B):
+                metrics[f"eval/rewards/{name}"] = float(part_B.mean())
     return metrics
 
 

@@ -32,7 +32,14 @@ from operando.errors import UserError
 from operando.owned import FolderLock
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
-from operando.run_folder import FORMAT, metric_lines, read_manifest, read_recipe, step_of
+from operando.run_folder import (
+    FORMAT,
+    STARTED,
+    metric_lines,
+    read_manifest,
+    read_recipe,
+    step_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +265,7 @@ def _manifest(recipe: Recipe, command: str) -> dict[str, object]:
     return {
         "format": FORMAT,
         "name": recipe.name,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": time.strftime(STARTED, time.gmtime()),
         "command": command,
         "seed": recipe.seed,
         "seed_tree": "sha256('seed/part/part/...')[:8] >> 1; streams: rollout/step/prompt/sample, "

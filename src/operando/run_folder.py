@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 from operando.errors import UserError
@@ -12,6 +13,7 @@ from operando.recipe import Recipe
 from operando.recipe_io import check, read_toml
 
 FORMAT = 1
+STARTED = "%Y-%m-%dT%H:%M:%SZ"  # of the manifest, in UTC
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -37,6 +39,15 @@ def read_manifest(folder: Path) -> dict[str, object]:
             f"{FORMAT}. It was written by operando {by}"
         )
     return read_object(file, name=str, started=str, versions=dict, warnings=list)
+
+
+def start_of(folder: Path) -> datetime:
+    """Return when a run was begun (UTC): the day that its chat template prints, whenever asked."""
+    started = str(read_manifest(folder)["started"])
+    try:
+        return datetime.strptime(started, STARTED).replace(tzinfo=UTC)
+    except ValueError as error:
+        raise UserError(f"{folder / 'manifest.json'}: started: {error}") from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from operando import parallel
 from operando.errors import UserError
@@ -19,7 +21,17 @@ from operando.internals.packs import model_digest
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
-from operando.models.load import Loaded, auto_class, load_model, pad_id, stop_ids
+from operando.models.load import (
+    Loaded,
+    auto_class,
+    load_model,
+    open_model,
+    opened_of,
+    pad_id,
+    precision_of,
+    stop_ids,
+)
+from operando.models.memory import Memory, available, check_memory, estimate, small_machine
 from operando.models.policy import Policy, Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
@@ -30,7 +42,7 @@ from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
 from operando.rollout.steered import SteeredSampler
 from operando.run import Run
-from operando.run_folder import read_manifest, read_metrics
+from operando.run_folder import read_manifest, read_metrics, start_of
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
@@ -68,6 +80,7 @@ class Setup:
     pad_id: int
     taps: Mapping[str, Tap]  # what the scoring pass reads inside the model, for rewards
     reference: bool  # whether the scoring pass runs the frozen base too
+    memory: Memory | None  # by estimate; None where it can't be told
     projector: Projector | None = None
     shift: Shift | None = None
     kl_coef: float = 0.0  # of a KL in the reward; it moves where the recipe has a target
@@ -98,7 +111,16 @@ def set_up(
     if not task.train:
         raise UserError(f"task {task.name} is for evaluation: it has no training split")
     parts = make_parts(recipe, task, functions)
-    loaded = loaded or load_model(recipe.model)
+    opened = open_model(recipe.model) if loaded is None else opened_of(loaded)
+    config, device = opened.config, opened.device
+    train_prompts, held_out_prompts = make_prompt_sets(
+        recipe, task, opened.tokenizer, config, start_of(run.folder)
+    )
+    prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
+    longest = max(len(p.ids) for p in (*train_prompts, *held_out_prompts))
+    memory = estimate(config, recipe, longest, device.type, parallel.world_size())
+    small = check_room(recipe, config, longest, device) if loaded is None else []
+    loaded = loaded or load_model(recipe.model, opened)
     dual = [p for p in parts if p.internal is not None and p.internal.config.dual]
     reference = recipe.kl is not None or bool(dual)
     policy = Policy(
@@ -112,8 +134,6 @@ def set_up(
     )
     if recipe.parallel.kind == "fsdp" and parallel.world_size() > 1:
         policy.shard()
-    train_prompts, held_out_prompts = make_prompt_sets(recipe, task, loaded)
-    prompts_sha256 = check_prompts(run, [*train_prompts, *held_out_prompts])
     ends = stop_ids(policy.base, loaded.tokenizer)
     check_stop(loaded.tokenizer, ends, recipe.rollout.stop)
     sampler = make_sampler(
@@ -129,7 +149,7 @@ def set_up(
         recipe, run, task, train_prompts, held_out_prompts, policy,
         steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
         pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
-        shift=shift,
+        memory, shift=shift,
         projector=make_projector(
             recipe, run, policy, optimizer, partial(refresh, policy) if refresh else None
         ),
@@ -140,10 +160,11 @@ def set_up(
             model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
             model_type=loaded.model.config.model_type,
             data=dict(task.source), prompts_sha256=prompts_sha256, sampler=sampler.name,
+            float32_products=precision_of(recipe.model, policy.device),
         )  # fmt: skip
-        for warning in hygiene.check_machine():
+        for warning in [*small, *hygiene.check_machine()]:
             run.warn(warning)
-        if unstarted := missing_start(recipe.prompt, loaded.tokenizer):
+        if unstarted := missing_start(recipe.prompt, loaded.tokenizer, start_of(run.folder)):
             run.warn(unstarted)
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
@@ -151,6 +172,26 @@ def set_up(
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
+
+
+def check_room(
+    recipe: Recipe, config: PreTrainedConfig, longest: int, device: torch.device
+) -> list[str]:
+    """Refuse what a CUDA device can't hold, by estimate; return warnings of a CPU's memory."""
+
+    def told(changed: Recipe) -> Memory:
+        memory = estimate(config, changed, longest, device.type, parallel.world_size())
+        assert memory is not None, config.model_type
+        return memory
+
+    room = available(device)
+    known = estimate(config, recipe, longest, device.type, parallel.world_size())
+    if room is None or known is None:
+        return []
+    if device.type == "cpu":
+        return small_machine(known, room)
+    check_memory(recipe, told, room, f"model.device = {str(device)!r}")
+    return []
 
 
 def make_taps(
@@ -263,19 +304,25 @@ def begin_step(setup: Setup, step: int) -> None:
 
 
 def make_prompt_sets(
-    recipe: Recipe, task: Task, loaded: Loaded
+    recipe: Recipe,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    day: datetime,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Return training and held-out prompts; worked examples are taken out of the training set."""
-    context = loaded.model.config.get_text_config().max_position_embeddings
+    """Return training and held-out prompts; worked examples are taken out of the training set.
+
+    `day` is the date that a chat template prints: that of the run's start.
+    """
+    context = config.get_text_config().max_position_embeddings
     room = context - recipe.rollout.max_completion_length
     limit = min(recipe.prompt.max_prompt_length or room, room)
     shots = list(task.train[: recipe.prompt.few_shot])
     train_examples = task.train[len(shots) :]
     held_out = task.held_out[: recipe.eval.num]
-    tokenizer = loaded.tokenizer
     return (
-        make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit),
-        make_prompts(held_out, shots, recipe.prompt, tokenizer, limit),
+        make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit, day),
+        make_prompts(held_out, shots, recipe.prompt, tokenizer, limit, day),
     )
 
 
@@ -286,9 +333,8 @@ def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:
     if former != now:
         raise UserError(
             f"{run.folder} was begun with other prompts: their ids had sha256 {str(former)[:12]}, "
-            f"now {now[:12]}. The data, the tokenizer or the chat template has changed (some "
-            "templates print the date: run it with the clock of that day, or put the date into the "
-            "model's chat_template); or begin a new run with name=NEW_NAME"
+            f"now {now[:12]}. The data, the tokenizer or the chat template has changed: undo that, "
+            "or begin a new run with name=NEW_NAME"
         )
     return now
 

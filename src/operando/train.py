@@ -16,7 +16,7 @@ from torch import Tensor
 from operando import parallel
 from operando.integrations.tracking import Tracker, open_tracker
 from operando.internals.directions import DirectionSet
-from operando.models.load import Loaded
+from operando.models.load import Loaded, float32_products
 from operando.models.policy import Policy, Scoring, flat_rows
 from operando.models.prefix import Prefix
 from operando.recipe import Recipe, TrackingConfig
@@ -78,10 +78,10 @@ def train(
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     add_transforms(setup, gradient_transforms, update_transforms)
     started = time.monotonic()
-    done = resume(setup)
-    if done == 0:
-        report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
-    with stops_after_step() as asked_to_stop:
+    with stops_after_step() as asked_to_stop, float32_products(recipe.model, setup.policy.device):
+        done = resume(setup)
+        if done == 0:
+            report_step(setup, tracker, 0, None, evaluate(setup, 0), on_step)
         for step in range(done + 1, recipe.steps + 1):
             begin_step(setup, step)
             metrics, batch = train_step(setup, step)

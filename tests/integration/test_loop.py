@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from operando import cli, setup
+from operando.audit import evaluate
+from operando.audit.arms import Contest
 from operando.errors import UserError
 from operando.launch import launch
+from operando.models.load import STARTER
+from operando.recipe import PromptConfig
 from operando.recipe_io import load_recipe
 from operando.run import Run
 from operando.run_folder import read_metrics
+from operando.tasks.load import load_task
 from operando.train import train
+from operando.types import Prompt
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -121,7 +129,6 @@ def test_sixteen_bit_weights_are_not_trained(tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_other_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chat template that prints the date gives other prompts on the next day."""
     folder = train_tiny(tmp_path, "steps=2")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert len(manifest["prompts_sha256"]) == 64
@@ -132,6 +139,43 @@ def test_a_run_does_not_go_on_with_other_prompts(
     )
     with pytest.raises(UserError, match="was begun with other prompts"):
         train_tiny(tmp_path, "steps=2", resume=True)
+
+
+def test_a_run_keeps_the_day_on_which_it_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chat template prints the date: resumed and asked later, it still has the first day's."""
+    model = tmp_path / "model"
+    shutil.copytree(STARTER, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%Y %B %d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    chat = (f"model.id={model}", "prompt.format=chat", "eval.num=4")
+    folder = train_tiny(tmp_path, *chat, "steps=4", "name=whole")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["started"] = "2024-02-29T12:00:00Z"
+    del manifest["prompts_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(folder / "checkpoints/step_00004")
+    train_tiny(tmp_path, *chat, "steps=4", "name=whole", resume=True)
+    train_tiny(tmp_path, *chat, "steps=4", "name=whole", resume=True)  # the same ids once more
+    for step in (3, 4):
+        rows = pq.read_table(folder / f"rollouts/step_{step:05d}.parquet").to_pylist()
+        assert all("2024 February 29" in str(row["prompt"]) for row in rows)
+    asked: list[Prompt] = []
+    real = evaluate.make_prompt_sets
+
+    def recorded(*a):
+        asked.extend(real(*a)[1])
+        return real(*a)
+
+    monkeypatch.setattr(evaluate, "make_prompt_sets", recorded)
+    evaluate.evaluate_run(folder, num=2)
+    prompts = Contest(folder, None).prompts(
+        load_task(load_recipe("tiny").task).held_out[:2], [], PromptConfig(format="chat"), 200
+    )
+    assert len(asked) == 2
+    assert all(p.text.startswith("2024 February 29 ") for p in (*asked, *prompts))
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -9,9 +9,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from operando.errors import UserError
+from operando.rollout import hf
 from operando.rollout.engine import Decoded, Engine, Step, pick
 from operando.rollout.hf import HfSampler
-from operando.rollout.sampler import Sampling, make_sampler, uniform_streams
+from operando.rollout.sampler import Sampling, first_stop, make_sampler, uniform_streams
 from operando.run import SeedTree
 from tests.unit.tiny import byte_tokenizer, tiny_model
 
@@ -195,6 +196,32 @@ def test_hf_sampler_gives_the_same_rollouts() -> None:
     assert [one.ids for one in ours] == [one.ids for one in theirs]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=1e-4)
+
+
+def test_hf_sampler_stops_at_a_stop_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rollouts are those that are cut after the last token, with fewer forward passes."""
+    model = tiny_model("llama")
+    sampler = HfSampler(model, byte_tokenizer(), EOS)
+    uniforms = uniform_streams(SeedTree(0), 0, range(4), 3, 64)
+    whole = sampler.sample(PROMPTS, 3, Sampling(64), uniforms)
+    common = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789 .,:" if c in whole[0].text]
+    stop = (*common, *(one.text[3:4] for one in whole if len(one.text) > 3))
+    sampling = Sampling(64, stop=stop)
+    calls: list[int] = []
+    forward = model.forward
+
+    def counted(*a: object, **k: object):
+        calls.append(1)
+        return forward(*a, **k)
+
+    monkeypatch.setattr(model, "forward", counted)
+    early = sampler.sample(PROMPTS, 3, sampling, uniforms)
+    few = len(calls)
+    monkeypatch.setattr(hf, "STOP_EVERY", 10**9)
+    late = sampler.sample(PROMPTS, 3, sampling, uniforms)
+    assert early == late
+    assert any(first_stop(one.text, stop) is None and not one.is_truncated for one in early)
+    assert few <= 16 and len(calls) - few > 2 * few, (few, len(calls))
 
 
 def test_unserved_models_fall_back_or_are_refused() -> None:

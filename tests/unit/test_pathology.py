@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def subject_of(model: RecursiveCausalLM) -> Subject:
     """A task that is learned in a moment: say the first letter again."""
     task = Task("echo", PROBLEMS[:1], PROBLEMS, lambda e, c, _: Verdict(c == e.answer, ""))
     question = Question(task, PROBLEMS, PromptConfig(template="{question}"), "{answer}", False)
-    return Subject("echo", model, byte_tokenizer(), question)
+    return Subject("echo", model, byte_tokenizer(), question, datetime.now(UTC))
 
 
 def audited(model: RecursiveCausalLM, folder: Path, *depths: int) -> Pathology:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ MISTRAL = (
 )
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 DROPS = CHAT.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+DAY = datetime(2024, 2, 29, 23, 58, tzinfo=UTC)
 SHOP = Example("shop/0", "Tom has 3 pens.\nHow many  has he?", "3", "3")
 
 
@@ -84,7 +86,7 @@ def piece_bpe() -> PreTrainedTokenizerFast:
 
 def shop_prompt(tokenizer: PreTrainedTokenizerBase, **settings: object) -> Prompt:
     config = PromptConfig.model_validate(settings, strict=False)
-    return make_prompts([SHOP], [], config, tokenizer, 999)[0]
+    return make_prompts([SHOP], [], config, tokenizer, 999, DAY)[0]
 
 
 def phi3_like(**taken: bool) -> PreTrainedTokenizerFast:
@@ -143,7 +145,7 @@ def test_a_qwen2_folder_keeps_the_tokenizer_that_lies_in_it(qwen2_folder: Path) 
     assert ours(text)["input_ids"] == asked
     assert ours.eos_token == "</s>" and len(ours) == len(piece_bpe())
     loaded = load_model(ModelConfig(id=str(qwen2_folder)))
-    (prompt,) = make_prompts([SHOP], [], PromptConfig(), loaded.tokenizer, 999)
+    (prompt,) = make_prompts([SHOP], [], PromptConfig(), loaded.tokenizer, 999, DAY)
     assert loaded.tokenizer.decode(list(prompt.ids)).lstrip() == prompt.text
 
 
@@ -256,12 +258,12 @@ def test_a_chat_prompt_has_what_its_template_writes_and_a_warning_says_what_is_m
         with_bos = byte_bpe(post=post, template="{{ bos_token }}" + CHAT)
         ids = shop_prompt(with_bos, format="chat").ids
         assert ids.count(with_bos.bos_token_id) == 1 and with_bos.eos_token_id not in ids
-        assert missing_start(chat, with_bos) is None
+        assert missing_start(chat, with_bos, DAY) is None
     without = byte_bpe(post="<s> $A", template=CHAT)
     assert without.bos_token_id not in shop_prompt(without, format="chat").ids
-    assert "begin with '<s>'" in (missing_start(chat, without) or "")
-    assert missing_start(PromptConfig(), without) is None
-    assert missing_start(chat, byte_bpe(template=CHAT)) is None
+    assert "begin with '<s>'" in (missing_start(chat, without, DAY) or "")
+    assert missing_start(PromptConfig(), without, DAY) is None
+    assert missing_start(chat, byte_bpe(template=CHAT), DAY) is None
 
 
 # --- chat templates ------------------------------------------------------------------------------
@@ -348,3 +350,56 @@ def test_a_sampler_refuses_it_before_it_samples() -> None:
     engine = Engine(model, tokenizer, (tokenizer.eos_token_id,))
     with pytest.raises(UserError, match="can't be found"):
         engine.sample([(5, 6)], 1, Sampling(4, math.inf, ("<pad>",)), None)
+
+
+DATED = "Today: {{ strftime_now('%d %B %Y') }}{{strftime_now( \"|%Y-%m-%d\" )}}\n" + CHAT
+LLAMA_3 = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    '{% set date_string = strftime_now("%d %b %Y") %}{% else %}'
+    '{% set date_string = "26 Jul 2024" %}{% endif %}{% endif %}Today: {{ date_string }}\n' + CHAT
+)
+SWITCH = CHAT.replace(
+    "assistant\n",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}!{% endif %}",
+)
+
+
+def test_a_template_prints_the_day_of_the_run() -> None:
+    text = shop_prompt(byte_bpe(template=DATED), format="chat").text
+    assert text.startswith("Today: 29 February 2024|2024-02-29\n<|im_start|>user")
+    text = shop_prompt(byte_bpe(template=LLAMA_3), format="chat").text
+    assert text.startswith("Today: 29 Feb 2024\n")
+    given = {"date_string": "1 Jan 1970"}
+    dated = shop_prompt(byte_bpe(template=LLAMA_3), format="chat", chat_template_kwargs=given)
+    assert dated.text.startswith("Today: 1 Jan 1970\n")
+    assert byte_bpe(template=DATED).chat_template == DATED, "the model's own template stays"
+    computed = "{% set f = '%Y' %}{{ strftime_now(f) }}" + CHAT
+    with pytest.raises(UserError, match=r"can't be fixed to the run's day: 'strftime_now\(f\)"):
+        shop_prompt(byte_bpe(template=computed), format="chat")
+
+
+def test_a_template_is_given_what_the_recipe_says() -> None:
+    tokenizer = byte_bpe(template=SWITCH + "{% generation %}{% endgeneration %}")
+    plain = shop_prompt(tokenizer, format="chat")
+    off = shop_prompt(tokenizer, format="chat", chat_template_kwargs={"enable_thinking": False})
+    on = shop_prompt(tokenizer, format="chat", chat_template_kwargs={"enable_thinking": True})
+    assert off.text == plain.text + "!" and on.text == plain.text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("enable_thinkin", "never reads 'enable_thinkin'. Did you mean 'enable_thinking'?"),
+        ("date_string", "It reads: enable_thinking"),
+        ("messages", "'messages' is set by operando itself"),
+    ],
+)
+def test_a_name_that_the_template_never_reads_is_refused(name: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        shop_prompt(byte_bpe(template=SWITCH), format="chat", chat_template_kwargs={name: False})
+    assert said in str(caught.value)
+
+
+def test_raw_text_has_no_template_to_be_given_anything() -> None:
+    with pytest.raises(ValidationError, match='chat_template_kwargs is for format = "chat"'):
+        PromptConfig(chat_template_kwargs={"enable_thinking": False})

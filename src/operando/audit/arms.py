@@ -13,7 +13,7 @@ from operando.models.policy import Policy
 from operando.recipe import PromptConfig, Recipe
 from operando.rollout.sampler import Sampler, Sampling, as_rollouts, make_sampler, uniform_streams
 from operando.run import SeedTree
-from operando.run_folder import read_recipe
+from operando.run_folder import read_recipe, start_of
 from operando.tasks.prompts import make_prompts
 from operando.types import Example, Prompt, Rollout
 from operando.update.checkpoint import load_weights, pick_step
@@ -50,6 +50,7 @@ class Contest:
     def __init__(self, folder: Path, step: int | None) -> None:
         self.folder = folder
         self.recipe: Recipe = read_recipe(folder)
+        self.day = start_of(folder)
         self.step = pick_step(folder, step)
         self.loaded: Loaded = load_model(self.recipe.model)
         config = self.loaded.model.config.get_text_config()
@@ -77,7 +78,7 @@ class Contest:
         max_length: int,
     ) -> list[Prompt]:
         """Return the prompts; one over `max_length` tokens is an error."""
-        return make_prompts(examples, shots, config, self.loaded.tokenizer, max_length)
+        return make_prompts(examples, shots, config, self.loaded.tokenizer, max_length, self.day)
 
     def answer(self, asked: Sequence[Asked]) -> Arms:
         """Return the answers of the base model and of the saved step; the weights stay in."""
@@ -112,8 +113,9 @@ def foreign_prompt(
 ) -> PromptConfig:
     """Return the prompt settings for a task that is not the run's own.
 
-    In the run's own format its system message, prefill and separator stay, for the model was
-    trained behind them; in the other format they are the defaults. The template is the task's.
+    In the run's own format its system message, prefill, separator and chat_template_kwargs stay,
+    for the model was trained behind them; in the other format they are the defaults. The template
+    is the task's.
     """
     kind = format or own.format
     shots = own.few_shot if few_shot is None else few_shot
@@ -121,5 +123,5 @@ def foreign_prompt(
         return PromptConfig(format=kind, template=template, few_shot=shots)
     return PromptConfig(
         format=kind, template=template, few_shot=shots, system=own.system, prefill=own.prefill,
-        separator=own.separator,
+        separator=own.separator, chat_template_kwargs=own.chat_template_kwargs,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from operando.models.policy import Policy
 from operando.rollout.held_out import Judged, answer_greedily
 from operando.rollout.sampler import Sampling, make_sampler
 from operando.run import SeedTree, write_parquet
-from operando.run_folder import read_recipe
+from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets
 from operando.study.stats import PairedDifference, paired_difference
 from operando.tasks.load import load_task
@@ -57,7 +57,9 @@ def evaluate_run(
         raise UserError(f"--num {count}: the held-out split has {len(task.held_out)} problems")
     wanted = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"num": count})})
     loaded = load_model(recipe.model)
-    _, prompts = make_prompt_sets(wanted, task, loaded)
+    _, prompts = make_prompt_sets(
+        wanted, task, loaded.tokenizer, loaded.model.config, start_of(folder)
+    )
     length = (
         max_completion_length
         or recipe.eval.max_completion_length

@@ -26,7 +26,7 @@ from operando.rewards.compose import RewardPart, make_parts, pay
 from operando.rollout.held_out import judge
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
 from operando.run import SeedTree, write_json
-from operando.run_folder import read_recipe
+from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets, make_taps
 from operando.study.stats import Interval, wilson
 from operando.tasks.load import load_task
@@ -67,6 +67,7 @@ class _Bench:
 
     def __init__(self, folder: Path, recipe: Recipe, step: int) -> None:
         self.recipe = recipe
+        self.day = start_of(folder)
         self.task = load_task(recipe.task)
         self.loaded = load_model(recipe.model)
         self.policy = Policy(
@@ -92,7 +93,9 @@ class _Bench:
 
     def sample(self, num: int) -> list[Rollout]:
         config = replace_num(self.recipe, num)
-        _, prompts = make_prompt_sets(config, self.task, self.loaded)
+        _, prompts = make_prompt_sets(
+            config, self.task, self.loaded.tokenizer, self.loaded.model.config, self.day
+        )
         rollout, length = config.rollout, config.rollout.max_completion_length
         sampler = make_sampler(
             rollout.engine, self.policy.base, self.loaded.tokenizer,

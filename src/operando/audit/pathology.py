@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from operando.audit.loop_verdicts import (
 )
 from operando.audit.outside import TEMPLATES, WORKED
 from operando.audit.side_by_side import ANSWERS, RAW, Question, token_limit
-from operando.calibrate.source import is_run, open_recursive
+from operando.calibrate.source import day_of, is_run, open_recursive
 from operando.errors import UserError
 from operando.models.load import pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
@@ -93,6 +94,8 @@ class Subject(NamedTuple):
     model: RecursiveCausalLM
     tokenizer: PreTrainedTokenizerBase
     question: Question
+    day: datetime
+    """That a chat template prints: a run's own."""
 
 
 def audit_pathology(
@@ -178,7 +181,7 @@ def open_subject(
     question = _question(recipe, task, overrides, num)
     opened = open_recursive(folder, step)
     model = opened.model.requires_grad_(True)  # gradients are read
-    return Subject(opened.name, model, opened.tokenizer, question)
+    return Subject(opened.name, model, opened.tokenizer, question, day_of(folder))
 
 
 def _question(
@@ -221,7 +224,7 @@ def gold_texts(subject: Subject) -> Texts:
     ]
     answers = [[*ids, end] for ids in text_ids(tokenizer, worked, "a gold answer")]
     room = context - max(map(len, answers))
-    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room)
+    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
     pairs = [(p.ids, answer) for p, answer in zip(prompts, answers, strict=True)]
     return pack_texts(pairs, pad_id(tokenizer))
 
@@ -231,7 +234,7 @@ def greedy(subject: Subject, model: RecursiveCausalLM, loops: int) -> list[bool]
     tokenizer, question = subject.tokenizer, subject.question
     limit = token_limit(question, tokenizer, None)
     room = model.config.max_position_embeddings - limit
-    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room)
+    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
     engine = RecursiveEngine(
         model, tokenizer, stop_ids(model, tokenizer), draft_tokens=0, halt_threshold=math.inf
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from operando.recipe import (
 from operando.rollout.held_out import Judged
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler
 from operando.run import SeedTree, write_parquet
-from operando.run_folder import check_model_or_run, read_recipe
+from operando.run_folder import check_model_or_run, read_recipe, start_of
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
 from operando.tasks import clrs
 from operando.tasks.base import Task
@@ -160,8 +161,10 @@ def compare_models(
         _question(name, config, recipe, sizes, settings.get(name))
         for name in _tasks(config, recipe)
     ]
+    day = start_of(folder) if _is_run(folder) else datetime.now(UTC)
     answers = {
-        model.name: _answers(model, questions, config.max_completion_length) for model in models
+        model.name: _answers(model, questions, config.max_completion_length, day)
+        for model in models
     }
     rows = [
         _row(question, name, answers[name][i], None if name == names[0] else answers[names[0]][i])
@@ -278,15 +281,19 @@ def token_limit(question: Question, tokenizer: PreTrainedTokenizerBase, given: i
     return limit
 
 
-def _answers(model: Model, questions: Sequence[Question], given: int | None) -> list[Answers]:
+def _answers(
+    model: Model, questions: Sequence[Question], given: int | None, day: datetime
+) -> list[Answers]:
     loaded = load_model(model.config)
     policy = Policy(loaded, model.config, SeedTree(0))
     if model.run is not None:
         load_weights(model.run, model.step, policy)
-    return [_answer(policy, loaded, question, given) for question in questions]
+    return [_answer(policy, loaded, question, given, day) for question in questions]
 
 
-def _answer(policy: Policy, loaded: Loaded, question: Question, given: int | None) -> Answers:
+def _answer(
+    policy: Policy, loaded: Loaded, question: Question, given: int | None, day: datetime
+) -> Answers:
     tokenizer = loaded.tokenizer
     limit = token_limit(question, tokenizer, given)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
@@ -295,7 +302,7 @@ def _answer(policy: Policy, loaded: Loaded, question: Question, given: int | Non
             f"{question.task.name}: gold answers have up to {limit} tokens, and the model's "
             f"context is {context}. Ask smaller graphs: --sizes"
         )
-    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, context - limit)
+    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, context - limit, day)
     stops = stop_ids(policy.base, tokenizer)
     sampler = make_sampler("auto", policy.base, tokenizer, stops, 64)
     stop = NEXT_QUESTION_STOPS if question.is_cut else ()

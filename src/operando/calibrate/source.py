@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from operando.rollout.held_out import judge
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, atomic_path, write_json
-from operando.run_folder import read_recipe
+from operando.run_folder import read_recipe, start_of
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
@@ -168,7 +169,8 @@ def open_source(folder: Path, config: SourceConfig) -> Source:
     model, tokenizer = opened.model, opened.tokenizer
     task = load_task(asked.task)
     length = config.max_completion_length or length or _longest(asked, task, tokenizer)
-    prompts = _prompts(task, asked.prompt, config, model, tokenizer, length)
+    day = day_of(folder)
+    prompts = _prompts(task, asked.prompt, config, model, tokenizer, length, day)
     stops = stop_ids(model, tokenizer)
     return Source(folder, model, tokenizer, opened.identity, asked, task, prompts, length, stops)
 
@@ -212,6 +214,11 @@ def is_run(folder: Path) -> bool:
     )
 
 
+def day_of(folder: Path) -> datetime:
+    """Return the day that a chat template prints: a run's start; of a model folder, now."""
+    return start_of(folder) if is_run(folder) else datetime.now(UTC)
+
+
 def open_recursive(folder: Path, step: int | None) -> Opened:
     """Return a run's or model folder's recursive model, LoRA merged, in float32 and eval mode."""
     from_run = is_run(folder)
@@ -252,7 +259,7 @@ def _longest(asked: Question, task: Task, tokenizer: PreTrainedTokenizerBase) ->
 
 def _prompts(
     task: Task, prompt: PromptConfig, config: SourceConfig, model: RecursiveCausalLM,
-    tokenizer: PreTrainedTokenizerBase, length: int,
+    tokenizer: PreTrainedTokenizerBase, length: int, day: datetime,
 ) -> Prompts:  # fmt: skip
     shots = list(task.train[: prompt.few_shot])
     train = task.train[len(shots) :]
@@ -275,7 +282,7 @@ def _prompts(
     limit = min(prompt.max_prompt_length or room, room)
     sets = (train[: config.num_fit], train[config.num_fit : wanted],
             task.held_out[: config.num_held_out])  # fmt: skip
-    return Prompts(*(make_prompts(one, shots, prompt, tokenizer, limit) for one in sets))
+    return Prompts(*(make_prompts(one, shots, prompt, tokenizer, limit, day) for one in sets))
 
 
 # --- completions ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,7 +74,9 @@ def sample_answers(
 ) -> Answers:
     """Return the base model's answers to the first training prompts, sampled as in training."""
     task = load_task(recipe.task)
-    prompts, _ = make_prompt_sets(recipe, task, loaded)
+    prompts, _ = make_prompt_sets(
+        recipe, task, loaded.tokenizer, loaded.model.config, datetime.now(UTC)
+    )
     if len(prompts) < num_prompts:
         raise UserError(
             f"discover.num_prompts = {num_prompts}, but task {task.name} has {len(prompts)} "

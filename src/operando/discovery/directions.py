@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +80,10 @@ class Extracted:
 class Workbench:
     """A recipe's base model (or a policy as it stands) with the pairs of its task."""
 
-    def __init__(self, recipe: Recipe, policy: Policy | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, policy: Policy | None = None, day: datetime | None = None
+    ) -> None:
+        """`day` is the date that a chat template prints; None: today's."""
         if recipe.direction is None:
             raise UserError(f"recipe {recipe.name!r} has no [direction] table; add one")
         self.recipe, self.config = recipe, recipe.direction
@@ -95,7 +99,13 @@ class Workbench:
         self.loaded = Loaded(policy.base, policy.tokenizer, policy.identity)
         self.layers = parse_layer_set(self.config.layers, len(self.policy.blocks))
         wanted = self.config.num_pairs + self.config.num_held_out
-        prompts, self.held_out = make_prompt_sets(recipe, self.task, self.loaded)
+        prompts, self.held_out = make_prompt_sets(
+            recipe,
+            self.task,
+            self.loaded.tokenizer,
+            self.loaded.model.config,
+            day or datetime.now(UTC),
+        )
         if len(prompts) < wanted:
             raise UserError(
                 f"direction: {wanted} pairs are asked for, the training split has {len(prompts)}"
@@ -271,14 +281,17 @@ def extract(recipe: Recipe) -> Extracted:
     return result
 
 
-def refresher(recipe: Recipe) -> Callable[[Policy], DirectionSet] | None:
-    """Return what extracts a recipe's direction again from the policy; None if it never does."""
+def refresher(recipe: Recipe, day: datetime) -> Callable[[Policy], DirectionSet] | None:
+    """Return what extracts a recipe's direction again from the policy; None if it never does.
+
+    `day` is the date that a chat template prints: that of the run's start.
+    """
     if recipe.projection is None or recipe.projection.refresh is None:
         return None
     arm = dr.load_directions(recipe.projection.directions).arm
 
     def again(policy: Policy) -> DirectionSet:
-        bench = Workbench(recipe, policy)
+        bench = Workbench(recipe, policy, day)
         read, num = _read(bench), bench.config.num_pairs
         vectors = _vectors(bench, read.plus.acts_NLD[:num], read.minus.acts_NLD[:num])
         return _made(bench, read, arm, vectors[arm])

@@ -118,6 +118,8 @@ def model_digest(identity: Mapping[str, str]) -> str:
 def prompt_digest(prompt: PromptConfig) -> str:
     """Return a hash of everything that shapes a prompt's text."""
     shape = prompt.model_dump(mode="json", exclude={"max_prompt_length"})
+    if not prompt.chat_template_kwargs:
+        del shape["chat_template_kwargs"]  # a pack says nothing of a key that gives nothing
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 

@@ -48,6 +48,15 @@ class Loaded(NamedTuple):
     identity: dict[str, str]
 
 
+class Opened(NamedTuple):
+    """What can be read of a model before its weights."""
+
+    where: str  # folder or hub id
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+
+
 def cache_folder() -> Path:
     """Return where imported models live: $OPERANDO_HOME, else ~/.cache/operando."""
     return Path(os.environ.get("OPERANDO_HOME", Path.home() / ".cache" / "operando"))
@@ -126,15 +135,34 @@ def _make_current(index: int) -> None:
     torch.cuda.set_device(index)
 
 
-def load_model(config: ModelConfig) -> Loaded:
-    """Return model and tokenizer as the recipe asks, in eval mode, on the device."""
+def open_model(config: ModelConfig) -> Opened:
+    """Return what can be read of a model before its weights: where it is, tokenizer, config."""
     where = resolve(config.id)
     device = pick_device(config.device)
-    dtype = getattr(torch, config.dtype)
     recursive.check_layout(Path(where))
     try:
         tokenizer = load_tokenizer(where, config.revision)
         published = AutoConfig.from_pretrained(where, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _unreadable(config, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.id!r} has no end-of-sequence token: set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return Opened(where, device, tokenizer, published)
+
+
+def opened_of(loaded: Loaded) -> Opened:
+    """Return the same of a model that is loaded already."""
+    return Opened("", loaded.model.device, loaded.tokenizer, loaded.model.config)
+
+
+def load_model(config: ModelConfig, opened: Opened | None = None) -> Loaded:
+    """Return model and tokenizer as the recipe asks, in eval mode, on the device."""
+    where, device, tokenizer, published = opened or open_model(config)
+    dtype = getattr(torch, config.dtype)
+    try:
         model = auto_class(published).from_pretrained(
             where,
             revision=config.revision,
@@ -144,8 +172,7 @@ def load_model(config: ModelConfig) -> Loaded:
             device_map={"": device} if config.quantization != "none" else None,
         )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.id = {config.id!r} can't be loaded: {first}") from error
+        raise _unreadable(config, error) from error
     assert isinstance(model, PreTrainedModel), type(model)
     if config.quantization == "none":
         nn.Module.to(model, device)
@@ -153,12 +180,12 @@ def load_model(config: ModelConfig) -> Loaded:
         if type(module).__name__ == "Linear4bit":
             # On a CPU bitsandbytes would pack the weights for inference, and then has no gradient.
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {config.id!r} has no end-of-sequence token: set eos_token in its "
-            "tokenizer_config.json"
-        )
     return Loaded(model.eval(), tokenizer, _identity(config, where))
+
+
+def _unreadable(config: ModelConfig, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0]
+    return UserError(f"model.id = {config.id!r} can't be loaded: {first}")
 
 
 def auto_class(
@@ -177,6 +204,22 @@ def auto_class(
             "blocks that write text, so nothing to train here"
         )
     return AutoModelForImageTextToText
+
+
+@contextmanager
+def float32_products(config: ModelConfig, device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices as the recipe says, for the length of a block."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision_of(config, device))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
+
+
+def precision_of(config: ModelConfig, device: torch.device) -> str:
+    """Return torch's word for how float32 matrices are multiplied: "high" is TF32."""
+    return "high" if config.tf32 and device.type == "cuda" else "highest"
 
 
 def count_layers(config: ModelConfig) -> int:

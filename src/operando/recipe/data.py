@@ -32,6 +32,9 @@ class ModelConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. Trained weights and all losses are float32, so bfloat16 needs `lora`.
     (No float16: its gradients need a loss scale, which operando does not have.)"""
+    tf32: bool = False
+    """On a CUDA device, multiply float32 matrices in TF32, with 10 bits of mantissa in place of 23:
+    faster, and `sampler/gap_mean` says what it costs."""
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
     quantization: Literal["none", "nf4"] = "none"
@@ -182,6 +185,10 @@ class PromptConfig(Config):
     """Between worked examples; raw only."""
     system: str | None = None
     """System message; chat only."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """What the chat template reads beside the messages, as { enable_thinking = false }; chat only.
+    A name that the template never reads is an error. The date that a template prints is that of the
+    run's start (UTC)."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Longest prompt in tokens; a longer one is an error at the start. Absent: model limit."""
 
@@ -191,6 +198,8 @@ class PromptConfig(Config):
             raise ValueError(f"template must contain {{question}}, got {self.template!r}")
         if self.system is not None and self.format == "raw":
             raise ValueError('system is for format = "chat"; in raw text put it in the template')
+        if self.chat_template_kwargs and self.format == "raw":
+            raise ValueError('chat_template_kwargs is for format = "chat"; raw has no template')
         return self
 
     def ask(self, question: str) -> str:
@@ -229,7 +238,7 @@ class RolloutConfig(Config):
     """auto: operando's engine where it serves the architecture, else HF generate (noted in the
     manifest)."""
     max_batch: int = Field(default=512, ge=1)
-    """Most rows decoded at once."""
+    """Most rows decoded at once. Their keys and values must fit, as `micro_tokens` must."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

@@ -125,7 +125,8 @@ class UpdateConfig(Config):
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps a pass."""
     micro_tokens: int = Field(default=4096, ge=1)
-    """Tokens (padding included) in one forward and backward. Changes memory, never the gradient."""
+    """Tokens (padding included) in one forward and backward. Changes memory, never the gradient.
+    What a CUDA device can't hold, by estimate, is refused at the start with a value that fits."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus (nats a token)."""
     sampler_correction: Literal["none", "token", "sequence"] = "none"

@@ -77,8 +77,9 @@ class Rows:
     def keep(self, index: Int[Tensor, " b"]) -> None:
         self.source = [self.source[i] for i in index.tolist()]
         self.position_B = self.position_B[index]
-        self.keys = [key[index] for key in self.keys]
-        self.values = [value[index] for value in self.values]
+        for caches in (self.keys, self.values):  # layer by layer: never two whole caches
+            for layer, cache in enumerate(caches):
+                caches[layer] = cache[index]
 
     def make_room(self, length: int) -> None:
         """Give the caches this many positions."""

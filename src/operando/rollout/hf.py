@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,14 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from operando.models.prefix import Prefix
-from operando.models.tokens import check_stop
-from operando.rollout.engine import pick
-from operando.rollout.sampler import Sampled, Sampling, finish
+from operando.models.tokens import check_stop, completion_text
+from operando.rollout.engine import STOP_EVERY, pick
+from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 
 
 class _Recorder(LogitsProcessor):
@@ -35,6 +38,36 @@ class _Recorder(LogitsProcessor):
         token_B, logp_B = pick(scores.float() / self.temperature, u_B)
         self.logps.append(logp_B)
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends the rows that hold a stop text, so that nothing more is decoded for them.
+
+    It looks every STOP_EVERY tokens at the last ones, and at the whole completion before it ends a
+    row: what it ends, `finish` cuts.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], start: int
+    ) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.tail = STOP_EVERY + max(len(s.encode()) for s in stop)
+        self.ended: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> torch.BoolTensor:
+        del scores, kwargs
+        if (input_ids.shape[1] - self.start) % STOP_EVERY == 0:
+            rows = input_ids[:, self.start :].tolist()
+            self.ended |= {
+                b
+                for b, ids in enumerate(rows)
+                if b not in self.ended and self._holds(ids[-self.tail :]) and self._holds(ids)
+            }
+        ended_B = torch.tensor([b in self.ended for b in range(len(input_ids))])
+        return cast("torch.BoolTensor", ended_B.to(input_ids.device))
+
+    def _holds(self, ids: list[int]) -> bool:
+        return first_stop(completion_text(self.tokenizer, ids), self.stop) is not None
 
 
 class HfSampler:
@@ -88,6 +121,7 @@ class HfSampler:
             ids_BS[b, width - len(row) :] = torch.tensor(row, device=device)
             mask_BS[b, width - len(row) :] = 1
         recorder = _Recorder(sampling.temperature, uniforms_BT)
+        stops = [_StopTexts(self.tokenizer, sampling.stop, width)] if sampling.stop else []
         out_BS = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids_BS,
             attention_mask=mask_BS,
@@ -101,6 +135,7 @@ class HfSampler:
             eos_token_id=list(self.stop_ids),
             pad_token_id=self.stop_ids[0],
             logits_processor=LogitsProcessorList([recorder]),
+            stopping_criteria=StoppingCriteriaList(stops),
         )
         assert isinstance(out_BS, Tensor)
         ids = out_BS[:, width:].tolist()

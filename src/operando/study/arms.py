@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from operando.files import read_object
 from operando.recipe import Recipe, StudyRecipe
 from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, to_toml
 from operando.run import Run, atomic_path, differences, write_json
+from operando.run_folder import STARTED
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 
@@ -154,13 +156,23 @@ def plan(study: Study) -> dict[tuple[str, int], Job]:
 # --- what was promised ---------------------------------------------------------------------------
 
 
+def start_of_study(study: Study) -> datetime:
+    """Return when a study was preregistered (UTC): the day that its chat templates print."""
+    registered = json.loads(_registered(study).read_text(encoding="utf-8"))
+    return datetime.strptime(registered["written"], STARTED).replace(tzinfo=UTC)
+
+
+def _registered(study: Study) -> Path:
+    return study.folder / "preregistration.json"
+
+
 def preregister(study: Study) -> Path:
     """Write arms, evaluation, metrics and claims before the first run, or check that they are
     those that were written; seeds may have been added, which is recorded."""
-    file = study.folder / "preregistration.json"
+    file = _registered(study)
     promised = _promised(study)
     digest = hashlib.sha256(json.dumps(promised, sort_keys=True).encode()).hexdigest()
-    seeds, now = list(study.recipe.seeds), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    seeds, now = list(study.recipe.seeds), time.strftime(STARTED, time.gmtime())
     if not file.is_file():
         if any(job.is_started for job in plan(study).values()):
             raise UserError(f"{study.folder} holds runs, but no preregistration.json")

@@ -22,7 +22,7 @@ from operando.recipe import ModelConfig, Recipe
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
 from operando.run import SeedTree, hash_file, write_json, write_parquet
 from operando.setup import make_prompt_sets
-from operando.study.arms import Job, Study
+from operando.study.arms import Job, Study, start_of_study
 from operando.types import Example, Rollout
 from operando.update.checkpoint import checkpoint_folder, load_weights, pick_step
 
@@ -103,7 +103,13 @@ def answer(
         wanted = asked.eval.model_copy(update={"num": evaluation.num})
         task = study.tasks[name]
         few = replace(task, train=task.train[: asked.prompt.few_shot])  # no training prompts
-        _, prompts = make_prompt_sets(asked.model_copy(update={"eval": wanted}), few, loaded)
+        _, prompts = make_prompt_sets(
+            asked.model_copy(update={"eval": wanted}),
+            few,
+            loaded.tokenizer,
+            loaded.model.config,
+            start_of_study(study),
+        )
         sampling = Sampling(
             asked.rollout.max_completion_length,
             temperature=evaluation.temperature or 1.0,

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
 
 import jinja2
+import jinja2.ext
+from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerBase
 
-from operando.errors import UserError
+from operando.errors import UserError, nearest
 from operando.models.tokens import prompt_ids, start_ids, text_ids
 from operando.recipe import PromptConfig
 from operando.types import Example, Prompt
 
 OPENED = re.compile(r"<think>\s*\Z")
+NOW = re.compile(r"""\bstrftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+# What a chat template is given by transformers or by operando itself.
+GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner",
+}  # fmt: skip
 Messages = list[dict[str, str]]
 
 
@@ -23,15 +35,17 @@ def make_prompts(
     config: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    day: datetime,
 ) -> list[Prompt]:
     """Return each example as the model reads it; a prompt over `max_length` tokens is an error.
 
     Raw prompts begin with the tokenizer's beginning-of-sequence, if it adds one, and never end with
     an end-of-sequence. Chat prompts hold the special tokens that the chat template writes and no
-    others. A text that the ids don't hold is an error.
+    others. A text that the ids don't hold is an error. `day` is what a template prints that asks
+    for the date: a run's own, so that its prompts are the same whenever it is asked.
     """
     if config.format == "chat":
-        prompts = _chat_prompts(examples, shots, config, tokenizer)
+        prompts = _chat_prompts(examples, shots, config, tokenizer, day)
     else:
         prompts = _raw_prompts(examples, shots, config, tokenizer)
     too_long = [p for p in prompts if len(p.ids) > max_length]
@@ -54,7 +68,9 @@ def answer_so_far(text: str, prefill: str) -> str:
     return prefill if opened is None else opened[0] + prefill
 
 
-def missing_start(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def missing_start(
+    config: PromptConfig, tokenizer: PreTrainedTokenizerBase, day: datetime
+) -> str | None:
     """Return a warning where chat prompts lack the beginning of sequence that raw ones have.
 
     The chat template decides, as it does in vLLM and TRL.
@@ -62,7 +78,8 @@ def missing_start(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> s
     start = start_ids(tokenizer)
     if config.format == "raw" or not start:
         return None
-    text = _render([{"role": "user", "content": "a"}], tokenizer)
+    chat = _open_chat(config, tokenizer, day)
+    text = _render([{"role": "user", "content": "a"}], chat)
     if tuple(text_ids(tokenizer, [text], "the chat template")[0][: len(start)]) == start:
         return None
     return (
@@ -97,13 +114,10 @@ def _chat_prompts(
     shots: Sequence[Example],
     config: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
+    day: datetime,
 ) -> list[Prompt]:
-    if not tokenizer.chat_template:
-        raise UserError(
-            'prompt.format = "chat", but the tokenizer has no chat template: use "raw", or an '
-            "instruct model"
-        )
-    _check_template(config, tokenizer)
+    chat = _open_chat(config, tokenizer, day)
+    _check_template(config, chat)
     before: Messages = []
     if config.system is not None:
         before.append({"role": "system", "content": config.system})
@@ -114,7 +128,7 @@ def _chat_prompts(
     asked: list[Messages] = [
         [*before, {"role": "user", "content": config.ask(example.question)}] for example in examples
     ]
-    texts = [_render(messages, tokenizer) + config.prefill for messages in asked]
+    texts = [_render(messages, chat) + config.prefill for messages in asked]
     rows = text_ids(tokenizer, texts, "a prompt")  # the template holds every special token
     return [
         Prompt(example, text, tuple(ids), tuple(messages), _prefill(text, config))
@@ -135,16 +149,63 @@ def _prefill(text: str, config: PromptConfig) -> str:
 # --- the chat template ---------------------------------------------------------------------------
 
 
-def _render(
-    messages: Sequence[Mapping[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    ask_for_answer: bool = True,
-) -> str:
+class _Chat(NamedTuple):
+    """A tokenizer with its chat template as a run renders it: the day fixed, the names given."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    names: Mapping[str, bool | int | float | str]
+
+
+def _open_chat(config: PromptConfig, tokenizer: PreTrainedTokenizerBase, day: datetime) -> _Chat:
+    if not tokenizer.chat_template:
+        raise UserError(
+            'prompt.format = "chat", but the tokenizer has no chat template: use "raw", or an '
+            "instruct model"
+        )
+    source = tokenizer.get_chat_template()
+    _check_names(config.chat_template_kwargs, source)
+    return _Chat(tokenizer, _dated(source, day), config.chat_template_kwargs)
+
+
+def _dated(source: str, day: datetime) -> str:
+    """Return a chat template that prints `day` where it would print the date of today."""
+    dated = NOW.sub(lambda found: json.dumps(day.strftime(found[1] or found[2] or "")), source)
+    if left := re.search(r"\bstrftime_now\(.{0,40}", dated):
+        raise UserError(
+            f"the chat template asks for the time in a way that can't be fixed to the run's day: "
+            f"{left[0]!r}; expected strftime_now with a format in quotes. Put the date into the "
+            "model's chat template"
+        )
+    return dated
+
+
+def _check_names(names: Mapping[str, object], source: str) -> None:
+    """Raise for a name that the chat template never reads: it would change nothing."""
+    if not names:
+        return
+    tree = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(
+        GENERATION.sub("", source)
+    )
+    read = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+    for name in names:
+        if name in GIVEN:
+            raise UserError(f"prompt.chat_template_kwargs: {name!r} is set by operando itself")
+        if name not in read:
+            free = sorted(meta.find_undeclared_variables(tree) - GIVEN)
+            raise UserError(
+                f"prompt.chat_template_kwargs: the chat template never reads {name!r}."
+                f"{nearest(name, free)} It reads: {', '.join(free) or 'nothing of this kind'}"
+            )
+
+
+def _render(messages: Sequence[Mapping[str, str]], chat: _Chat, ask_for_answer: bool = True) -> str:
     """Return messages as the chat template writes them; one that it refuses is an error."""
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=ask_for_answer, tokenize=False
-        )
+        text = chat.tokenizer.apply_chat_template(
+            [dict(m) for m in messages], chat_template=chat.source,
+            add_generation_prompt=ask_for_answer, tokenize=False, **chat.names,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
     except jinja2.TemplateError as error:
         roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         raise UserError(
@@ -156,7 +217,7 @@ def _render(
     return text
 
 
-def _check_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_template(config: PromptConfig, chat: _Chat) -> None:
     """Raise for a template that drops the question or the system message, or begins no answer.
 
     A template need not write anything before an answer ("[INST] ... [/INST]"), but what it does
@@ -164,17 +225,17 @@ def _check_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) ->
     """
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
     asked = [*system, {"role": "user", "content": "QUESTION"}]
-    text = _render(asked, tokenizer)
+    text = _render(asked, chat)
     for key, content in (("prompt.system", config.system), ("the question", "QUESTION")):
         if content is not None and content.strip() not in text:
             raise UserError(
                 f"the chat template drops {key}: {content[:80]!r} is not in {text[:200]!r}. "
                 'Put it into prompt.template, or use prompt.format = "raw"'
             )
-    if text != _render(asked, tokenizer, ask_for_answer=False):
+    if text != _render(asked, chat, ask_for_answer=False):
         return
     answered = [*asked, {"role": "assistant", "content": "ANSWER"}]
-    head = _render(answered, tokenizer, ask_for_answer=False).partition("ANSWER")[0]
+    head = _render(answered, chat, ask_for_answer=False).partition("ANSWER")[0]
     if head.removeprefix(text).strip():
         raise UserError(
             "the chat template ignores add_generation_prompt: a prompt ends with "
