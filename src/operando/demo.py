@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +17,7 @@ from operando.report.html import write_report
 from operando.run import free_name
 from operando.run_folder import read_metrics, read_recipe, read_rows
 from operando.study.stats import paired_difference, wilson
+from operando.tables import read_parquet
 
 
 def learning_demo(console: Console, seed: int, runs_dir: str) -> Path:
@@ -82,7 +82,7 @@ def show_siblings(console: Console, folder: Path) -> None:
     """Print one problem of the last step with its sibling completions."""
     file = sorted((folder / "rollouts").glob("step_*.parquet"))[-1]
     columns = ["group", "prompt", "completion", "answer", "reward", "advantage", "correct"]
-    rows = pq.read_table(file, columns=columns).to_pylist()
+    rows = read_parquet(file, columns=columns).to_pylist()
     mixed = [r["group"] for r in rows if abs(r["advantage"]) > 1e-6]
     chosen = mixed[0] if mixed else rows[0]["group"]
     group = [r for r in rows if r["group"] == chosen]
@@ -106,5 +106,5 @@ def show_findings(console: Console, folder: Path) -> None:
 
 def _held_out(folder: Path, *, first: bool) -> list[bool]:
     files = sorted((folder / "evals").glob("held_out_step_*.parquet"))
-    table = pq.read_table(files[0 if first else -1], columns=["correct"])
+    table = read_parquet(files[0 if first else -1], columns=["correct"])
     return table.column("correct").to_pylist()

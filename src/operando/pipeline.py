@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +52,7 @@ from operando.run import atomic_path, differences, write_json
 from operando.study.arms import POLL_SECONDS, LocalRunner
 from operando.study.inference import hierarchical_bootstrap, rate_interval
 from operando.study.stats import Interval, paired_difference
+from operando.tables import read_parquet
 from operando.update.checkpoint import checkpoint_folder
 
 FIXED = ("pretrain", "sft")
@@ -337,7 +337,7 @@ def _marks(chains: Sequence[Chain], stage: str, task: str) -> np.ndarray:
     """Return who was right [S P]; the problems are the same for all seeds."""
     rows = []
     for chain in chains:
-        table = pq.read_table(chain.folder / "answers.parquet").to_pylist()
+        table = read_parquet(chain.folder / "answers.parquet").to_pylist()
         name = f"{stage} step {chain.rl[stage].steps}" if stage in chain.rl else stage
         prefix = f"{task}/"
         mine = [r for r in table if r["model"] == name and r["example_id"].startswith(prefix)]

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from operando.audit.answers import Answer, with_block, with_openers
 from operando.audit.edits_answer import far_from, swap_final
 from operando.errors import UserError
@@ -19,6 +17,7 @@ from operando.recipe import (
     StepPenaltyReward,
     ThinkFormatReward,
 )
+from operando.tables import read_parquet
 from operando.tasks.base import Task
 from operando.tasks.prompts import answer_so_far
 from operando.types import Example, Prompt, Rollout
@@ -158,7 +157,7 @@ def _groups(
 ) -> list[list[Rollout]]:
     names = ["group", "sample", "prompt", "completion", "answer", "is_truncated"]
     groups: dict[int, list[Rollout]] = {}
-    for row in pq.read_table(file, columns=names).to_pylist():
+    for row in read_parquet(file, columns=names).to_pylist():
         asked = [e for e in by_answer.get(row["answer"], ()) if e.question in row["prompt"]]
         if not asked:
             raise UserError(f"{file}: no training problem of the task is in {row['prompt']!r}")

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from operando.errors import UserError
@@ -17,6 +16,7 @@ from operando.rewards.formats import find_tags, pair_tags
 from operando.run import write_json
 from operando.run_folder import read_manifest
 from operando.study.stats import PairedDifference, paired_difference
+from operando.tables import read_parquet
 
 HELD_OUT = re.compile(r"held_out_step_(\d+)\.parquet")
 ROLLOUTS = re.compile(r"step_(\d+)\.parquet")
@@ -144,7 +144,7 @@ def _by_step(folder: Path, name: re.Pattern[str]) -> dict[int, Path]:
 
 
 def _column(file: Path, name: str) -> list[str]:
-    return pq.read_table(file, columns=[name])[name].to_pylist()
+    return read_parquet(file, columns=[name])[name].to_pylist()
 
 
 def _answers(file: Path) -> dict[str, str]:

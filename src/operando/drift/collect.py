@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -30,6 +29,7 @@ from operando.models.logprobs import token_logps
 from operando.models.policy import Policy
 from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_manifest, read_recipe
+from operando.tables import read_parquet
 from operando.update.checkpoint import load_weights, weight_steps
 
 Writer = Literal["base", "last", "both"]
@@ -96,7 +96,7 @@ def _rows(files: Sequence[Path], max_tokens: int) -> list[tuple[list[int], list[
     found: list[tuple[list[int], list[int]]] = []
     num = 0
     for file in files:
-        table = pq.read_table(file, columns=["prompt_ids", "completion_ids"]).to_pylist()
+        table = read_parquet(file, columns=["prompt_ids", "completion_ids"]).to_pylist()
         for row in table:
             if num >= max_tokens:
                 return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from operando.audit.findings import series
 from operando.errors import UserError
 from operando.models.recursive import RecursiveConfig
@@ -14,6 +12,7 @@ from operando.recipe import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
 from operando.run import atomic_path
 from operando.study.stats import PairedDifference, paired_difference
+from operando.tables import read_parquet
 
 
 def write_cards(folder: Path) -> list[Path]:
@@ -90,7 +89,7 @@ def _result(run: RunTables, step: int) -> str:
     """Return the larger evaluation if `operando evaluate` wrote one, else that of the training."""
     file = run.folder / "evals" / f"paired_step_{step:05d}.parquet"
     if file.is_file():
-        table = pq.read_table(file, columns=["base_correct", "trained_correct"])
+        table = read_parquet(file, columns=["base_correct", "trained_correct"])
         old = table.column("base_correct").to_pylist()
         new = table.column("trained_correct").to_pylist()
         scores = [("base", score_marks(0, old)), (f"step {step}", score_marks(step, new))]

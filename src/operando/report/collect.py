@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-import pyarrow.parquet as pq
-
 from operando.audit.doctor import diagnose_folder, last_step
 from operando.audit.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
@@ -16,6 +14,7 @@ from operando.files import read_object, read_text
 from operando.recipe import Recipe
 from operando.run_folder import read_manifest, read_recipe, read_rows, step_of
 from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
+from operando.tables import read_parquet
 from operando.text import shown
 
 GAP_LIMIT = 0.02  # nats a token; float32 and matching kernels stay under 0.001
@@ -181,7 +180,7 @@ def _read_answers(file: Path) -> list[Answer]:
             correct=row["correct"],
             reason=shown(row["reason"]),
         )
-        for row in pq.read_table(file, columns=columns).to_pylist()
+        for row in read_parquet(file, columns=columns).to_pylist()
     ]
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from operando.report.collect import step_files
+from operando.tables import read_parquet
 from operando.text import one_line, shown
 
 MAX_TOKENS = 60_000  # of the whole page; about 12 bytes each
@@ -180,12 +180,12 @@ def _extremes(files: Mapping[int, Path]) -> list[Siblings]:
 
 
 def _scalars(file: Path) -> list[Paid]:
-    table = pq.read_table(file, columns=list(Paid._fields))
+    table = read_parquet(file, columns=list(Paid._fields))
     return [Paid(**row) for row in table.to_pylist()]
 
 
 def _read_groups(file: Path, only: int | None = None, note: str = "") -> list[Siblings]:
-    table = pq.read_table(file, filters=None if only is None else [("group", "=", only)])
+    table = read_parquet(file, only=None if only is None else [("group", "=", only)])
     groups: dict[int, list[RolloutRow]] = defaultdict(list)
     for row in cast("list[RolloutRow]", table.to_pylist()):
         groups[row["group"]].append(row)

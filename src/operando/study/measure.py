@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from operando.files import read_object
 from operando.models.load import load_model, stop_ids
@@ -23,6 +22,7 @@ from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, unifor
 from operando.run import SeedTree, hash_file, write_json, write_parquet
 from operando.setup import make_prompt_sets
 from operando.study.arms import Job, Study, start_of_study
+from operando.tables import read_parquet
 from operando.types import Example, Rollout
 from operando.update.checkpoint import checkpoint_folder, load_weights, pick_step
 
@@ -140,7 +140,7 @@ def _seen(rollout: Rollout) -> tuple[Example, str, bool]:
 
 def read_metrics_of(study: Study, files: Sequence[Path]) -> Mapping[str, np.ndarray]:
     """Return for each metric the values of some runs, "S P": each problem's mean over samples."""
-    tables = [pq.read_table(file).to_pylist() for file in files]
+    tables = [read_parquet(file).to_pylist() for file in files]
     found = {}
     for name, metric in study.recipe.metrics.items():
         rows = []

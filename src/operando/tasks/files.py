@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from operando.errors import UserError, nearest
 from operando.files import brief, parse_json, read_text
+from operando.tables import read_parquet
 from operando.text import lone_surrogate
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -97,7 +97,7 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
-        table = pq.read_table(file)
+        table = read_parquet(file)
         rows = table.to_pylist()
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable parquet file: {error}") from error
