@@ -74,5 +74,5 @@ def read_object(file: Path, **needed: type) -> dict[str, Any]:
 
 def brief(value: object) -> str:
     """Return a value for an error message, at most 80 letters of it."""
-    text = json.dumps(value, default=str)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -371,7 +371,7 @@ def test_a_file_that_is_no_pack_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no feature pack"):
         load_pack(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="is damaged"):
         load_pack(tmp_path / "bad.json")
 
 

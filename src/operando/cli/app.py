@@ -38,3 +38,12 @@ def own_run(folder: Path) -> None:
 
     read_recipe(folder)
     own(folder)
+
+
+def own_if_run(folder: Path) -> None:
+    """Hold a run folder till the command's end; of a model folder, nothing is written there."""
+    from operando.run_folder import check_model_or_run
+
+    check_model_or_run(folder)
+    if (folder / "manifest.json").is_file():
+        own_run(folder)

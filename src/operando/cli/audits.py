@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app, own, own_run
+from operando.cli.app import Overrides, app, own_if_run, own_run
 from operando.errors import UserError
 
 
@@ -42,10 +42,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer held-out problems with the base and the trained model on the same prompts, paired."""
-    from operando.run_folder import check_model_or_run
-
-    check_model_or_run(run)
-    own(run)
+    own_if_run(run)
     from operando.audit.evaluate import evaluate_run
     from operando.audit.outside import (
         OutsideConfig,
@@ -232,10 +229,7 @@ def pathology(
     seed: Annotated[int, typer.Option(min=0, help="Of random models, shuffles, intervals.")] = 0,
 ) -> None:
     """Audit the loops of a recursive model beside random twins; exit code 3 if a test fails."""
-    from operando.run_folder import check_model_or_run
-
-    check_model_or_run(run)
-    own(run)
+    own_if_run(run)
     from operando.audit.pathology import audit_pathology
     from operando.audit.pathology_show import pathology_tables
     from operando.display import make_console
