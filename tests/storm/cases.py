@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from operando.discovery.directions import extract
 from operando.discovery.features import discover
-from operando.internals.directions import DirectionSet, save_directions, unit
-from operando.internals.packs import model_digest
 from operando.launch import launch
-from operando.models.load import load_model
-from operando.recipe import ModelConfig
 from operando.recipe_io import to_toml
 from tests.integration.runs import TINY, tiny
 from tests.integration.test_feature_reward import DISCOVER
@@ -25,7 +21,7 @@ SMALL = ("eval.num=4", "rollout.num_prompts=2", "rollout.num_generations=2",
          "rollout.max_completion_length=12", "task.num_held_out=4")  # fmt: skip
 
 
-def training(name: str, *overrides: str, lora: bool = True, kills: int = 24) -> Case:
+def training(name: str, *overrides: str, lora: bool = True) -> Case:
     """Return `train` of the tiny recipe, six steps and a checkpoint at every second."""
 
     def prepare() -> None:
@@ -38,7 +34,7 @@ def training(name: str, *overrides: str, lora: bool = True, kills: int = 24) -> 
         begun = (RUNS / "tiny" / "manifest.json").is_file()
         return ["train", "recipe.toml", *(["--resume"] if begun else [])]
 
-    return Case(name, prepare, command, kills=kills)
+    return Case(name, prepare, command, kills=30, seconds=50)
 
 
 def _prepared(override: str) -> str:
@@ -46,24 +42,15 @@ def _prepared(override: str) -> str:
 
 
 def _direction() -> str:
-    """Write a random direction of the starter model and of the task's pairs; return its path."""
-    loaded = load_model(ModelConfig())
-    config, generator = loaded.model.config.get_text_config(), torch.Generator().manual_seed(0)
-    layers = tuple(range(config.num_hidden_layers - 3, config.num_hidden_layers))
-    made = DirectionSet(
-        "random", "activation", unit(torch.randn(config.hidden_size, generator=generator)), layers,
-        "last", "starter", model_digest(loaded.identity), "float32", 1.0,
-        inputs={}, evidence={"clean_q95": 0.0} | {f"norm_{layer}": 1.0 for layer in layers},
-    )  # fmt: skip
-    save_directions(made, Path("direction.safetensors"))
-    return "direction.safetensors"
+    """Extract the directions that the projected case follows; return the path of the real one."""
+    return str(extract(tiny(RUNS, "name=base", *PAIRS)).files["real"])
 
 
 def _features() -> str:
-    return discover(tiny(RUNS, "name=base", *DISCOVER)).pack
+    return discover(tiny(RUNS, "name=base", *FEW)).pack
 
 
-def chains(name: str, command: list[str], kills: int, trained: bool) -> Case:
+def chains(name: str, command: list[str], trained: bool) -> Case:
     """Return a command on a finished run's SAE chains; `trained`: the chains are there before."""
     saes = ["sae", "train", "runs/tiny", "--layers", "4", "--expansion", "1", "--k", "4",
             "--epochs", "2", "--tokens", "1000", "--seeds", "2"]  # fmt: skip
@@ -76,32 +63,32 @@ def chains(name: str, command: list[str], kills: int, trained: bool) -> Case:
             train_run_saes(Console(quiet=True), RUNS / "tiny", "4", "both", 1000, 2,
                            expansion=1, k=4, epochs=2)  # fmt: skip
 
-    return Case(name, prepare, lambda: command or saes, kills=kills)
+    return Case(name, prepare, lambda: command or saes, kills=25, seconds=60)
 
 
-def discovering(kills: int) -> Case:
+def discovering() -> Case:
     def prepare() -> None:
-        Path("recipe.toml").write_text(to_toml(tiny(RUNS, "name=base", *DISCOVER)))
+        Path("recipe.toml").write_text(to_toml(tiny(RUNS, "name=base", *FEW)))
 
     return Case("features discover", prepare, lambda: ["features", "discover", "recipe.toml"],
-                code=3, kills=kills)  # fmt: skip
+                code=3, kills=10, seconds=80)  # fmt: skip
 
 
-def pretraining(kills: int) -> Case:
+def pretraining() -> Case:
     def prepare() -> None:
         text = RECIPES["pretrain.toml"].replace("unused", "base")
         Path("recipe.toml").write_text(f"checkpoint_every = 3\n{text}")
 
-    return Case("pretrain", prepare, lambda: _fit("pretrain", "base"), kills=kills)
+    return Case("pretrain", prepare, lambda: _fit("pretrain", "base"), kills=25, seconds=50)
 
 
-def finetuning(kills: int) -> Case:
+def finetuning() -> Case:
     def prepare() -> None:
         text = RECIPES["sft.toml"].replace('out = "unused"', 'out = "tuned"')
         text = text.replace('"unused"', '"starter"').replace("num_pairs = 32", "num_pairs = 96")
         Path("recipe.toml").write_text(f"checkpoint_every = 3\nbatch_size = 8\n{text}")
 
-    return Case("sft", prepare, lambda: _fit("sft", "tuned"), kills=kills)
+    return Case("sft", prepare, lambda: _fit("sft", "tuned"), kills=25, seconds=60)
 
 
 def _fit(command: str, out: str) -> list[str]:
@@ -109,38 +96,44 @@ def _fit(command: str, out: str) -> list[str]:
     return [command, "recipe.toml", *(["--resume"] if begun else [])]
 
 
-def piping(kills: int) -> Case:
+def piping() -> Case:
     def prepare() -> None:
         for name, text in RECIPES.items():
             Path(name).write_text(text)
 
     more = ["pretrain.checkpoint_every=3", "outcome.steps=3", "outcome.checkpoint.every=1",
             "go_on=true"]  # fmt: skip
-    return Case("pipeline", prepare, lambda: ["pipeline", "pipeline.toml", *more], kills=kills)
+    return Case("pipeline", prepare, lambda: ["pipeline", "pipeline.toml", *more], kills=25,
+                seconds=90)  # fmt: skip
 
 
-def studying(kills: int) -> Case:
+def studying() -> Case:
     def prepare() -> None:
         Path("study.toml").write_text(STUDY.format(tiny=TINY))
 
     return Case("study --jobs 2", prepare, lambda: ["study", "study.toml", "--jobs", "2"], code=3,
-                kills=kills, leader=True)  # fmt: skip
+                kills=15, seconds=160, leader=True)  # fmt: skip
 
 
+FEW = (*DISCOVER, "discover.num_prompts=24", "discover.permutations=20", "discover.epochs=2",
+       "discover.num_generations=4")  # fmt: skip
+PAIRS = ("task.loophole=true", 'direction={position="mean",num_pairs=8,num_held_out=5}')
 PPO = ("advantage.kind=gae", "update.epochs=2", "checkpoint={every=2,keep=1}")
-PROJECTED = ("projection.directions=PREPARED", "projection.stage=momentum", "projection.refresh=2")
+PROJECTED = (*PAIRS, 'projection.directions="PREPARED"', "projection.stage=momentum",
+             "projection.refresh=2")  # fmt: skip
 FEATURES = ('rewards.features={kind="features",pack="PREPARED",ignore_gate=true}',
             "task.num_steps=[2]")  # fmt: skip
 CASES = (
     training("train, LoRA"),
     training("train, full", lora=False),
     training("train, PPO", *PPO),
-    pretraining(24),
-    finetuning(24),
-    chains("sae train", [], 24, trained=False),
-    chains("drift", ["drift", "runs/tiny"], 10, trained=True),
-    discovering(10),
-    piping(24),
-    training("train, features", *FEATURES, kills=16),
-    studying(12),
+    training("train, projection", *PROJECTED),
+    training("train, features", *FEATURES),
+    pretraining(),
+    finetuning(),
+    chains("sae train", [], trained=False),
+    chains("drift", ["drift", "runs/tiny"], trained=True),
+    discovering(),
+    piping(),
+    studying(),
 )

@@ -43,6 +43,7 @@ class Case:
     command: Callable[[], list[str]]
     code: int = 0
     kills: int = 20
+    seconds: float = 50  # of 840, of the storm's time
     leader: bool = False  # some kills are of the first process alone: its children live on
 
 
@@ -184,7 +185,9 @@ def _round(
     """Kill and take up until the command ends by itself; return what went wrong."""
     for attempt in range(TRIES):
         command = _command(case, folder)
-        way = rng.choices(("moment", "operation", "import", "leader"), (4, 6, 1, 2 * case.leader))[0]
+        way = rng.choices(("moment", "operation", "import", "leader"), (4, 6, 1, 2 * case.leader))[
+            0
+        ]
         if sum(tally.kills.values()) >= kills or attempt > 2 * case.kills:
             way = "none"
         if way == "import":
@@ -231,7 +234,7 @@ def _compare(one: Path, other: Path, log: Path) -> list[str]:
 
     def job() -> int:
         found = differing(one, other)
-        print("\n".join(found))
+        sys.stdout.write("\n".join(found))
         return len(found) > 0
 
     code = Fork(job, other, log).wait()

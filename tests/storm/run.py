@@ -1,18 +1,24 @@
 """make storm: every command killed many times, and what it leaves compared with a whole run's.
 
-    python -m tests.storm.run --seconds 900 --only "train, LoRA" --kills 24
+python -m tests.storm.run --seconds 900 --only "train, LoRA" --kills 24
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def say(line: object) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -33,28 +39,26 @@ def main() -> int:
     began, faults, total = time.monotonic(), [], 0
     scratch = Path(tempfile.mkdtemp(prefix="storm-"))
     chosen = [case for case in CASES if given.only in case.name]
-    weight = sum(case.kills for case in chosen)
+    weight = sum(case.seconds for case in chosen)
     for number, case in enumerate(chosen):
         left = given.seconds - (time.monotonic() - began)
-        share = left * case.kills / weight
-        weight -= case.kills
+        share = left * case.seconds / weight
+        weight -= case.seconds
         at = time.monotonic()
         tally = storm(case, scratch / str(number), given.kills or case.kills, share, given.seed)
         total += sum(tally.kills.values())
         faults += tally.faults
         kinds = ", ".join(f"{count} {way}" for way, count in sorted(tally.kills.items()))
-        print(f"{case.name:18} {sum(tally.kills.values()):4} kills ({kinds}), "
+        say(f"{case.name:18} {sum(tally.kills.values()):4} kills ({kinds}), "
               f"{tally.compared} of {tally.rounds} folders equal, "
-              f"{time.monotonic() - at:.0f} s", flush=True)  # fmt: skip
+              f"{time.monotonic() - at:.0f} s")  # fmt: skip
         for line in tally.faults:
-            print(f"  {line}", flush=True)
-    print(f"{total} kills, {len(faults)} faults, {time.monotonic() - began:.0f} s")
+            say(f"  {line}")
+    say(f"{total} kills, {len(faults)} faults, {time.monotonic() - began:.0f} s")
     if not given.keep:
-        import shutil
-
         shutil.rmtree(scratch)
     else:
-        print(scratch)
+        say(scratch)
     return int(bool(faults))
 
 
