@@ -16,7 +16,6 @@ app.add_typer(features_app, name="features")
 
 @features_app.command("discover")
 def features_discover(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe with a [discover] table.")],
     overrides: Overrides = None,
 ) -> None:
@@ -31,7 +30,7 @@ def features_discover(
     from operando.launch import quieten_libraries
 
     quieten_libraries()
-    own(context, Path(checked.runs_dir) / f"{checked.name}_features")
+    own(Path(checked.runs_dir) / f"{checked.name}_features")
     console = make_console()
     with counting(console, "prompts answered") as progress:
         found = discover(checked, progress)
@@ -47,7 +46,6 @@ app.add_typer(direction_app, name="direction")
 
 @direction_app.command("extract")
 def direction_extract(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe with a [direction] table.")],
     overrides: Overrides = None,
 ) -> None:
@@ -62,7 +60,7 @@ def direction_extract(
     from operando.launch import quieten_libraries
 
     quieten_libraries()
-    own(context, Path(checked.runs_dir) / f"{checked.name}_directions")
+    own(Path(checked.runs_dir) / f"{checked.name}_directions")
     found = extract(checked)
     show_directions(make_console(), found)
     print(found.files["real"])

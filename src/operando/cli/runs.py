@@ -78,7 +78,6 @@ def contribution(
 
 @app.command()
 def study(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="STUDY", help="A study's TOML file.")],
     jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once.")] = 1,
     ray: Annotated[
@@ -102,7 +101,7 @@ def study(
     if dry_run:
         show_plan(console, checked)
         return
-    own(context, checked.folder)
+    own(checked.folder)
     result = run_study(console, checked, jobs, ray)
     for table in study_tables(result):
         console.print(table)
@@ -208,7 +207,6 @@ def sft(
 
 @app.command()
 def pipeline(
-    context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's TOML file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="STAGE.a.b=value, or a key of its own, as seeds=[0]")
@@ -236,7 +234,7 @@ def pipeline(
         if seed not in checked.seeds:
             raise UserError(f"--seed {seed}: the pipeline has {', '.join(map(str, checked.seeds))}")
         chains = [chain for chain in chains if chain.seed == seed]
-    own(context, Path(checked.out) if seed is None else chains[0].folder)
+    own(Path(checked.out) if seed is None else chains[0].folder)
     if jobs > 1 and len(chains) > 1:
         run_seeds(console, recipe, given, chains, jobs)
     else:
