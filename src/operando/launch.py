@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
-from operando.run import Run
+from operando.run import Run, remove
 from operando.run_folder import read_metrics, read_rows, start_of
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
@@ -79,7 +78,7 @@ def launch(
         finally:
             run.close()
             if parallel.rank() == 0 and len(read_metrics(folder)) <= 1 and not resume:
-                shutil.rmtree(folder)  # nothing was trained: the next try may have the name
+                remove(folder)  # nothing was trained: the next try may have the name
         return folder if parallel.rank() == 0 else None
     finally:
         parallel.stop()
@@ -100,7 +99,7 @@ def launch_arms(
             Run.resume(recipe).close()  # the very same recipe, or an error that says what differs
         else:
             console.print(f"run {number} of {len(recipes)}: {recipe.name}", highlight=False)
-            started = (folder / "metrics.jsonl").is_file()
+            started = (folder / "manifest.json").is_file()
             trained = launch(console, recipe, resume=started)
             assert trained is not None, "a study runs in one process"
         if check is not None:

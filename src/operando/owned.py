@@ -67,10 +67,14 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writes left: .NAME.PID.part of processes that are gone, at any depth."""
+    """Remove what killed writes left: .NAME.PID.part of processes that are gone, at any depth.
+
+    This process has begun no write there: its own PID is that of one before it (in a container,
+    where every start may have the same).
+    """
     for part in [*folder.parent.glob(f".{folder.name}.*.part"), *folder.glob("**/.*.part")]:
         named = PART.fullmatch(part.name)
-        if named is None or is_alive(int(named[1])):
+        if named is None or (int(named[1]) != os.getpid() and is_alive(int(named[1]))):
             continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

@@ -39,7 +39,7 @@ from operando.errors import GateFailed, UserError, nearest
 from operando.files import parse_json, read_object, read_text
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
-from operando.pretrain.fit import STATE
+from operando.pretrain.fit import STATE, forget_state
 from operando.recipe import AskedTask, MixtureRecipe, PipelineRecipe, Recipe, SftRecipe
 from operando.recipe_io import (
     load_pipeline_recipe,
@@ -173,6 +173,8 @@ def run_chain(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
         resume = (chain.folder / "sft" / STATE).is_file()
         with PretrainDisplay(console, sft.num_steps(chain.sft), "fine-tuning") as display:
             sft.finetune(chain.sft, resume, display.show)
+    for made in ("base", "sft"):
+        forget_state(chain.folder / made)  # a kill may have come between the model and this
     launch_arms(console, list(chain.rl.values()), None if recipe.go_on else check_stage)
     if recipe.heads is not None:
         _fit_heads(console, recipe, chain)

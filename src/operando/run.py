@@ -75,7 +75,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         if target.is_dir() and temporary.is_dir():
-            shutil.rmtree(target)
+            remove(target)
         os.replace(temporary, target)
         sync_one(target.parent)
     except Exception as error:
@@ -89,6 +89,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder at once: a kill leaves no half of it, only what the next owner sweeps."""
+    aside = folder.with_name(f".{folder.name}.old.{os.getpid()}.part")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def sync(path: Path) -> None:

@@ -48,7 +48,12 @@ from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import hygiene
-from operando.update.checkpoint import checkpoint_folder, load_checkpoint, saved_steps
+from operando.update.checkpoint import (
+    checkpoint_folder,
+    drop_states,
+    load_checkpoint,
+    saved_steps,
+)
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
 from operando.update.projector import Projector, literal_warning
 
@@ -379,5 +384,6 @@ def resume(setup: Setup) -> int:
             setup.projector.start()
     if parallel.rank() == 0:
         setup.run.rewind_to(done if done else -1)
+        drop_states(setup.run, done)  # a kill may have come between a save and this
     parallel.barrier()
     return done

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(KeyboardInterrupt):
-    """Asked to stop by a signal; what was to be saved is saved. Its text is for the user."""
+class Stopped(BaseException):
+    """Asked to stop by a signal; what was to be saved is saved. Its text is for the user.
+
+    No KeyboardInterrupt: of one typer makes an exit of 130 without a word.
+    """
 
     def __init__(self, signum: int, text: str = "") -> None:
         super().__init__(text)

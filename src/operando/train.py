@@ -314,9 +314,9 @@ def write_checkpoint(setup: Setup, step: int) -> None:
         "README.md": draft_card(setup.recipe, step, policy),
         "certificate.json": certificate.as_text(),
     }
-    save_checkpoint(run, step, policy, setup.optimizer, weights, documents)
     if parallel.rank() == 0:
-        write_certificate(run, certificate)
+        write_certificate(run, certificate)  # first: a checkpoint that is there has everything
+    save_checkpoint(run, step, policy, setup.optimizer, weights, documents)
 
 
 def check_finite(setup: Setup, step: int, batch: Batch, rewards: Rewards, credited: Credit) -> None:

@@ -20,7 +20,8 @@ __all__ = ["app", "audits", "calibrate", "inside", "main", "runs"]
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, a diverged run 1, a
     check that failed 3, a signal 128 and its number."""
-    signal.signal(signal.SIGTERM, stop_now)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
     try:
         with held:
             app()
@@ -39,7 +40,7 @@ def main() -> None:
         where = f"{brief(str(error.filename))}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
+    except Stopped as error:
         text = str(error) or "interrupted; go on with the same command (train: and --resume)"
         print(text, file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, Stopped) else 130)
+        sys.exit(error.exit_code)

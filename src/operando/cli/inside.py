@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app, own_run
+from operando.cli.app import Overrides, app, own, own_run
 from operando.errors import UserError
 
 features_app = typer.Typer(no_args_is_help=True, help="SAE features that go with right answers.")
@@ -30,6 +30,7 @@ def features_discover(
     from operando.launch import quieten_libraries
 
     quieten_libraries()
+    own(Path(checked.runs_dir) / f"{checked.name}_features")
     console = make_console()
     with counting(console, "prompts answered") as progress:
         found = discover(checked, progress)
@@ -59,6 +60,7 @@ def direction_extract(
     from operando.launch import quieten_libraries
 
     quieten_libraries()
+    own(Path(checked.runs_dir) / f"{checked.name}_directions")
     found = extract(checked)
     show_directions(make_console(), found)
     print(found.files["real"])

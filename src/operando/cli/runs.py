@@ -101,6 +101,7 @@ def study(
     if dry_run:
         show_plan(console, checked)
         return
+    own(checked.folder)
     result = run_study(console, checked, jobs, ray)
     for table in study_tables(result):
         console.print(table)
@@ -233,6 +234,7 @@ def pipeline(
         if seed not in checked.seeds:
             raise UserError(f"--seed {seed}: the pipeline has {', '.join(map(str, checked.seeds))}")
         chains = [chain for chain in chains if chain.seed == seed]
+    own(Path(checked.out) if seed is None else chains[0].folder)
     if jobs > 1 and len(chains) > 1:
         run_seeds(console, recipe, given, chains, jobs)
     else:

@@ -125,6 +125,7 @@ def verdict_lines(report: DriftReport) -> list[str]:
 
 def draw_drift(report: DriftReport, target: Path) -> Path:
     """Write real and null drift of every measure and transition as an SVG file."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -156,7 +157,7 @@ def draw_drift(report: DriftReport, target: Path) -> Path:
     figure.suptitle(f"{report.run}: {report.seeds} seeds an arm, 95 % of the excess", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    with atomic_path(target) as temporary:
+    with rc_context({"svg.hashsalt": "operando"}), atomic_path(target) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     return target
 

@@ -177,6 +177,8 @@ class Policy:
             config = self.model.peft_config["default"]
             config.inference_mode = True
             config.base_model_name_or_path = resolve(self.config.id)  # what AutoPeft can open here
+            if isinstance(config.target_modules, set):  # else each process has an order of its own
+                config.target_modules = sorted(config.target_modules)
             config.save_pretrained(str(folder))
             config.inference_mode = False
             save_file(dict(weights), folder / "adapter_model.safetensors", {"format": "pt"})

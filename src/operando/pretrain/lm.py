@@ -7,7 +7,6 @@ and where the prompt asks for <think>, the steps stand inside the tags. None is 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -26,6 +25,7 @@ from operando.errors import UserError
 from operando.models.folders import save_folder
 from operando.models.recursive import RecursiveCausalLM, preset
 from operando.recipe import MixtureRecipe, PretrainRecipe
+from operando.run import write_json
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example
 
@@ -198,5 +198,5 @@ def pretrain(
         "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
         "torch": torch.__version__,
     }
-    (out / "pretrain.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out / "pretrain.json", facts)
     return out

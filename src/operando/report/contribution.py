@@ -31,6 +31,7 @@ def _interval(x: Interval) -> str:
 
 def draw_contribution(result: ContributionResult, target: Path) -> Path:
     """Write the shares as an SVG file: one bar a layer set, with its interval."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -53,6 +54,6 @@ def draw_contribution(result: ContributionResult, target: Path) -> Path:
     axes.set_ylabel("share of all layers' gain")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(target) as temporary:
+    with rc_context({"svg.hashsalt": "operando"}), atomic_path(target) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     return target

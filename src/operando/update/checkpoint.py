@@ -10,7 +10,6 @@ are all that a bit-equal resume needs.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from operando import parallel
 from operando.errors import UserError
 from operando.models.policy import Policy
-from operando.run import Run, atomic_path
+from operando.run import Run, atomic_path, remove
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -44,13 +43,11 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     documents: Mapping[str, str],
 ) -> Path:
-    """Write the checkpoint of `step` as a whole; drop resume states beyond the newest to keep, and
-    those that a signal had saved between the recipe's.
+    """Write the checkpoint of `step` as a whole, then drop what it makes needless.
 
     `weights` are Policy.save_weights(); `documents` are text files beside them, by name.
     """
-    run_folder, recipe = run.folder, run.recipe
-    folder = checkpoint_folder(run_folder, step)
+    folder = checkpoint_folder(run.folder, step)
     trained = {name: parallel.whole(p.detach()).cpu() for name, p in policy.trainable().items()}
     state = {
         "step": step,
@@ -67,14 +64,21 @@ def save_checkpoint(
                 (part / name).write_text(text, encoding="utf-8")
             (part / "resume").mkdir()
             torch.save(state, part / "resume" / "state.pt")
-        for old in saved_steps(run_folder):
-            if old < step and not recipe.saves(old):
-                shutil.rmtree(checkpoint_folder(run_folder, old))
-        keep = recipe.checkpoint.keep
-        for old in saved_steps(run_folder)[: -keep if keep is not None else 0]:
-            shutil.rmtree(checkpoint_folder(run_folder, old) / "resume")
+        drop_states(run, step)
     parallel.barrier()
     return folder
+
+
+def drop_states(run: Run, step: int) -> None:
+    """Drop the resume states up to `step` beyond the newest to keep, and the checkpoints that a
+    signal had saved between the recipe's."""
+    for old in saved_steps(run.folder):
+        if old < step and not run.recipe.saves(old):
+            remove(checkpoint_folder(run.folder, old))
+    past = [old for old in saved_steps(run.folder) if old <= step]
+    keep = run.recipe.checkpoint.keep
+    for old in past[: -keep if keep is not None else 0]:
+        remove(checkpoint_folder(run.folder, old) / "resume")
 
 
 def load_checkpoint(
