@@ -6,6 +6,7 @@ python -m tests.storm.run --seconds 900 --only "train, LoRA" --kills 24
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import sys
@@ -30,9 +31,10 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the folders of faults")
     given = parser.parse_args()
 
-    from tests.storm.cases import CASES  # imports the library, for all forks
+    from tests.storm.cases import CASES  # imports the library, for all forks; and what is lazy:
     from tests.storm.killing import storm
 
+    importlib.import_module("transformers.models.qwen2.modeling_qwen2")
     began, faults, total = time.monotonic(), [], 0
     scratch = Path(tempfile.mkdtemp(prefix="storm-"))
     chosen = [case for case in CASES if given.only in case.name]
