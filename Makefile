@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop clean
+.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm clean
 
 demo: $(VENV)/installed
 	$(BIN)/operando demo
@@ -31,6 +31,12 @@ install: $(VENV)/installed
 interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/interop -o addopts=""
 	.venv-interop/bin/python tests/interop/parity_table.py
+
+# Every command killed at random and taken up again, some 280 times: what it leaves equals a whole run's.
+# Then one of two ranks killed. At most 15 minutes. Memory of a long run: python -m tests.storm.long
+storm: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.run
+	$(PYTEST) tests/storm
 
 # Every package from requirements.lock, by hash; then torch, which on a machine with CUDA brings its own.
 $(VENV)/installed: pyproject.toml requirements.lock constraints.txt

@@ -223,6 +223,13 @@ def test_a_missing_stage_and_a_run_without_saes(run: Path, tmp_path: Path) -> No
         show_drift(QUIET, tmp_path / "nothing")
 
 
+def test_a_picture_of_the_same_numbers_is_the_same_file(run: Path) -> None:
+    picture = show_drift(QUIET, run).with_suffix(".svg")
+    once = picture.read_bytes()
+    show_drift(QUIET, run)
+    assert picture.read_bytes() == once
+
+
 def test_one_seed_gives_no_drift_number(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

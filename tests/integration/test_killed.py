@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from tests.integration.runs import ROOT, adapter, metric_rows, tiny, trained
 from tests.integration.test_pipeline import RECIPES
 from tests.integration.test_study import STUDY
 
+Command = Callable[..., tuple[int, str]]
 SMALL = ("eval.num=4", "rollout.num_prompts=2", "rollout.max_completion_length=12")
 # Called by the loop at every step; SIGNAL_AT is "signal step".
 PAYS = """
@@ -64,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def operando(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def operando(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The command line in this process: its exit code, and what stood on stderr."""
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -99,8 +100,13 @@ def same(one: Path, other: Path, step: int = 4) -> bool:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(
-    tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, operando, number: int, code: int
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operando: Command,
+    number: int,
+    code: int,
+) -> None:
     command = ("train", str(recipe_file))
     assert operando(*command, f"runs_dir={tmp_path}", "name=whole")[0] == 0
     monkeypatch.setenv("SIGNAL_AT", f"{number} 3")
@@ -122,7 +128,7 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(
 
 
 def test_a_second_command_on_a_folder_is_one_line_with_the_owner(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, operando
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, operando: Command
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in RECIPES.items():
@@ -258,7 +264,9 @@ def test_a_resume_keeps_what_was_asked_of_earlier_steps(tmp_path: Path, whole: P
     assert same(folder, whole)
 
 
-def test_metrics_cut_or_damaged_lose_no_saved_step(tmp_path: Path, whole: Path, operando) -> None:
+def test_metrics_cut_or_damaged_lose_no_saved_step(
+    tmp_path: Path, whole: Path, operando: Command
+) -> None:
     folder = trained(tiny(tmp_path, *SMALL))
     Path(tmp_path / "recipe.toml").write_text(to_toml(tiny(tmp_path, *SMALL)))
     again = ("train", str(tmp_path / "recipe.toml"), "--resume")

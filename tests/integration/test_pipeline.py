@@ -111,7 +111,10 @@ def test_a_pipeline_makes_every_stage_once_and_asks_all_the_same(here: Path) -> 
     weights = [chain.folder / "base" / "model.safetensors" for chain in chains]
     assert weights[0].read_bytes() != weights[1].read_bytes(), "seeds differ"
     before = {file: file.stat().st_mtime_ns for file in here.rglob("*.safetensors")}
+    left = here / "chain/seed_0/base/training_state.pt"
+    left.write_bytes(b"what a kill after the last write left")
     run("seeds=[0,3]")
+    assert not left.exists()
     assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
     with pytest.raises(UserError, match=r"seed_0/sft was made by another recipe; changed: lr"):
         run("sft.lr=1e-3")

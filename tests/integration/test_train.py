@@ -105,6 +105,7 @@ def test_adapter_loads_in_plain_peft(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = json.loads((folder / "checkpoints/step_00002/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(STARTER)
     assert config["layers_to_transform"] == [3, 4, 5]
+    assert config["target_modules"] == sorted(config["target_modules"]), "of no process's own order"
 
 
 # --- determinism and resume ----------------------------------------------------------------------

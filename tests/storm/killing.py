@@ -43,7 +43,7 @@ class Case:
     command: Callable[[], list[str]]
     code: int = 0
     kills: int = 20
-    seconds: float = 50  # of 840, of the storm's time
+    seconds: float = 50  # a share of the storm's time
     leader: bool = False  # some kills are of the first process alone: its children live on
 
 

@@ -6,6 +6,7 @@ python -m tests.storm.run --seconds 900 --only "train, LoRA" --kills 24
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import sys
@@ -23,19 +24,17 @@ def say(line: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=840.0, help="in all")
+    parser.add_argument("--seconds", type=float, default=700.0, help="in all")
     parser.add_argument("--kills", type=int, help="of each command; default: the command's own")
     parser.add_argument("--only", default="", help="commands whose name holds this text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the folders of faults")
     given = parser.parse_args()
 
-    import peft.peft_model
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  as every child would import it
-
-    from tests.storm.cases import CASES
+    from tests.storm.cases import CASES  # imports the library, for all forks; and what is lazy:
     from tests.storm.killing import storm
 
+    importlib.import_module("transformers.models.qwen2.modeling_qwen2")
     began, faults, total = time.monotonic(), [], 0
     scratch = Path(tempfile.mkdtemp(prefix="storm-"))
     chosen = [case for case in CASES if given.only in case.name]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -177,6 +177,7 @@ class Policy:
             config = self.model.peft_config["default"]
             config.inference_mode = True
             config.base_model_name_or_path = resolve(self.config.id)  # what AutoPeft can open here
+            assert isinstance(config, LoraConfig), config
             if isinstance(config.target_modules, set):  # else each process has an order of its own
                 config.target_modules = sorted(config.target_modules)
             config.save_pretrained(str(folder))
