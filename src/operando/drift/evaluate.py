@@ -120,11 +120,11 @@ def held_out_batches(texts: Texts, held_out_N: Bool[Tensor, " N"]) -> Iterator[T
 
 def quality_table(run: Path, rows: list[QualityRow]) -> Table:
     """Return one row an SAE."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"{run.name}: SAEs on held-out tokens (seed 0)"
     for column in (
-        "site", "step", "arm", "NMSE", "FVU", "no sinks", "L0", "dead", "CE +nats",
-        "recovered, mean", "recovered, zero",
+        "site", "step", "arm", "NMSE", "FVU", "FVU, no\nsinks", "L0", "dead", "CE\n+nats",
+        "recovered\nvs mean", "recovered\nvs zero",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column in ("site", "arm") else "right")
     for row in rows:
