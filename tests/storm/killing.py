@@ -25,7 +25,7 @@ from typing import NoReturn
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
-CLOCK_KEYS = ("started", "seconds", "tokens_per_second", "command", "written", "history")
+CLOCK_KEYS = ("started", "seconds", "tokens_per_second", "command", "written", "history", "git")
 HELD = "is in use by|is still being trained"  # by what a kill of the leader alone left over
 TRIES = 60
 
@@ -255,7 +255,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 def _files(folder: Path) -> set[str]:
     found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-    return {name for name in found if not re.search(r"\.(lock|log)$", name)}
+    return {name for name in found if not re.search(r"\.(lock|log)$|code\.diff$", name)}
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -24,7 +24,7 @@ SMALL = ("eval={every=100,num=4}", "rollout.num_prompts=2", "rollout.num_generat
          "rewards={watch={kind='function'}}")  # fmt: skip
 
 
-class Enough(Exception):
+class Enough(BaseException):
     """The time is spent."""
 
 
