@@ -30,8 +30,8 @@ def stop_now(signum: int, _frame: FrameType | None) -> None:
 def stops_after_step() -> Iterator[Callable[[], int]]:
     """Hold SIGINT and SIGTERM back; give a function that returns the one that came, or 0.
 
-    The second signal acts at once. Outside the main thread, where no handler can be set, none is
-    held back.
+    The same signal again acts at once. Outside the main thread, where no handler can be set, none
+    is held back.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -39,7 +39,7 @@ def stops_after_step() -> Iterator[Callable[[], int]]:
         return
 
     def hold(signum: int, frame: FrameType | None) -> None:
-        if came:
+        if signum in came:
             stop_now(signum, frame)
         came.append(signum)
         sys.stderr.write("stopping after this step (again: now)\n")
