@@ -27,9 +27,7 @@ def read_manifest(folder: Path) -> dict[str, object]:
     """Return the manifest of a run folder; a folder of another format is an error."""
     file = folder / "manifest.json"
     if not is_file(file):
-        beside = sorted(m.parent.name for m in folder.parent.glob("*/manifest.json"))
-        known = f" Runs there: {', '.join(beside[:8])}" if beside else ""
-        raise UserError(f"{folder} is not a run folder: it has no manifest.json.{known}")
+        raise UserError(f"{folder} is not a run folder: it has no manifest.json.{_beside(folder)}")
     manifest = read_object(file)
     if manifest.get("format") != FORMAT:
         versions = manifest.get("versions")
@@ -108,5 +106,10 @@ def check_model_or_run(folder: Path) -> None:
     if not is_file(folder / "manifest.json") and not is_file(folder / "config.json"):
         raise UserError(
             f"{folder}: neither a run folder (with manifest.json) nor a model folder (with "
-            "config.json)"
+            f"config.json).{_beside(folder)}"
         )
+
+
+def _beside(folder: Path) -> str:
+    names = sorted(file.parent.name for file in folder.parent.glob("*/manifest.json"))
+    return f" Runs there: {', '.join(names[:8])}" if names else ""

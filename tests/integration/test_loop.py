@@ -240,7 +240,7 @@ def test_folders_that_are_no_runs_and_changed_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli(monkeypatch, "eval", str(tmp_path)) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "neither a run folder" in capsys.readouterr().err
     folder = train_tiny(tmp_path, "steps=2")
     again = ("train", "tiny", f"runs_dir={tmp_path}", "steps=2")
     assert run_cli(monkeypatch, *again) == 2
