@@ -13,7 +13,7 @@ from operando.errors import UserError
 from operando.recipe import Recipe
 from operando.report.cards import model_card, write_cards
 from operando.report.collect import collect
-from operando.report.html import embed, headline, time_table, write_report
+from operando.report.html import embed, hash_of, headline, time_table, write_report
 from operando.report.notebook import show_tokens
 from operando.report.samples import CHANNELS, choose_samples, quantise, restore
 from operando.run import Run, write_json, write_parquet
@@ -131,7 +131,7 @@ def data_of(page: str):
 
 def test_the_page_asks_nothing_of_the_network(tmp_path):
     page = page_of(make_run(tmp_path))
-    assert "http" not in page
+    assert "http" not in page.replace("http-equiv", "")
     assert "@import" not in page
     outside = re.findall(r'(?:src|href)="([^"#]*)', page)
     assert [o for o in outside if o and not o.startswith("data:")] == []
@@ -357,3 +357,11 @@ def test_tokens_in_a_notebook():
     assert "<b>" not in text.replace("<b>advantage</b>", "").replace("<b>kl</b>", "")
     with pytest.raises(AssertionError, match="kl: 1 values for 2 tokens"):
         show_tokens([" 3", "+"], [[1.0]], ["kl"])
+
+
+def test_the_page_runs_its_own_script_and_no_other(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path))
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    allowed = re.findall(r"script-src '(sha256-[^']*)'", html.unescape(page))
+    assert [hash_of(script) for script in scripts] == allowed
+    assert "default-src 'none'" in page and "unsafe-eval" not in page
