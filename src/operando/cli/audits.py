@@ -181,6 +181,11 @@ def fuzz(
     num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
 ) -> None:
     """Look for edits of answers that a reward pays for; exit code 3 if there is one."""
+    from operando.recipe_io import load_recipe
+
+    if target.endswith(".toml"):
+        load_recipe(target, tuple(overrides or ()))  # its mistakes before torch is there
+
     from operando.audit.fuzz import fuzz_target
     from operando.audit.fuzz_show import show_fuzz
     from operando.display import make_console
