@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from operando.audit.evaluate import evaluate_run
 from operando.models.tokens import completion_text
 from operando.recipe import CodeTaskConfig
 from operando.records import write_held_out
@@ -35,9 +38,17 @@ def test_a_run_of_hostile_text_is_written_evaluated_and_reported(
         log_extra("said", [HOSTILE] * len(completions))
         return [float(len(c)) / 100 for c in completions]
 
-    recipe = tiny(tmp_path, "steps=2", "rewards.f={kind = 'function'}")
+    recipe = tiny(tmp_path, "steps=2", "checkpoint.every=1", "rewards.f={kind = 'function'}")
     folder = trained(recipe, functions={"f": logs})
     rows = rollout_rows(folder, 1)
+    last = rollout_rows(folder, 2)
+    shutil.rmtree(folder / "checkpoints" / "step_00002")
+    trained(recipe, resume=True, functions={"f": logs})
+    assert rollout_rows(folder, 2) == last
+    asked = evaluate_run(folder, num=4)
+    columns = pq.read_table(asked.file).to_pydict()
+    texts = [text for name in ("base_completion", "trained_completion") for text in columns[name]]
+    assert len(texts) == 8 and all(text.endswith("\ufffd\x00\x1b[2J\u202e") for text in texts)
     assert all(r["said"] == encodable(HOSTILE) for r in rows)
     assert all(str(r["completion"]).endswith("\ufffd\x00\x1b[2J\u202e") for r in rows)
     page = tmp_path / "page.html"
