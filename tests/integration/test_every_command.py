@@ -250,12 +250,14 @@ def test_a_damaged_file_of_a_run_is_one_line(
         (run / file).write_bytes(junk)
         for name, *options in READERS:
             operando(name, str(run), *options)
-        (run / "results.json").unlink()
-        recipe = run / "recipe.toml"
-        moved = tmp_path / f"again-{number}.toml"
-        moved.write_text(recipe.read_text())
-        operando("train", str(moved), "--resume", f"runs_dir={tmp_path}", f"name=run-{number}")
-        shutil.rmtree(run)
+        kept = tmp_path / "kept"
+        shutil.copytree(run_folder, kept)
+        (run_folder / file).write_bytes(junk)
+        ended = operando("train", str(kept / "recipe.toml"), "--resume")
+        assert "begun with another recipe" not in ended.said, "the damage must be met"
+        for folder in (run_folder, run):
+            shutil.rmtree(folder)
+        kept.rename(run_folder)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,10 @@ def read_torch(file: Path) -> dict[str, object]:
     """Return what a .pt holds; only tensors and plain values are ever unpickled."""
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+        EOFError, OSError, MemoryError, struct.error, pickle.UnpicklingError,
+    ) as error:  # whatever a damaged pickle makes of itself  # fmt: skip
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{file} is damaged, cut short or no weights file: {first}") from error
     if not isinstance(held, Mapping):

@@ -8,7 +8,6 @@ and passes for a quantized model in peft. So a file is imported once, in float32
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import struct
@@ -159,8 +158,8 @@ def _sha256_of(folder: Path) -> str | None:
         return None
     try:
         return str(read_object(file, sha256=str)["sha256"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): delete {folder} and import again") from error
+    except UserError as error:
+        raise UserError(f"{error}: delete {folder} and import again") from error
 
 
 def _import(file: Path, name: str, sha256: str, source: str) -> Path:
@@ -207,7 +206,7 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     # What gguf and transformers raise on cut files and missing metadata.
     except (
-        struct.error, ValueError, KeyError, IndexError, NotImplementedError, OSError
+        struct.error, ValueError, LookupError, NotImplementedError, OSError, MemoryError
     ) as error:  # fmt: skip
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from operando.errors import UserError
+from operando.internals.sae_files import read_torch
 from operando.pretrain.lm import PretrainProgress, draw_loops
 from operando.recipe import MixtureRecipe, SftRecipe
 from operando.run import atomic_path, differences
@@ -139,7 +140,10 @@ def _load(
 ) -> tuple[int, int, list[float]]:
     if not file.is_file():
         raise UserError(f"--resume: there is no {file}; train without --resume")
-    state = torch.load(file, map_location=model.device, weights_only=True)
+    state: dict[str, Any] = read_torch(file)
+    missing = {*asked, "step", "tokens", "losses", "model", "optimizer", "rng"} - set(state)
+    if missing:
+        raise UserError(f"{file} is no state of a training: no {', '.join(sorted(missing))}")
     changed = differences(json.loads(state["recipe"]), json.loads(asked["recipe"]))
     if changed:
         raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from operando import parallel
 from operando.errors import UserError
+from operando.internals.sae_files import read_torch
 from operando.models.policy import Policy
 from operando.run import Run, atomic_path, remove
 
@@ -86,7 +88,10 @@ def load_checkpoint(
 ) -> None:
     """Put weights and optimizer back to what they were after `step`."""
     file = checkpoint_folder(run_folder, step) / "resume" / "state.pt"
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = read_torch(file)
+    missing = {"parameters", "value_head", "optimizer"} - set(state)
+    if missing:
+        raise UserError(f"{file} is no resume state: it has no {', '.join(sorted(missing))}")
     _put(policy.trainable(), state["parameters"], str(file))
     with torch.no_grad():
         for parameter, saved in zip(policy.value_parameters(), state["value_head"], strict=True):
