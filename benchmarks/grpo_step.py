@@ -1,11 +1,14 @@
 """A whole GRPO step: operando against TRL, in one run, each in a process of its own.
 
     .venv-interop/bin/python benchmarks/grpo_step.py --model smollm2 --dtype bfloat16
+    .venv-interop/bin/python benchmarks/grpo_step.py --shape qwen2.5-0.5b --device cuda \
+        --prompts 8 --group 8 --new 256 --trl-batch 16
 
 Same model, prompts, reward, LoRA (rank 32, all seven projections), layers, epochs, KL term, group
 size and token limit; natural stopping. TRL runs as its documentation starts it, but with gradient
-checkpointing off, which is faster. Reported: median seconds a rollout batch after the first, their
-parts, mean completion length (the work must be alike), peak resident memory.
+checkpointing off, which is faster; `--trl-batch` rows a device pass where all do not fit.
+Reported: median seconds a rollout batch after the first, their parts, mean completion length (the
+work must be alike), peak memory.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from shapes import write_model
 
 KEY = "completions/mean_length"
 
@@ -42,7 +47,7 @@ def run_operando(args: argparse.Namespace) -> dict[str, object]:
         tables: dict[str, object] = {
             "name": "bench", "steps": args.steps, "runs_dir": folder,
             "model": {"id": args.model, "dtype": args.dtype, "layers": args.layers,
-                      "lora": {"rank": 32, "alpha": 32}},
+                      "device": args.device, "lora": {"rank": 32, "alpha": 32}},
             "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
             "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
                         "max_completion_length": args.new},
@@ -90,6 +95,8 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
             seconds.append(time.perf_counter() - self.started)
 
     model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype))
+    rows = args.prompts * args.group
+    per_pass = args.trl_batch or rows
     layers = parse_layer_set(args.layers, model.config.num_hidden_layers)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,10 +105,11 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
             reward_funcs=[reward],
             args=GRPOConfig(
                 output_dir=folder, max_steps=args.steps * args.epochs, num_generations=args.group,
-                per_device_train_batch_size=args.prompts * args.group,
+                per_device_train_batch_size=per_pass,
+                gradient_accumulation_steps=rows // per_pass,
                 max_completion_length=args.new, beta=0.04, learning_rate=1e-5,
-                use_bias_correction_kl=False, use_cpu=True, bf16=False, report_to=[],
-                save_strategy="no", logging_steps=1, gradient_checkpointing=False,
+                use_bias_correction_kl=False, use_cpu=args.device == "cpu", bf16=False,
+                report_to=[], save_strategy="no", logging_steps=1, gradient_checkpointing=False,
                 temperature=1.0, disable_tqdm=True, num_iterations=args.epochs,
             ),
             train_dataset=data,
@@ -127,6 +135,15 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def peak_mb(device: str) -> int:
+    """Return the peak of this process in MiB: of the card's memory, or resident."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def _timed(trainer: object, name: str, key: str, parts: dict[str, float]) -> None:
     inner = getattr(trainer, name)
 
@@ -142,7 +159,10 @@ def _timed(trainer: object, name: str, key: str, parts: dict[str, float]) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--shape", help="random weights of this shape instead of a model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--trl-batch", type=int)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--new", type=int, default=64)
@@ -153,23 +173,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.only:
         result = run_operando(args) if args.only == "operando" else run_trl(args)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        print("RESULT " + json.dumps(result | {"peak_mb": peak}))
+        print("RESULT " + json.dumps(result | {"peak_mb": peak_mb(args.device)}))
         return
     results = {}
-    for peer in ("operando", "trl"):
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), "--only", peer, *sys.argv[1:]],
-            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
-        )  # fmt: skip
-        lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}")
-        results[peer] = json.loads(lines[0].removeprefix("RESULT "))
+    with tempfile.TemporaryDirectory() as folder:
+        model = ["--model", str(write_model(args.shape, Path(folder)))] if args.shape else []
+        for peer in ("operando", "trl"):
+            done = subprocess.run(
+                [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], *model,
+                 "--only", peer],
+                capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                check=False,
+            )  # fmt: skip
+            lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+            if not lines:
+                sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}\n{results}")
+            results[peer] = json.loads(lines[0].removeprefix("RESULT "))
+            print(f"# {peer}: {results[peer]}", flush=True)
     ratio = results["trl"]["seconds"] / results["operando"]["seconds"]
     memory = results["trl"]["peak_mb"] / results["operando"]["peak_mb"]
-    print(json.dumps(results | {"speed_ratio": round(ratio, 2), "memory_ratio": round(memory, 2)},
-                     indent=1))  # fmt: skip
+    ratios = {"speed_ratio": round(ratio, 2), "memory_ratio": round(memory, 2)}
+    print("RESULT " + json.dumps(results | ratios))
 
 
 if __name__ == "__main__":

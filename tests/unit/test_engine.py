@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from torch import Tensor
 
 from operando.errors import UserError
 from operando.rollout import hf
-from operando.rollout.engine import Decoded, Engine, Step, pick
+from operando.rollout.engine import Engine, Step
 from operando.rollout.hf import HfSampler
+from operando.rollout.kernels import pick
 from operando.rollout.sampler import Sampling, first_stop, make_sampler, uniform_streams
 from operando.run import SeedTree
 from tests.unit.tiny import byte_tokenizer, tiny_model
@@ -54,22 +54,14 @@ def test_greedy_equals_hf_generate(family: str, lora: bool) -> None:
 
 
 def test_fixed_buffers_of_a_captured_step_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph demands, without one: fixed inputs and outputs."""
+    """What a CUDA graph demands, without one: capturing runs nothing, and a step works in place."""
 
-    def capture(step: Step, token_B: Tensor) -> Step:
-        token_in_B = token_B.clone()
-        out = step(token_in_B)
+    def capture(step: Step, pool: object) -> Step:
+        assert pool is None
+        captures.append(step)
+        return step
 
-        def replay(token_B: Tensor) -> Decoded:
-            token_in_B.copy_(token_B)
-            for kept, new in zip(out, step(token_in_B), strict=True):
-                kept.copy_(new)
-            return out
-
-        captures.append(len(token_B))
-        return replay
-
-    captures: list[int] = []
+    captures: list[Step] = []
     monkeypatch.setattr("operando.rollout.engine.capture", capture)
     engine = Engine(tiny_model("qwen2"), byte_tokenizer(), tuple(range(60)))
     uniforms = uniform_streams(SeedTree(0), 2, range(4), 6, 70)
@@ -79,7 +71,7 @@ def test_fixed_buffers_of_a_captured_step_change_nothing(monkeypatch: pytest.Mon
     assert [one.ids for one in engine.sample(PROMPTS, 6, Sampling(70), uniforms)] == [
         one.ids for one in plain
     ]
-    assert len(captures) >= 4 and min(captures) <= 12, "room grew and rows were compacted"
+    assert len(captures) >= 3, "room grew and rows were compacted"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])

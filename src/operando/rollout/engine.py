@@ -8,13 +8,14 @@ S cache length, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +26,9 @@ from operando.errors import UserError
 from operando.models.caches import CACHE
 from operando.models.hooks import ActivationReader
 from operando.models.load import LLAMA_LIKE, is_llama_like, lora_in_model_dtype
-from operando.models.logprobs import HeadConfig, head_logits
 from operando.models.prefix import Prefix
 from operando.models.tokens import check_stop, completion_text
+from operando.rollout.kernels import attend, pick, rotate_into
 from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 from operando.rollout.weights import Weights, gather_weights
 
@@ -35,8 +36,7 @@ COMPACT_BELOW = 0.85  # compact when fewer than this share of the rows is alive
 COMPACT_GRAPH_BELOW = 0.5  # the same under CUDA graphs, where a new batch size is a new capture
 FIRST_TOKENS = 16  # room for this many new tokens at first; it doubles when it is full
 GRAPH_FROM = 64  # completions shorter than this are not worth a capture
-CDF_BLOCK = 256  # tokens of one block in the two-level CDF
-STOP_EVERY = 8  # decoded steps between looks for stop texts
+STOP_EVERY = 8  # decoded steps between looks for stop texts, and on CUDA for ended rows
 
 
 def serves(model: PreTrainedModel) -> bool:
@@ -55,28 +55,35 @@ class Rope(NamedTuple):
     sin_SD: Float[Tensor, "S d"]
 
 
-class Decoded(NamedTuple):
-    """Hidden states of one decoded token a row: the head's, and those below the trained blocks."""
+@dataclass
+class Written:
+    """What has been drawn, of all N completions: it stays on the device until the end."""
 
-    hidden_BD: Float[Tensor, "B D"]
-    below_BD: Float[Tensor, "B D"]
-
-
-Step = Callable[[Tensor], Decoded]
+    ids_NT: Int[Tensor, "N T"]
+    logp_NT: Float[Tensor, "N T"]
+    below_NTD: Float[Tensor, "N T D"] | None
+    uniforms_NT: Float[Tensor, "N T"] | None
+    at_1: Int[Tensor, " 1"]  # the place of the next token
+    stop_S: Int[Tensor, " S"]  # the ids that end a completion
 
 
 @dataclass
 class Rows:
-    """The rows still being decoded; `source` says which completion each row is."""
+    """The rows still being decoded; `source` says which completion each row is.
 
-    source: list[int]
+    A step changes the tensors in place, so that a captured step finds them where they were.
+    """
+
+    source_B: Int[Tensor, " B"]
     position_B: Int[Tensor, " B"]
+    token_B: Int[Tensor, " B"]
+    alive_B: Bool[Tensor, " B"]
     keys: list[Float[Tensor, "B K S d"]]
     values: list[Float[Tensor, "B K S d"]]
 
     def keep(self, index: Int[Tensor, " b"]) -> None:
-        self.source = [self.source[i] for i in index.tolist()]
-        self.position_B = self.position_B[index]
+        self.source_B, self.position_B = self.source_B[index], self.position_B[index]
+        self.token_B, self.alive_B = self.token_B[index], self.alive_B[index]
         for caches in (self.keys, self.values):  # layer by layer: never two whole caches
             for layer, cache in enumerate(caches):
                 caches[layer] = cache[index]
@@ -86,6 +93,9 @@ class Rows:
         for caches in (self.keys, self.values):
             for layer, cache in enumerate(caches):
                 caches[layer] = F.pad(cache, (0, 0, 0, length - cache.shape[2]))
+
+
+Step = Callable[[], None]  # decodes one token a row, in place
 
 
 class Engine:
@@ -157,76 +167,82 @@ class Engine:
         prefix: Prefix | None,
         first_group: int,
     ) -> list[Sampled]:
-        head, max_new = HeadConfig(sampling.temperature, None), sampling.max_completion_length
-        first = 0 if prefix is None else prefix.first
+        max_new, first = sampling.max_completion_length, 0 if prefix is None else prefix.first
         hidden_PD, rows, below_PSD = self._prefill(
             prompts, group_size, min(FIRST_TOKENS, max_new), first
         )
-        below_BTD = None
-        if prefix is not None:
-            below_BTD = below_PSD.new_zeros(len(rows.source), max_new, below_PSD.shape[2])
-        device = hidden_PD.device
-        stop_ids = torch.tensor(self.stop_ids, device=device)
-        if uniforms_BT is not None:
-            uniforms_BT = uniforms_BT.to(device)
-        uniforms_now = uniforms_BT
-        ids: list[list[int]] = [[] for _ in rows.source]
-        logps: list[list[float]] = [[] for _ in rows.source]
+        num, device = len(rows.source_B), hidden_PD.device
+        written = Written(
+            ids_NT=torch.full((num, max_new), self.stop_ids[0], device=device),
+            logp_NT=torch.zeros(num, max_new, device=device),
+            below_NTD=None
+            if prefix is None
+            else below_PSD.new_zeros(num, max_new, below_PSD.shape[2]),
+            uniforms_NT=None if uniforms_BT is None else uniforms_BT.to(device),
+            at_1=torch.zeros(1, dtype=torch.long, device=device),
+            stop_S=torch.tensor(self.stop_ids, device=device),
+        )
         longest = int(rows.position_B.max())
         rope = self._rope_table(longest + max_new, hidden_PD)
         graphs = self.use_graphs and max_new >= GRAPH_FROM
         compact_below = COMPACT_GRAPH_BELOW if graphs else COMPACT_BELOW
-        step: Step | None = None  # the captured step of these very buffers
-        alive_B = torch.ones(len(rows.source), dtype=torch.bool, device=device)
-        logits_BV = head_logits(hidden_PD, weights.head_VD, head).repeat_interleave(group_size, 0)
-        for t in range(max_new):
-            u_B = None if uniforms_now is None else uniforms_now[:, t]
-            token_B, logp_B = pick(logits_BV, u_B)
-            for source, token, logp in zip(
-                rows.source, token_B.tolist(), logp_B.tolist(), strict=True
-            ):
-                ids[source].append(token)
-                logps[source].append(logp)
-            alive_B &= ~torch.isin(token_B, stop_ids)
-            if sampling.stop and t % STOP_EVERY == STOP_EVERY - 1:
-                alive_B &= self._no_stop_text(rows.source, ids, sampling, device)
-            num_alive = int(alive_B.sum())
-            if num_alive == 0 or t == max_new - 1:
-                break
-            if num_alive < compact_below * len(rows.source):
-                index, step = alive_B.nonzero()[:, 0], None
-                rows.keep(index)
-                token_B, alive_B = token_B[index], alive_B[index]
-                if uniforms_BT is not None:
-                    uniforms_now = uniforms_BT[torch.tensor(rows.source, device=device)]
-            length, room = longest + t + 1, rows.keys[0].shape[2]
+        look_every = STOP_EVERY if graphs else 1
+        pool = torch.cuda.graph_pool_handle() if graphs and device.type == "cuda" else None
+        replay: Step | None = None  # the captured step of these very buffers
+        fresh = True  # these buffers have not been decoded with yet
+        logits_PV = F.linear(hidden_PD.to(weights.head_VD.dtype), weights.head_VD)
+        self._draw(rows, written, logits_PV.repeat_interleave(group_size, 0), sampling.temperature)
+        for t in range(1, max_new):  # t tokens are drawn
+            if sampling.stop and t % STOP_EVERY == 0:
+                rows.alive_B &= self._no_stop_text(rows, written, t, sampling)
+            if t % look_every == 0:
+                num_alive = int(rows.alive_B.sum())
+                if num_alive == 0:
+                    break
+                if num_alive < compact_below * len(rows.source_B):
+                    replay, fresh = None, True  # a captured step holds memory: first let it go
+                    rows.keep(rows.alive_B.nonzero()[:, 0])
+            length, room = longest + t, rows.keys[0].shape[2]
             if length > room:
+                replay, fresh = None, True
                 rows.make_room(min(longest + 2 * (room - longest), longest + max_new))
-                step = None
-            if graphs:
-                step = step or capture(self._step(weights, rows, rope, first), token_B)
-                hidden_BD, below_BD = step(token_B)
-            else:
-                hidden_BD, below_BD = self._decode(weights, rows, token_B, rope, length, first)
-            if below_BTD is not None:
-                below_BTD[torch.tensor(rows.source, device=device), t] = below_BD
-            rows.position_B += 1
-            logits_BV = head_logits(hidden_BD, weights.head_VD, head)
+                room = rows.keys[0].shape[2]
+
+            def step(length: int = room if graphs else length) -> None:
+                below_BD, logits_BV = self._decode(weights, rows, rope, length, first)
+                if written.below_NTD is not None:
+                    written.below_NTD[rows.source_B, written.at_1 - 1] = below_BD
+                rows.position_B += 1
+                self._draw(rows, written, logits_BV, sampling.temperature)
+
+            if graphs and replay is None and not fresh:
+                replay = capture(step, pool)
+            (replay or step)()  # the first step with new buffers warms the libraries up
+            fresh = False
+        ids, logps = written.ids_NT.tolist(), written.logp_NT.tolist()
         done = [
-            finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling)
-            for i in range(len(ids))
+            finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling) for i in range(num)
         ]
-        if prefix is not None and below_BTD is not None:
+        if prefix is not None and written.below_NTD is not None:
             for p, prompt in enumerate(prompts):
                 prefix.prompts[first_group + p] = below_PSD[p, : len(prompt)]
             for i, one in enumerate(done):
-                prefix.rows[first_group * group_size + i] = below_BTD[i, : len(one.ids)]
+                prefix.rows[first_group * group_size + i] = written.below_NTD[i, : len(one.ids)]
         return done
 
-    def _step(self, weights: Weights, rows: Rows, rope: Rope, first: int) -> Step:
-        """Return the decoding step over the caches' whole length: its shapes never change."""
-        room = rows.keys[0].shape[2]
-        return lambda token_B: self._decode(weights, rows, token_B, rope, room, first)
+    def _draw(
+        self, rows: Rows, written: Written, logits_BV: Float[Tensor, "B V"], temperature: float
+    ) -> None:
+        """Draw each row's next token and write it down."""
+        at_1, u_B = written.at_1, None
+        if written.uniforms_NT is not None:
+            u_B = written.uniforms_NT[rows.source_B, at_1]
+        token_B, logp_B = pick(logits_BV, u_B, temperature)
+        written.ids_NT[rows.source_B, at_1] = token_B
+        written.logp_NT[rows.source_B, at_1] = logp_B
+        written.at_1 += 1
+        rows.token_B.copy_(token_B)
+        rows.alive_B &= (token_B[:, None] != written.stop_S).all(1)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], group_size: int, max_new: int, first: int
@@ -257,37 +273,27 @@ class Engine:
             assert layer.values is not None
             keys.append(_expand(layer.keys, group_size, width + max_new))
             values.append(_expand(layer.values, group_size, width + max_new))
+        position_B = lengths_P.repeat_interleave(group_size)
         rows = Rows(
-            source=list(range(len(prompts) * group_size)),
-            position_B=lengths_P.repeat_interleave(group_size),
+            source_B=torch.arange(len(position_B), device=device),
+            position_B=position_B,
+            token_B=torch.zeros_like(position_B),
+            alive_B=torch.ones_like(position_B, dtype=torch.bool),
             keys=keys,
             values=values,
         )
         return hidden_PD, rows, acts[site]
 
     def _decode(
-        self,
-        weights: Weights,
-        rows: Rows,
-        token_B: Int[Tensor, " B"],
-        rope: Rope,
-        length: int,
-        first: int,
-    ) -> Decoded:
-        """Return hidden states after reading one more token in each row.
+        self, weights: Weights, rows: Rows, rope: Rope, length: int, first: int
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B V"]]:
+        """Return what each row's newest token makes of the model: the residual at the input of
+        block `first`, and the logits in the model's dtype.
 
-        They are those that the head reads, and those at the input of block `first`.
         `length` bounds every row's position, so attention looks at no more of the cache than that.
-        The rows' positions stay: to run the same step twice changes nothing.
         """
-        num_rows, d = len(rows.source), self.head_dim
-        every_B = torch.arange(num_rows, device=token_B.device)
-        position_B = rows.position_B
-        cos_B1d, sin_B1d = rope.cos_SD[position_B][:, None], rope.sin_SD[position_B][:, None]
-        unseen_BS = torch.arange(length, device=token_B.device) > position_B[:, None]
-        x_BD = F.embedding(token_B, weights.embed_VD)
-        mask_B11S = torch.zeros_like(unseen_BS, dtype=x_BD.dtype).masked_fill(unseen_BS, -torch.inf)
-        mask_B11S = mask_B11S[:, None, None]
+        num_rows, d = len(rows.source_B), self.head_dim
+        x_BD = F.embedding(rows.token_B, weights.embed_VD)
         if self.embed_scale is not None:
             x_BD = x_BD * torch.tensor(self.embed_scale, dtype=x_BD.dtype)
         below_BD = x_BD
@@ -300,21 +306,14 @@ class Engine:
             if block.q_norm is not None and block.k_norm is not None:
                 q_BHd = self._norm(q_BHd, block.q_norm)
                 k_BKd = self._norm(k_BKd, block.k_norm)
-            q_BHd = rotate(q_BHd, cos_B1d, sin_B1d)
             keys, values = rows.keys[layer], rows.values[layer]
-            keys[every_B, :, position_B] = rotate(k_BKd, cos_B1d, sin_B1d)
-            values[every_B, :, position_B] = v_BKd
-            # The R query heads that share a key-value head stand where query positions would.
-            attended = F.scaled_dot_product_attention(
-                q_BHd.reshape(num_rows, self.num_kv_heads, self.repeats, d),
-                keys[:, :, :length],
-                values[:, :, :length],
-                attn_mask=mask_B11S,
-            )
-            x_BD = x_BD + block.o(attended.reshape(num_rows, -1))
+            q_BHd = rotate_into(q_BHd, k_BKd, v_BKd, keys, values, *rope, rows.position_B)
+            attended_BHd = attend(q_BHd, keys, values, rows.position_B, length)
+            x_BD = x_BD + block.o(attended_BHd.reshape(num_rows, -1))
             h_BD = self._norm(x_BD, block.norm2)
             x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
-        return Decoded(self._norm(x_BD, weights.norm_D), below_BD)
+        hidden_BD = self._norm(x_BD, weights.norm_D)
+        return below_BD, F.linear(hidden_BD.to(weights.head_VD.dtype), weights.head_VD)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
@@ -325,78 +324,38 @@ class Engine:
         return Rope(cos[0], sin[0])
 
     def _no_stop_text(
-        self, sources: list[int], ids: list[list[int]], sampling: Sampling, device: torch.device
-    ) -> Tensor:
+        self, rows: Rows, written: Written, drawn: int, sampling: Sampling
+    ) -> Bool[Tensor, " B"]:
         """Return which rows hold no stop text among their last tokens."""
         tail = STOP_EVERY + max(len(s) for s in sampling.stop)
+        ids_BT = written.ids_NT[rows.source_B, max(0, drawn - tail) : drawn]
         clear = [
-            first_stop(completion_text(self.tokenizer, ids[source][-tail:]), sampling.stop) is None
-            for source in sources
+            first_stop(completion_text(self.tokenizer, ids), sampling.stop) is None
+            for ids in ids_BT.tolist()
         ]
-        return torch.tensor(clear, device=device)
+        return torch.tensor(clear, device=rows.alive_B.device)
 
 
-def capture(step: Step, token_B: Tensor) -> Step:
+def capture(step: Step, pool: tuple[int, int] | None) -> Step:
     """Return the step as a CUDA graph: one launch for its several hundred kernels.
 
-    The graph reads and writes fixed memory; what it returns is overwritten by its next call.
+    Capturing runs nothing. All graphs of a rollout take their memory from one pool, and no
+    garbage is collected for each, as torch.cuda.graph would.
     """
-    token_in_B = token_B.clone()
-    side = torch.cuda.Stream()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    collects = gc.isenabled()
+    gc.disable()  # what it might free on CUDA would end the capture
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries take their workspaces outside the graph
-        step(token_in_B)
+    try:
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=pool)
+            step()
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(token_in_B)
-
-    def replay(token_B: Tensor) -> Decoded:
-        token_in_B.copy_(token_B)
-        graph.replay()
-        return out
-
-    return replay
-
-
-def pick(
-    logits_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"] | None
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return one token a row by inverse CDF of its uniform (None: the argmax), and its log-prob.
-
-    The CDF is taken in two levels, over blocks of the vocabulary and then inside one block, in
-    float64: in float32 the tail of a large vocabulary would be rounded away.
-    """
-    top_B = logits_BV.amax(-1, keepdim=True)
-    weight_BV = (logits_BV - top_B).exp_()
-    num_rows, vocab = weight_BV.shape
-    padded_BV = F.pad(weight_BV, (0, -vocab % CDF_BLOCK))
-    block_BKv = padded_BV.view(num_rows, -1, CDF_BLOCK)
-    sum_BK = block_BKv.sum(-1, dtype=torch.float64)
-    total_B = sum_BK.sum(-1)
-    if u_B is None:
-        token_B = logits_BV.argmax(-1)
-    else:
-        cdf_BK = sum_BK.cumsum(-1)
-        target_B1 = u_B.double()[:, None] * cdf_BK[:, -1:]
-        block_B1 = torch.searchsorted(cdf_BK, target_B1, right=True).clamp(max=sum_BK.shape[1] - 1)
-        below_B1 = cdf_BK.gather(1, block_B1) - sum_BK.gather(1, block_B1)
-        inside_Bv = block_BKv[torch.arange(num_rows, device=block_B1.device), block_B1[:, 0]]
-        cdf_Bv = inside_Bv.cumsum(-1, dtype=torch.float64)
-        # Rounding must not push the target past the block's last token that can be drawn.
-        target_B1 = torch.minimum(target_B1 - below_B1, cdf_Bv[:, -1:] * (1 - 1e-12))
-        place_B1 = torch.searchsorted(cdf_Bv, target_B1, right=True)
-        token_B = (block_B1 * CDF_BLOCK + place_B1)[:, 0].clamp(max=vocab - 1)
-    logp_B = (logits_BV.gather(1, token_B[:, None]) - top_B)[:, 0] - total_B.log().float()
-    return token_B, logp_B
-
-
-def rotate(
-    x_BHd: Float[Tensor, "B H d"], cos_B1d: Float[Tensor, "B 1 d"], sin_B1d: Float[Tensor, "B 1 d"]
-) -> Float[Tensor, "B H d"]:
-    """Return x turned by its position (rotary embedding, 2104.09864, half-split form)."""
-    first, second = x_BHd.chunk(2, dim=-1)
-    return x_BHd * cos_B1d + torch.cat((-second, first), dim=-1) * sin_B1d
+    return graph.replay
 
 
 def _expand(x_PKSd: Tensor, group_size: int, length: int) -> Tensor:

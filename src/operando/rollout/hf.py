@@ -19,7 +19,8 @@ from transformers import (
 
 from operando.models.prefix import Prefix
 from operando.models.tokens import check_stop, completion_text
-from operando.rollout.engine import STOP_EVERY, pick
+from operando.rollout.engine import STOP_EVERY
+from operando.rollout.kernels import pick
 from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 
 

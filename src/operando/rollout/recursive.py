@@ -27,7 +27,8 @@ from operando.models.prefix import Prefix
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.cache import SlotCache
 from operando.models.tokens import check_stop, completion_text
-from operando.rollout.engine import COMPACT_BELOW, STOP_EVERY, pick
+from operando.rollout.engine import COMPACT_BELOW, STOP_EVERY
+from operando.rollout.kernels import pick
 from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ class Linear:
         y = F.linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return y
-        return torch.addmm(y, x @ self.lora_a, self.lora_b)
+        return y.addmm_(x @ self.lora_a, self.lora_b)
 
 
 @dataclass(frozen=True)
