@@ -22,6 +22,7 @@ from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.prefix import Prefix
 from operando.recipe import ModelConfig
 from operando.rollout.engine import Engine
+from operando.rollout.kernels import attend, fuses, pick, rotate_into
 from operando.rollout.sampler import Sampled, Sampling, uniform_streams
 from operando.run import SeedTree
 from tests.integration.runs import metric_rows, tiny, trained
@@ -73,6 +74,42 @@ def test_the_gpu_gives_the_rollouts_of_the_cpu(family: str) -> None:
     there = completions(engine_of(family, torch.float32, "cuda"))
     same = sum(a.ids == b.ids for a, b in zip(here, there, strict=True))
     assert same >= len(here) - 2, f"{same} of {len(here)} completions agree"
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(14, 2, 64), (12, 2, 128), (8, 8, 16), (4, 1, 256)])
+def test_the_kernels_of_decoding_equal_the_plain_ones(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Rows at the first position, at the last, and on both sides of a block of cached positions."""
+    (heads, kv_heads, d), room = shape, 300
+    position_B = torch.tensor([0, 5, 31, 32, 127, 128, 299])
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    num = len(position_B)
+    q_BHd, k_BKd, v_BKd = noise(num, heads, d), noise(num, kv_heads, d), noise(num, kv_heads, d)
+    keys, values = noise(num, kv_heads, room, d), noise(num, kv_heads, room, d)
+    angle_Sd = torch.randn(room, d, generator=generator)
+    tables = (angle_Sd.cos().to(dtype), angle_Sd.sin().to(dtype))
+    logits_BV, u_B = 3 * torch.randn(num, 5003), torch.rand(num, generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        q, k, v, K, V, cos, sin, at = (
+            x.clone().to(device) for x in (q_BHd, k_BKd, v_BKd, keys, values, *tables, position_B)
+        )
+        assert fuses(q.device, d) == (device == "cuda")
+        turned = rotate_into(q, k, v, K, V, cos, sin, at)
+        read = attend(turned, K, V, at, room)
+        drawn = pick(logits_BV.to(device, dtype), u_B.to(device), 0.7)
+        greedy = pick(logits_BV.to(device), None)
+        found.append([x.cpu() for x in (turned, K, V, read, *drawn, *greedy)])
+    fine = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here, atol=fine, rtol=fine)
 
 
 @needs_cuda

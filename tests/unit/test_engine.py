@@ -56,13 +56,12 @@ def test_greedy_equals_hf_generate(family: str, lora: bool) -> None:
 def test_fixed_buffers_of_a_captured_step_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph demands, without one: capturing runs nothing, and a step works in place."""
 
-    def capture(step: Step, pool: object) -> Step:
-        assert pool is None
+    def capture(_: Engine, step: Step) -> Step:
         captures.append(step)
         return step
 
     captures: list[Step] = []
-    monkeypatch.setattr("operando.rollout.engine.capture", capture)
+    monkeypatch.setattr(Engine, "_capture", capture)
     engine = Engine(tiny_model("qwen2"), byte_tokenizer(), tuple(range(60)))
     uniforms = uniform_streams(SeedTree(0), 2, range(4), 6, 70)
     plain = engine.sample(PROMPTS, 6, Sampling(70), uniforms)

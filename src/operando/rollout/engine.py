@@ -3,7 +3,7 @@
 Prefill is the model's own forward. Decoding is written out here for the Llama family, on the
 model's own weights with LoRA unmerged, so an optimizer step is seen at once and there is nothing to
 synchronise. Dims: P prompts, B rows being decoded, H query heads, K key-value heads, R = H/K,
-S cache length, D d_model, V vocabulary.
+S cache length, D d_model, F width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -134,6 +134,9 @@ class Engine:
         self.embed_scale = config.hidden_size**0.5 if gemma else None
         self.activation: nn.Module = ACT2FN[config.hidden_act]
         self.use_graphs: bool = model.device.type == "cuda"
+        self.captured: list[Step] = []
+        self.pool: tuple[int, int] | None = None
+        self.side: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def sample(
@@ -187,7 +190,7 @@ class Engine:
         graphs = self.use_graphs and max_new >= GRAPH_FROM
         compact_below = COMPACT_GRAPH_BELOW if graphs else COMPACT_BELOW
         look_every = STOP_EVERY if graphs else 1
-        pool = torch.cuda.graph_pool_handle() if graphs and device.type == "cuda" else None
+        captured: list[Step] = []  # all stay until the last of them has run: they share memory
         replay: Step | None = None  # the captured step of these very buffers
         fresh = True  # these buffers have not been decoded with yet
         logits_PV = F.linear(hidden_PD.to(weights.head_VD.dtype), weights.head_VD)
@@ -216,9 +219,12 @@ class Engine:
                 self._draw(rows, written, logits_BV, sampling.temperature)
 
             if graphs and replay is None and not fresh:
-                replay = capture(step, pool)
+                replay = self._capture(step)
+                captured.append(replay)
             (replay or step)()  # the first step with new buffers warms the libraries up
             fresh = False
+        if captured:  # not before: with its last graph the memory that they share is gone
+            self.captured = captured
         ids, logps = written.ids_NT.tolist(), written.logp_NT.tolist()
         done = [
             finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling) for i in range(num)
@@ -229,6 +235,28 @@ class Engine:
             for i, one in enumerate(done):
                 prefix.rows[first_group * group_size + i] = written.below_NTD[i, : len(one.ids)]
         return done
+
+    def _capture(self, step: Step) -> Step:
+        """Return the step as a CUDA graph: one launch for its several hundred kernels.
+
+        Capturing runs nothing. All graphs take their memory from one pool, and no garbage is
+        collected for each, as torch.cuda.graph would.
+        """
+        if self.pool is None or self.side is None:
+            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what it might free on CUDA would end the capture
+        self.side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.side):
+                graph.capture_begin(pool=self.pool)
+                step()
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(self.side)
+        return graph.replay
 
     def _draw(
         self, rows: Rows, written: Written, logits_BV: Float[Tensor, "B V"], temperature: float
@@ -300,9 +328,7 @@ class Engine:
         for layer, block in enumerate(weights.blocks):
             below_BD = x_BD if layer == first else below_BD
             h_BD = self._norm(x_BD, block.norm1)
-            q_BHd = block.q(h_BD).view(num_rows, -1, d)
-            k_BKd = block.k(h_BD).view(num_rows, -1, d)
-            v_BKd = block.v(h_BD).view(num_rows, -1, d)
+            q_BHd, k_BKd, v_BKd = (x.view(num_rows, -1, d) for x in block.qkv(h_BD))
             if block.q_norm is not None and block.k_norm is not None:
                 q_BHd = self._norm(q_BHd, block.q_norm)
                 k_BKd = self._norm(k_BKd, block.k_norm)
@@ -311,7 +337,8 @@ class Engine:
             attended_BHd = attend(q_BHd, keys, values, rows.position_B, length)
             x_BD = x_BD + block.o(attended_BHd.reshape(num_rows, -1))
             h_BD = self._norm(x_BD, block.norm2)
-            x_BD = x_BD + block.down(self.activation(block.gate(h_BD)) * block.up(h_BD))
+            gate_BF, up_BF = block.gate_up(h_BD)
+            x_BD = x_BD + block.down(self.activation(gate_BF) * up_BF)
         hidden_BD = self._norm(x_BD, weights.norm_D)
         return below_BD, F.linear(hidden_BD.to(weights.head_VD.dtype), weights.head_VD)
 
@@ -334,28 +361,6 @@ class Engine:
             for ids in ids_BT.tolist()
         ]
         return torch.tensor(clear, device=rows.alive_B.device)
-
-
-def capture(step: Step, pool: tuple[int, int] | None) -> Step:
-    """Return the step as a CUDA graph: one launch for its several hundred kernels.
-
-    Capturing runs nothing. All graphs of a rollout take their memory from one pool, and no
-    garbage is collected for each, as torch.cuda.graph would.
-    """
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    collects = gc.isenabled()
-    gc.disable()  # what it might free on CUDA would end the capture
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(side):
-            graph.capture_begin(pool=pool)
-            step()
-            graph.capture_end()
-    finally:
-        if collects:
-            gc.enable()
-    torch.cuda.current_stream().wait_stream(side)
-    return graph.replay
 
 
 def _expand(x_PKSd: Tensor, group_size: int, length: int) -> Tensor:

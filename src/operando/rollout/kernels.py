@@ -18,8 +18,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fuses(device: torch.device, head_dim: int) -> bool:
-    """Return whether the Triton kernels run here: on CUDA, for heads of a power of two."""
-    return device.type == "cuda" and HAS_TRITON and head_dim & (head_dim - 1) == 0
+    """Return whether the Triton kernels run here: on CUDA, for heads of 16, 32, 64, 128 or 256."""
+    return device.type == "cuda" and HAS_TRITON and head_dim in (16, 32, 64, 128, 256)
 
 
 def rotate_into(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -24,11 +25,33 @@ class Linear:
     lora_a: Tensor | None
     lora_b: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, low: Tensor | None = None) -> Tensor:
+        """Return y; `low` is x A^T where the caller has it already."""
         y = F.linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return y
-        return y.addmm_(x @ self.lora_a, self.lora_b)
+        return y.addmm_(x @ self.lora_a if low is None else low, self.lora_b)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Linear modules that read the same input: their A factors stand side by side, one product."""
+
+    linears: tuple[Linear, ...]
+    lora_a: Tensor | None  # None: not all have an adapter
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        if self.lora_a is None:
+            return [linear(x) for linear in self.linears]
+        ranks = [linear.lora_a.shape[1] for linear in self.linears if linear.lora_a is not None]
+        lows = (x @ self.lora_a).split(ranks, dim=1)
+        return [linear(x, low) for linear, low in zip(self.linears, lows, strict=True)]
+
+
+def side_by_side(*linears: Linear) -> Side:
+    """Return the modules as one."""
+    factors = [linear.lora_a for linear in linears if linear.lora_a is not None]
+    return Side(linears, torch.cat(factors, 1) if len(factors) == len(linears) else None)
 
 
 @dataclass(frozen=True)
@@ -36,15 +59,12 @@ class Block:
     """The weights of one decoder block, as references wherever that is possible."""
 
     norm1: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: Side
     o: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     norm2: Tensor
-    gate: Linear
-    up: Linear
+    gate_up: Side
     down: Linear
 
 
@@ -85,15 +105,12 @@ def _block(layer: nn.Module, norm: Callable[[nn.Module], Tensor]) -> Block:
 
     return Block(
         norm1=norm(layer.get_submodule("input_layernorm")),
-        q=linear("self_attn.q_proj"),
-        k=linear("self_attn.k_proj"),
-        v=linear("self_attn.v_proj"),
+        qkv=side_by_side(*(linear(f"self_attn.{name}_proj") for name in "qkv")),
         o=linear("self_attn.o_proj"),
         q_norm=norm(attention.get_submodule("q_norm")) if qk_norm else None,
         k_norm=norm(attention.get_submodule("k_norm")) if qk_norm else None,
         norm2=norm(layer.get_submodule("post_attention_layernorm")),
-        gate=linear("mlp.gate_proj"),
-        up=linear("mlp.up_proj"),
+        gate_up=side_by_side(linear("mlp.gate_proj"), linear("mlp.up_proj")),
         down=linear("mlp.down_proj"),
     )
 
