@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm clean
+.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/operando demo
@@ -37,6 +37,11 @@ interop: .venv-interop/installed
 storm: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.run
 	$(PYTEST) tests/storm
+
+# On a machine with a GPU: tests/gpu, then sampling, a whole step and an SAE step on random weights of real
+# shapes, beside their peers; writes gpu.json. On a CPU: `python benchmarks/gpu.py --tiny`.
+gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py
 
 # Every package from requirements.lock, by hash; then torch, which on a machine with CUDA brings its own.
 $(VENV)/installed: pyproject.toml requirements.lock constraints.txt

@@ -31,22 +31,22 @@ def parts(device: str, tiny: bool) -> dict[str, tuple[list[str], int]]:
     half, more = ("tiny", "tiny") if tiny else ("qwen2.5-0.5b", "qwen2.5-1.5b")
     size = ["--prompts", "4", "--group", "4", "--new", "70"]
     if not tiny:
-        size = ["--prompts", "64", "--group", "8", "--new", "512"]
+        size = ["--prompts", "64", "--group", "8", "--new", "256"]
     common = ["--device", device, "--dtype", "bfloat16"]
     rollout = [*common, *size, "--repeats", "1"]
-    step = ["--prompts", "8", "--group", "8", "--new", "256", "--trl-batch", "16"]
+    step = ["--prompts", "8", "--group", "8", "--new", "128", "--trl-batch", "16"]
     if tiny:
         step = ["--prompts", "2", "--group", "4", "--new", "70"]
     sae = ["--d-in", "64", "--d-sae", "256", "--k", "8", "--batch", "256"] if tiny else []
     peers = "generate" if tiny else "generate,continuous"
     return {
         "tests": (["-m", "pytest", "tests/gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-                   "--tb=short"], 200),
-        "roofline": ([_script("roofline"), "--device", device], 60),
-        "rollout 0.5B": ([_script("rollout"), "--shape", half, *rollout, "--peers", peers], 200),
-        "rollout 1.5B": ([_script("rollout"), "--shape", more, *rollout, "--peers", peers], 200),
-        "step 0.5B": ([_script("grpo_step"), "--shape", half, *common, *step, "--steps", "4"], 200),
-        "sae": ([_script("sae_device"), "--device", device, *sae], 60),
+                   "--tb=short"], 120),
+        "roofline": ([_script("roofline"), "--device", device], 20),
+        "rollout 0.5B": ([_script("rollout"), "--shape", half, *rollout, "--peers", peers], 120),
+        "rollout 1.5B": ([_script("rollout"), "--shape", more, *rollout], 90),
+        "step 0.5B": ([_script("grpo_step"), "--shape", half, *common, *step, "--steps", "3"], 90),
+        "sae": ([_script("sae_device"), "--device", device, *sae], 30),
     }  # fmt: skip
 
 

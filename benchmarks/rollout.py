@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, model: str) -> None:
     task = load_words(WordsTaskConfig(kind="words", num_train=args.prompts, num_held_out=1))
     policy = open_policy(model, "float32", args.device)
     prompts = [policy.tokenizer(f"Q: {e.question}\nA:")["input_ids"] for e in task.train]
-    few, num = prompts[:4], min(args.new, 80)
+    few, num = prompts[:4], min(args.new, 64)
     ours = [list(s.ids) for s in sampler(policy).sample(few, 1, Sampling(num), None)]
     theirs = [hf_generate(policy, [p], num, greedy=True)[0] for p in few]
     assert ours == theirs, f"greedy tokens differ: {ours} {theirs}"
@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, model: str) -> None:
             torch.manual_seed(repeat)
             started = time.perf_counter()
             try:
-                sampled = sample(repeat, args.new if repeat else min(args.new, 80))
+                sampled = sample(repeat, args.new if repeat else min(args.new, 64))
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"[:500]
                 continue

@@ -135,8 +135,8 @@ class Engine:
         self.activation: nn.Module = ACT2FN[config.hidden_act]
         self.use_graphs: bool = model.device.type == "cuda"
         self.captured: list[Step] = []
-        self.pool: tuple[int, int] | None = None
-        self.side: torch.cuda.Stream | None = None
+        self.pool = None  # of the graphs' memory; made, with their stream, when first needed
+        self.side = None
 
     @torch.no_grad()
     def sample(

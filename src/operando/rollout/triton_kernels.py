@@ -4,6 +4,7 @@ Imported only where Triton is installed and a tensor is on a CUDA device. Every 
 plain versions in the model's dtype is kept; only sums run in another order.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
 import torch
