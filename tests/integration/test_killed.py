@@ -139,6 +139,7 @@ def test_a_second_command_on_a_folder_is_one_line_with_the_owner(
     for folder, command in {
         whole: ("train", "whole.toml", "--resume"),
         Path("runs/small"): ("study", "study.toml"),
+        Path("runs/tiny_contribution"): ("contribution", "tiny", "--seeds", "1"),
         Path("chain"): ("pipeline", "pipeline.toml"),
         Path("chain/seed_0"): ("pipeline", "pipeline.toml", "--seed", "0"),
         Path("runs/tiny_features"): ("features", "discover", "tiny", discover),
