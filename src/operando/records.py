@@ -38,10 +38,14 @@ class Clock:
         self.last = now
 
     def metrics(self, num_tokens: int) -> dict[str, float]:
-        """Return seconds of each lap, of the step, and completion tokens per second of the step."""
+        """Return seconds of each lap, of the step, and completion tokens per second of the step.
+
+        A clock that stood still measured no rate.
+        """
         total = self.last - self.started
         laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
-        return laps | {"time/step": total, "tokens_per_second": num_tokens / total}
+        rate = {"tokens_per_second": num_tokens / total} if total > 0 else {}
+        return laps | {"time/step": total} | rate
 
 
 def batch_metrics(
