@@ -197,6 +197,7 @@ class _Talk:
             + 1,  # so that the parent's clock rules
             "memory_mb": job.limits.memory_mb,
             "layers": list(layers),
+            "parent": 0 if {"docker", "podman", "bwrap"} & set(layers) else os.getpid(),
         }
         self.to_send = (json.dumps(header) + "\n").encode()
         self.rest = b""
