@@ -27,6 +27,7 @@ from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.internals.sae_files import read_safetensors, read_torch
 from operando.internals.sae_formats import load_sae, save_sae
+from operando.launch import quieten_libraries
 from operando.models.gguf import import_gguf
 from operando.tasks.files import read_rows
 from tests.unit.test_gguf import tiny_llama, write_gguf
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kinds whose name holds this text")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    quieten_libraries()
     faults = 0
     with tempfile.TemporaryDirectory() as name:
         os.environ["OPERANDO_HOME"] = name
