@@ -212,15 +212,17 @@ def write_certificate(run: Run, certificate: Certificate) -> None:
         run.warn(f"step {certificate.step}: the insulation certificate fails: {'; '.join(failed)}")
 
 
-def write_results(run: Run, recipe: Recipe, seconds: float) -> None:
-    """Write results.json: counts before and after, from the rows of metrics.jsonl."""
-    rows = [row for row in read_metrics(run.folder) if "eval/correct" in row]
+def write_results(run: Run, recipe: Recipe) -> None:
+    """Write results.json from the rows of metrics.jsonl: counts before and after, and the seconds
+    of all steps, by whichever process each was taken."""
+    steps = read_metrics(run.folder)
+    rows = [row for row in steps if "eval/correct" in row]
     first, last = rows[0], rows[-1]
     write_json(
         run.folder / "results.json",
         {
             "steps": recipe.steps,
-            "seconds": round(seconds, 1),
+            "seconds": round(sum(row.get("time/step", 0.0) for row in steps), 1),
             "held_out": {"base": _count(first), "trained": _count(last)},
             "metrics": last,
         },

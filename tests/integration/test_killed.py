@@ -285,7 +285,18 @@ def test_a_clock_set_back_while_a_run_goes_loses_nothing(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clocked = [v for row in rows for k, v in row.items() if k.startswith(("time/", "tokens_per"))]
     assert len(clocked) == 4 * 6 and all(value > 0 for value in clocked)
-    assert json.loads((folder / "results.json").read_text())["seconds"] >= 0
+    seconds = sum(row.get("time/step", 0.0) for row in rows)
+    assert json.loads((folder / "results.json").read_text())["seconds"] == round(seconds, 1)
+
+
+def test_the_seconds_of_a_resumed_run_are_of_all_its_parts(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["time/step"] = 500.0  # step 1, of the first part
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(tiny(tmp_path, *SMALL), resume=True)
+    assert 500 < json.loads((folder / "results.json").read_text())["seconds"] < 1000
 
 
 def test_a_clock_that_stands_still_measures_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
