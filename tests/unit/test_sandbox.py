@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -470,6 +471,43 @@ def wait_for(what: Callable[[], bool]) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("not within half a minute")
+
+
+AS_USER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from operando.tasks import sandbox
+print(sandbox._fails(("bwrap", "hook"), "") or "stands")
+"""
+
+
+def test_bubblewrap_holds_programs_of_an_ordinary_user() -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("no command bwrap on the PATH")
+    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    said = []
+    for python in (sys.executable, "/usr/bin/python3"):  # root's own may be closed to others
+        try:
+            done = subprocess.run(
+                [python, "-B", "-c", AS_USER, str(ROOT / "src")],
+                capture_output=True, text=True, cwd="/", check=False, **user,
+            )  # fmt: skip
+        except OSError as error:
+            said.append(f"{python}: {error}")
+            continue
+        if done.returncode == 0:
+            assert done.stdout == "stands\n"
+            return
+        said.append(f"{python}: {done.stderr.strip()[-200:]}")
+    pytest.skip(f"no Python that another user can run operando with: {'; '.join(said)}")
+
+
+def test_bubblewrap_is_refused_with_the_folder_that_the_user_may_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/bwrap")
+    monkeypatch.setattr(os, "access", lambda path, _: path != sys.base_prefix)
+    assert sandbox._fails(("bwrap", "hook"), "").endswith(f"may not read: {sys.base_prefix}")
 
 
 CONNECTS = """
