@@ -33,9 +33,11 @@ interop: .venv-interop/installed
 	.venv-interop/bin/python tests/interop/parity_table.py
 
 # Every command killed at random and taken up again, some 280 times: what it leaves equals a whole run's.
-# Then one of two ranks killed. At most 15 minutes. Memory of a long run: python -m tests.storm.long
+# Then files from outside, damaged at random, and one of two ranks killed. At most 15 minutes.
+# Longer: python -m tests.storm.loaders --seconds 180. Memory of a long run: python -m tests.storm.long
 storm: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.run
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm.loaders --seconds 8
 	$(PYTEST) tests/storm
 
 # On a machine with a GPU: tests/gpu, then sampling, a whole step and an SAE step on random weights of real

@@ -33,6 +33,7 @@ from operando.study.claims import judge_claims
 from operando.study.contribution import (
     ContributionResult,
     check_sets,
+    folder_of,
     layer_sets,
     summarise,
 )
@@ -117,7 +118,7 @@ def run_contribution(
     check_sets(sets, num_layers)
     arms = plan_contribution(recipe, sets, range(num_seeds))
     folders = dict(zip(arms, launch_arms(console, list(arms.values())), strict=True))
-    file = Path(recipe.runs_dir) / f"{recipe.name}_contribution" / "contribution.json"
+    file = folder_of(recipe) / "contribution.json"
     result = summarise(recipe.name, folders, file)
     draw_contribution(result, file.with_suffix(".svg"))
     return result

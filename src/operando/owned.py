@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from operando.errors import UserError
@@ -47,7 +47,10 @@ class FolderLock:
         """Give the folder back; a second time does nothing."""
         if self._descriptor is None:
             return
-        self.file.unlink(missing_ok=True)  # while it is held: who waits for it opens a new one
+        with suppress(
+            OSError
+        ):  # a disk that has become read-only; a file that nobody holds is none
+            self.file.unlink(missing_ok=True)  # while held: who waits for it opens a new one
         os.close(self._descriptor)
         self._descriptor = None
 

@@ -38,10 +38,14 @@ class Clock:
         self.last = now
 
     def metrics(self, num_tokens: int) -> dict[str, float]:
-        """Return seconds of each lap, of the step, and completion tokens per second of the step."""
+        """Return seconds of each lap, of the step, and completion tokens per second of the step.
+
+        A clock that stood still measured no rate.
+        """
         total = self.last - self.started
         laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
-        return laps | {"time/step": total, "tokens_per_second": num_tokens / total}
+        rate = {"tokens_per_second": num_tokens / total} if total > 0 else {}
+        return laps | {"time/step": total} | rate
 
 
 def batch_metrics(
@@ -208,15 +212,17 @@ def write_certificate(run: Run, certificate: Certificate) -> None:
         run.warn(f"step {certificate.step}: the insulation certificate fails: {'; '.join(failed)}")
 
 
-def write_results(run: Run, recipe: Recipe, seconds: float) -> None:
-    """Write results.json: counts before and after, from the rows of metrics.jsonl."""
-    rows = [row for row in read_metrics(run.folder) if "eval/correct" in row]
+def write_results(run: Run, recipe: Recipe) -> None:
+    """Write results.json from the rows of metrics.jsonl: counts before and after, and the seconds
+    of all steps, by whichever process each was taken."""
+    steps = read_metrics(run.folder)
+    rows = [row for row in steps if "eval/correct" in row]
     first, last = rows[0], rows[-1]
     write_json(
         run.folder / "results.json",
         {
             "steps": recipe.steps,
-            "seconds": round(seconds, 1),
+            "seconds": round(sum(row.get("time/step", 0.0) for row in steps), 1),
             "held_out": {"base": _count(first), "trained": _count(last)},
             "metrics": last,
         },

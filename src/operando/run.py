@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -83,12 +83,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
             raise UserError(
                 f"no space left while writing {target} ({error}); nothing half-written"
             ) from error
+        if _is_refused(error):
+            raise UserError(f"can't write {target} ({error}); what was there is whole") from error
         raise
-    finally:
+    finally:  # what can't be removed, on a disk that has become read-only, the next owner sweeps
         if temporary.is_dir():
-            shutil.rmtree(temporary)
-        elif temporary.exists():
-            temporary.unlink()
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
@@ -122,6 +125,13 @@ def _is_full_disk(error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     said = ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos")
     return any(part in str(error) for part in said)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Return whether a file could not be opened for writing; safetensors and torch hide it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return any(part in str(error) for part in ("(os error ", "open file failed"))
 
 
 def write_json(target: Path, value: object) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ from operando.models.policy import Policy, Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
 from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
-from operando.rewards.base import RewardFunction
+from operando.rewards.base import RewardFunction, refuse_run_metric
 from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
 from operando.rollout.sampler import Sampler, make_sampler
@@ -56,6 +57,8 @@ from operando.update.checkpoint import (
 )
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
 from operando.update.projector import Projector, literal_warning
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -295,11 +298,23 @@ def add_transforms(
     setup: Setup, gradient: Sequence[GradientTransform], update: Sequence[UpdateTransform]
 ) -> None:
     """Set the transforms of the optimizer step: the watch, the caller's, then the Projector's."""
-    setup.gradient_transforms = (setup.insulation.watch, *gradient)
-    setup.update_transforms = tuple(update)
+    setup.gradient_transforms = (setup.insulation.watch, *map(_with_names_of_its_own, gradient))
+    setup.update_transforms = tuple(map(_with_names_of_its_own, update))
     if setup.projector is not None:
         setup.gradient_transforms = (*setup.gradient_transforms, setup.projector.on_gradient)
         setup.update_transforms = (*setup.update_transforms, setup.projector.on_update)
+
+
+def _with_names_of_its_own(
+    transform: Callable[P, Mapping[str, float]],
+) -> Callable[P, Mapping[str, float]]:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Mapping[str, float]:
+        found = transform(*args, **kwargs)
+        for name in found:
+            refuse_run_metric(name, "a transform's metrics")
+        return found
+
+    return checked
 
 
 def begin_step(setup: Setup, step: int) -> None:

@@ -7,7 +7,6 @@ written goes through `run`; the report and the audits read the run folder and ar
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -77,7 +76,6 @@ def train(
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     add_transforms(setup, gradient_transforms, update_transforms)
-    started = time.monotonic()
     with stops_after_step() as asked_to_stop, float32_products(recipe.model, setup.policy.device):
         done = resume(setup)
         if done == 0:
@@ -94,7 +92,7 @@ def train(
             if signum and step < recipe.steps:
                 raise Stopped(signum, f"stopped; step {step} is saved: go on with --resume")
     if parallel.rank() == 0:
-        write_results(run, recipe, time.monotonic() - started)
+        write_results(run, recipe)
     tracker.finish()
 
 

@@ -1,4 +1,4 @@
-"""A full disk, tokenizers that lack something, prompts too long, empty data: one message each."""
+"""A full or read-only disk, odd tokenizers, prompts too long, empty data: one message each."""
 
 from __future__ import annotations
 
@@ -48,13 +48,32 @@ def refused(
     return said
 
 
-# --- no space left -------------------------------------------------------------------------------
+# --- no space left, no right to write ------------------------------------------------------------
 
-# Called by the loop at every step; at step 3 it takes the room away.
+# Called by the loop at every step; at step 3 it takes the room away, or the right to write.
 FILLS = """
-import errno, os, resource
+import errno, os, resource, subprocess
+
+def lock(*_):
+    runs = os.path.dirname(os.environ["FILLER"])  # mounted over itself: open files stay writable
+    for how in (["--bind", runs], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *how, runs], check=True)
+
+def before(module, name):
+    real = getattr(module, name)
+    setattr(module, name, lambda *given: (lock(), real(*given)))
 
 def fill(completions, completion_ids, trainer_state, **_):
+    if trainer_state.global_step == 3 and os.environ.get("HOW") == "read-only":
+        import torch
+        from operando.models import policy
+        match os.environ["LEFT"]:
+            case "rollouts":
+                lock()
+            case "adapter":
+                before(policy, "save_file")
+            case "state":
+                before(torch, "save")
     if trainer_state.global_step == 3 and os.environ.get("HOW") == "limit":
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LEFT"]), hard))
@@ -74,6 +93,9 @@ FULL = [
     ("space", 80_000),  # the adapter of step 4's checkpoint
     ("space", 300_000),  # its resume state, after the adapter was written
     ("limit", 150_000),  # the same by a limit on the size of a file
+    ("read-only", "rollouts"),  # of step 3
+    ("read-only", "adapter"),  # of step 4's checkpoint
+    ("read-only", "state"),
 ]
 
 
@@ -111,13 +133,11 @@ def broken(
     runs = tmp_path / "runs"
     runs.mkdir()
     line = command(runs)
-    if how == "space":
+    if how in ("space", "read-only"):
         if not can_mount():
             pytest.skip("no user namespaces here, so no small disk")
-        script = (
-            f"mount -t tmpfs -o size=16m none {runs}; {shlex.join(line)}; code=$?; "
-            f"cp -r {runs} {tmp_path}/kept; exit $code"
-        )
+        small = f"mount -t tmpfs -o size=16m none {runs}; " if how == "space" else ""
+        script = f"{small}{shlex.join(line)}; code=$?; cp -r {runs} {tmp_path}/kept; exit $code"
         line = ["unshare", "-rm", "sh", "-c", script]
     done = run(line, HOW=how, LEFT=str(left), FILLER=str(runs / ".filler"))
     if how == "space":
@@ -142,20 +162,28 @@ def weights(folder: Path, step: int) -> bytes:
 Broken = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-def test_a_full_disk_is_one_message(broken: Broken) -> None:
+def test_a_full_or_read_only_disk_is_one_message(broken: Broken) -> None:
     _, done = broken
     assert "Traceback" not in done.stderr, done.stderr[-600:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1
-    assert "no space left" in errors[0] or "too large" in errors[0]
+    why = (
+        "no space left",
+        "too large",
+        "can't write .*(rollouts|checkpoints)/step_.*ead-only file",
+    )
+    assert re.search("|".join(why), errors[0])
 
 
-def test_a_full_disk_leaves_no_half_file_and_resume_goes_on(broken: Broken, whole: Path) -> None:
+def test_a_full_or_read_only_disk_leaves_no_half_file_and_resume_goes_on(
+    broken: Broken, whole: Path
+) -> None:
     folder, done = broken
     assert done.returncode not in (0, None), "the disk was not full"
     left = [f.relative_to(folder) for f in folder.rglob("*")]
-    assert not [f for f in left if f.name.endswith(".part")], left
-    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step_00002"]
+    if "ead-only file" not in done.stderr:  # there nothing can be removed either
+        assert not [f for f in left if f.name.endswith(".part")], left
+    assert [f.name for f in (folder / "checkpoints").glob("step_*")] == ["step_00002"]
     assert weights(folder, 2) == weights(whole, 2)
     for file in folder.rglob("*.parquet"):
         assert pq.read_table(file).num_rows > 0, file
@@ -163,6 +191,7 @@ def test_a_full_disk_leaves_no_half_file_and_resume_goes_on(broken: Broken, whol
 
     resumed = run(command(folder.parent, "--resume"))
     assert resumed.returncode == 0, resumed.stderr[-600:]
+    assert not list(folder.rglob("*.part"))
     assert weights(folder, 4) == weights(whole, 4)
     assert metric_rows(folder) == metric_rows(whole)
 

@@ -20,6 +20,7 @@ from operando.tasks.code import load_code
 from operando.text import encodable
 from operando.types import Prompt, Rollout
 from tests.integration.runs import ROOT, python, rollout_rows, tiny, trained
+from tests.integration.test_study import STUDY
 
 HOSTILE = "\ud800\x00\x1b[2J\u202e\x9b</script>\udfff" + "x" * 1_000_000
 
@@ -71,3 +72,41 @@ def test_answers_that_raise_hostile_text_are_held_out_like_others(tmp_path: Path
     run = Run.create(tiny(tmp_path))
     write_held_out(run, 0, judged)
     run.close()
+
+
+# Imported by the study's own process, and by each of its runs as the file of a reward.
+HOSTILE_TOKENIZER = r"""
+from operando.rollout import sampler
+from operando.text import encodable
+
+real = sampler.completion_text
+TAIL = "\ud800\x00\x1b[2J\u202e</script>"
+sampler.completion_text = lambda *given: encodable(real(*given) + TAIL)
+
+def pay(completions, log_extra, **_):
+    log_extra("said", [TAIL] * len(completions))
+    return [float(len(c)) / 100 for c in completions]
+"""
+
+
+def test_a_study_of_hostile_text_is_asked_judged_and_written(tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE_TOKENIZER)
+    pays = '\'rewards.f={kind="function",path="hostile.py:pay"}\', '
+    text = STUDY.format(tiny=ROOT / "recipes" / "tiny.toml")
+    text = text.replace('"steps=3", "checkpoint.every=1"', f'{pays}"steps=1", "eval.every=1"')
+    text = text.replace("Three tokens", r"Three \u001b[2J\u202e</script> tokens")
+    (tmp_path / "study.toml").write_text(text)
+    run = "import sys, hostile; from operando.cli import main; main()"
+    done = python("-c", run, "study", "study.toml", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "of 2 claims" in done.stderr and not set("\x1b\u202e\x00") & set(done.stderr)
+    folder = tmp_path / "runs" / "small"
+    for name in ("study.md", "pareto.svg"):
+        assert not set("\x1b\u202e\x00") & set((folder / name).read_text(encoding="utf-8")), name
+    asked = list(folder.glob("*/evals/study.parquet"))
+    assert len(asked) == 5
+    for file in asked:
+        texts = pq.read_table(file)["completion"].to_pylist()
+        assert texts and all(t.endswith("\ufffd\x00\x1b[2J\u202e</script>") for t in texts)
+    rows = rollout_rows(folder / "small-trained-s0", 1)
+    assert all(row["said"] == "\ufffd\x00\x1b[2J\u202e</script>" for row in rows)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from operando import cli
 from operando.launch import launch_arms
 from operando.owned import owned
 from operando.recipe_io import to_toml
+from operando.records import Clock
 from operando.run import Run, remove
 from operando.update.checkpoint import drop_states, saved_steps
 from tests.integration.runs import ROOT, adapter, metric_rows, tiny, trained
@@ -139,6 +141,7 @@ def test_a_second_command_on_a_folder_is_one_line_with_the_owner(
     for folder, command in {
         whole: ("train", "whole.toml", "--resume"),
         Path("runs/small"): ("study", "study.toml"),
+        Path("runs/tiny_contribution"): ("contribution", "tiny", "--seeds", "1"),
         Path("chain"): ("pipeline", "pipeline.toml"),
         Path("chain/seed_0"): ("pipeline", "pipeline.toml", "--seed", "0"),
         Path("runs/tiny_features"): ("features", "discover", "tiny", discover),
@@ -262,6 +265,45 @@ def test_a_resume_keeps_what_was_asked_of_earlier_steps(tmp_path: Path, whole: P
     trained(tiny(tmp_path, *SMALL), resume=True)
     assert {name: (folder / "evals" / name).exists() for name in names} == names
     assert same(folder, whole)
+
+
+def test_a_clock_set_back_while_a_run_goes_loses_nothing(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1e9]  # an hour earlier at every look
+
+    def earlier() -> float:
+        now[0] -= 3600
+        return now[0]
+
+    gmtime = time.gmtime
+    monkeypatch.setattr(time, "time", earlier)
+    monkeypatch.setattr(time, "gmtime", lambda at=None: gmtime(earlier() if at is None else at))
+    folder = begun(tmp_path)
+    trained(tiny(tmp_path, *SMALL), resume=True)
+    assert now[0] < 1e9 and same(folder, whole)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocked = [v for row in rows for k, v in row.items() if k.startswith(("time/", "tokens_per"))]
+    assert len(clocked) == 4 * 6 and all(value > 0 for value in clocked)
+    seconds = sum(row.get("time/step", 0.0) for row in rows)
+    assert json.loads((folder / "results.json").read_text())["seconds"] == round(seconds, 1)
+
+
+def test_the_seconds_of_a_resumed_run_are_of_all_its_parts(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["time/step"] = 500.0  # step 1, of the first part
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(tiny(tmp_path, *SMALL), resume=True)
+    assert 500 < json.loads((folder / "results.json").read_text())["seconds"] < 1000
+
+
+def test_a_clock_that_stands_still_measures_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
+    clock = Clock()
+    clock.lap("sample")
+    assert clock.metrics(5) == {"time/sample": 0.0, "time/step": 0.0}
 
 
 def test_metrics_cut_or_damaged_lose_no_saved_step(

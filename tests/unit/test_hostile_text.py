@@ -63,7 +63,7 @@ def test_a_column_that_no_parquet_holds_or_that_is_the_runs_own_is_refused() -> 
     log = RewardLog()
     with pytest.raises(UserError, match="of one kind"):
         log.log_extra("mixed", [1, "a"])
-    for name in ("correct", "reward", "a\x1bb", "", "\ud800"):
+    for name in ("correct", "rewards/r", "shift_touched", "a\x1bb", "", "\ud800"):
         with pytest.raises(UserError, match="log_extra"):
             log.log_extra(name, [1.0])
     with pytest.raises(UserError, match="on one line"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from operando.errors import UserError
 from operando.recipe import FormatReward, Recipe, WordsTaskConfig
 from operando.recipe_io import check
 from operando.rewards.base import (
+    RUN_METRIC_GROUPS,
+    RUN_METRICS,
     RewardFunction,
     RewardLog,
     TrainerState,
@@ -144,6 +147,33 @@ def test_what_a_function_logs_is_kept() -> None:
 
     rewards = paid({"r": logs}, {"r": 1.0})
     assert rewards.metrics == {"hits": 0.5} and rewards.columns == {"why": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["reward", "kl", "step", "eval/correct", "rewards/r/mean", "projection/grad_cos"]
+)
+def test_a_metric_of_the_runs_own_is_not_overwritten(name: str) -> None:
+    def logs(completions: list[str], log_metric, **_: object) -> list[float]:
+        log_metric("words", 1)
+        log_metric(name, 7)
+        return [0.0, 0.0]
+
+    log = RewardLog()
+    with pytest.raises(UserError) as error:
+        call_reward("mine", logs, ROLLOUTS, None, STATE, log)
+    said = str(error.value)
+    assert "reward 'mine'" in said and f"log_metric: {name!r} is a metric" in said
+    assert f"such as 'user/{name}'" in said and log.metrics == {"words": [1.0]}
+    log.log_metric(f"user/{name}", 7)
+
+
+def test_the_names_that_are_refused_are_those_of_the_docs() -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text()
+    table = page.split("## metrics.jsonl")[1].split("## results.json")[0]
+    keys = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`([^`]+)`", " ".join(keys))) - {"projection/..."}
+    named |= {"kl/q2", "kl/q3"}  # kl/q1 to kl/q4
+    assert {name for name in named if not name.startswith(RUN_METRIC_GROUPS)} == RUN_METRICS
 
 
 # --- where values stand --------------------------------------------------------------------------

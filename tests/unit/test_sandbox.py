@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -423,6 +425,116 @@ def test_each_wall_alone_stops_what_the_docs_say(layers: tuple[str, ...], tmp_pa
     found = attempts(layers, str(tmp_path))
     assert STOPPED[layers] <= found, STOPPED[layers] - found
     assert not children()
+
+
+RUNS_ON = """
+import sys
+from operando.tasks.sandbox import Job, Limits, _run
+_run(Job("import time\\nwhile True: time.sleep(1)", (), Limits(seconds=600)), sys.argv[1:])
+"""
+
+
+def is_bound(pid: int) -> bool:
+    """Whether a child has done what `bind` does, whose last is no_new_privs."""
+    try:
+        return "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("layers", [("hook",), *OTHERS], ids="+".join)
+def test_a_child_dies_with_a_trainer_that_is_killed_without_seccomp(
+    layers: tuple[str, ...],
+) -> None:
+    if stands(layers):
+        pytest.skip(stands(layers))
+    before = children()
+    trainer = subprocess.Popen([sys.executable, "-c", RUNS_ON, *layers])
+    # Under bubblewrap also its own two processes, which name the child in their command lines.
+    wait_for(lambda: any(is_bound(pid) for pid in children() - before))
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not children() - before)
+
+
+def test_a_child_whose_trainer_died_before_it_was_tied_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "getpid", os.getppid)  # who is named is not who started it
+    outcome = run_in(("hook",), "", "1 + 1")
+    assert outcome.state == "died" and "is gone" in outcome.detail and outcome.replies == (None,)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if what():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not within half a minute")
+
+
+AS_USER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from operando.tasks import sandbox
+print(sandbox._fails(("bwrap", "hook"), "") or "stands")
+"""
+
+
+def test_bubblewrap_holds_programs_of_an_ordinary_user() -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("no command bwrap on the PATH")
+    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    said = []
+    for python in (sys.executable, "/usr/bin/python3"):  # root's own may be closed to others
+        try:
+            done = subprocess.run(
+                [python, "-B", "-c", AS_USER, str(ROOT / "src")],
+                capture_output=True, text=True, cwd="/", check=False, **user,
+            )  # fmt: skip
+        except OSError as error:
+            said.append(f"{python}: {error}")
+            continue
+        if done.returncode == 0:
+            assert done.stdout == "stands\n"
+            return
+        said.append(f"{python}: {done.stderr.strip()[-200:]}")
+    pytest.skip(f"no Python that another user can run operando with: {'; '.join(said)}")
+
+
+def test_bubblewrap_is_refused_with_the_folder_that_the_user_may_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/bwrap")
+    monkeypatch.setattr(os, "access", lambda path, _: path != sys.base_prefix)
+    assert sandbox._fails(("bwrap", "hook"), "").endswith(f"may not read: {sys.base_prefix}")
+
+
+CONNECTS = """
+import ctypes, socket, sys
+from operando.tasks.sandbox_child import landlock
+
+if ctypes.CDLL(None).syscall(444, None, 0, 1) < 4:
+    sys.exit("Landlock here knows no TCP (below ABI 4)")
+landlock(False)
+for ask, port in (("connect", int(sys.argv[1])), ("bind", 0), ("bind", 29_999)):
+    with socket.socket() as tcp:
+        try:
+            getattr(tcp, ask)(("127.0.0.1", port))
+        except PermissionError as error:
+            print(error.errno)
+"""
+
+
+def test_landlock_alone_lets_no_tcp_port_be_bound_or_connected() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        tried = subprocess.run(
+            [sys.executable, "-c", CONNECTS, port], capture_output=True, text=True, check=False
+        )
+        if "no TCP" in tried.stderr:
+            pytest.skip(tried.stderr.strip())
+        assert tried.returncode == 0 and tried.stdout.split() == ["13"] * 3, tried
 
 
 @pytest.mark.parametrize("layers", [("kernel",), ("hook",), *OTHERS], ids="+".join)

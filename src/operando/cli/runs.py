@@ -69,7 +69,9 @@ def contribution(
     from operando.display import make_console
     from operando.launch import run_contribution
     from operando.report.contribution import contribution_table
+    from operando.study.contribution import folder_of
 
+    own(folder_of(checked))
     console = make_console()
     result = run_contribution(console, checked, width, seeds, sets or [])
     console.print(contribution_table(result))

@@ -196,6 +196,11 @@ def read_model(file: GgufFile) -> PreTrainedModel:
     config = _config(file, kind)
     state = _state(file, kind, config)
     file.check_all_used()
+    with torch.device("meta"):  # first without memory: a damaged key may ask for any
+        planned = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    for key, tensor in planned.items():
+        if key in state and state[key].shape != tensor.shape:
+            file.refuse(key, f"is of {tuple(state[key].shape)}, its keys say {tuple(tensor.shape)}")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     found = model.load_state_dict(state, strict=False)
     missing = [
@@ -220,6 +225,8 @@ def _config(file: GgufFile, kind: Architecture) -> PreTrainedConfig:
     if file.integer("rope.dimension_count", head_dim) != head_dim:
         file.refuse("rope.dimension_count", f"turns a part of the {head_dim} dimensions of a head")
     layers, vocab = file.integer("block_count"), _rows(file, "token_embd.weight")
+    if not 1 <= layers <= len(file.tensors):
+        file.refuse("block_count", f"is {layers}, and the file has {len(file.tensors)} tensors")
     if file.integer("vocab_size", vocab) != vocab:
         file.refuse("vocab_size", f"is not the {vocab} rows of token_embd.weight")
     biased = {f"blk.0.{part}.bias" in file.tensors for part in ("attn_q", "attn_k", "attn_v")}

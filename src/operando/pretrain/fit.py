@@ -103,7 +103,7 @@ def fit(
             optimizer.step()
             tokens += int((labels_BS != IGNORED).sum())
             losses = [*losses, float(loss.detach())][-FINAL:]
-            rate = (tokens - before) / (time.monotonic() - started)
+            rate = (tokens - before) / max(time.monotonic() - started, 1e-9)
             on_step(PretrainProgress(step + 1, steps, losses[-1], rate))
             signum = asked_to_stop()
             if ((step + 1) % recipe.checkpoint_every == 0 or signum) and step + 1 < steps:

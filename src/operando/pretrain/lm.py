@@ -187,7 +187,7 @@ def pretrain(
         optimizer.step()
         tokens += int(mask_BS.sum())
         losses.append(float(loss.detach()))
-        rate = tokens / (time.monotonic() - started)
+        rate = tokens / max(time.monotonic() - started, 1e-9)
         on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
     out = Path(recipe.out)
     save_folder(out, model, tokenizer)

@@ -35,8 +35,21 @@ ROLLOUT_COLUMNS = frozenset({
     "step", "group", "sample", "prompt", "completion", "answer", "correct", "reason",
     "is_truncated", "discarded", "reward", "advantage", "prompt_ids", "completion_ids", "tokens",
     "sampling_logp", "old_logp", "ref_logp", "entropy", "advantage_tokens", "reward_tokens",
+    "shift_touched",
 })  # fmt: skip
-"""Columns that records.write_rollouts writes itself."""
+"""Columns that records.write_rollouts writes itself; `rewards/NAME` beside them."""
+RUN_METRICS = frozenset({
+    "step", "reward", "reward_std", "train/correct", "kl_coef", "frac_reward_zero_std", "entropy",
+    "completions/mean_length", "completions/clipped_ratio", "completions/duplicate_ratio",
+    "discarded", "sampler/gap_mean", "sampler/gap_max", "sampler/ess", "loops/mean", "kl", "kl_max",
+    "kl/q1", "kl/q2", "kl/q3", "kl/q4", "shift/touched", "shift/score", "shift/z_abs", "loss",
+    "policy_loss", "value_loss", "clip_ratio/low", "clip_ratio/high", "ratio_gap", "grad_norm",
+    "update_norm", "lr", "updates", "time/sample", "time/score", "time/reward", "time/update",
+    "time/step", "tokens_per_second", "eval/correct", "eval/n", "eval/mean_length",
+    "eval/clipped_ratio",
+})  # fmt: skip
+"""Metrics that the run writes itself, and beside them those that begin as RUN_METRIC_GROUPS."""
+RUN_METRIC_GROUPS = ("rewards/", "eval/rewards/", "projection/")
 RewardValue = float | None | Sequence[float]
 RewardFunction = Callable[..., Sequence[RewardValue]]
 
@@ -58,6 +71,7 @@ class RewardLog:
     def log_metric(self, name: str, value: float) -> None:
         if not name or one_line(name) != name:
             raise UserError(f"log_metric: expected a name on one line, got {name[:200]!r}")
+        refuse_run_metric(name, "log_metric")
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[object]) -> None:
@@ -66,7 +80,8 @@ class RewardLog:
         A column that no parquet can hold, or that would stand in the place of one of the run's own
         (`correct`, `reward`, ...), is an error.
         """
-        if not column or one_line(column) != column or column in ROLLOUT_COLUMNS:
+        own = column in ROLLOUT_COLUMNS or column.startswith("rewards/")
+        if not column or one_line(column) != column or own:
             raise UserError(
                 f"log_extra: expected a column name on one line that is none of the run's own, got "
                 f"{column[:200]!r}"
@@ -79,6 +94,18 @@ class RewardLog:
                 f"log_extra: column {column!r}: expected numbers, texts or lists, all of one kind: "
                 f"{error}"
             ) from error
+
+
+def refuse_run_metric(name: str, by: str) -> None:
+    """Refuse a metric of the user's that would stand in the place of one of the run's own.
+
+    Example: refuse_run_metric("kl", "log_metric")
+    """
+    if name in RUN_METRICS or name.startswith(RUN_METRIC_GROUPS):
+        raise UserError(
+            f"{by}: {name!r} is a metric that the run writes itself: choose another name, such as "
+            f"{'user/' + name!r}"
+        )
 
 
 def _encodable(value: object) -> object:

@@ -27,6 +27,7 @@ from operando.study.inference import (
     tost,
 )
 from operando.study.stats import Interval
+from operando.text import shown
 
 TWO_SEEDS = "two seeds find a difference where there is none in about 11 % of studies, not in 5 %"
 
@@ -83,7 +84,7 @@ def _judge(study: StudyRecipe, name: str, claim: Claim, values: Values) -> Judge
             )
         case EmergenceDifferenceClaim():
             verdict, finding, interval = _emergence_difference(claim, values)
-    return Judgement(name, claim.text, verdict, finding, interval)
+    return Judgement(name, shown(claim.text), verdict, finding, interval)
 
 
 def _equivalence(

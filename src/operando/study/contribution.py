@@ -57,11 +57,16 @@ def _name(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """Return where the runs and the shares of a recipe's sweep go."""
+    return Path(recipe.runs_dir) / f"{recipe.name}_contribution"
+
+
 def plan(
     recipe: Recipe, sets: Sequence[str], seeds: Sequence[int]
 ) -> dict[tuple[str, int], Recipe]:
     """Return the recipe of every arm and seed: the same but for model.layers and seed."""
-    folder = Path(recipe.runs_dir) / f"{recipe.name}_contribution"
+    folder = folder_of(recipe)
     planned = {}
     for layers in (ALL, *sets):
         for seed in seeds:

@@ -162,8 +162,12 @@ def containment(sandbox: str = "wall", image: str = IMAGE) -> Containment:
 
 def _fails(layers: tuple[str, ...], image: str) -> str:
     """Return why a program does not run within these layers, or an empty text."""
-    if layers[0] == "bwrap" and shutil.which("bwrap") is None:
-        return "no command bwrap on the PATH"
+    if layers[0] == "bwrap":
+        if shutil.which("bwrap") is None:
+            return "no command bwrap on the PATH"
+        closed = [p for p in (sys.base_prefix, sys.prefix, str(CHILD)) if not os.access(p, os.R_OK)]
+        if closed:  # of a Python that another user started and that became this one
+            return f"bwrap shows the program nothing that this user may not read: {closed[0]}"
     job = Job("import math", (Request("1 + 1"),), Limits(image=image))
     tried = _run(job, layers)
     if tried.state == "ready" and tried.replies == (Reply(True, "2"),):
@@ -197,6 +201,7 @@ class _Talk:
             + 1,  # so that the parent's clock rules
             "memory_mb": job.limits.memory_mb,
             "layers": list(layers),
+            "parent": 0 if {"docker", "podman", "bwrap"} & set(layers) else os.getpid(),
         }
         self.to_send = (json.dumps(header) + "\n").encode()
         self.rest = b""

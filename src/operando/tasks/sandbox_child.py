@@ -191,8 +191,11 @@ def seccomp() -> None:
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
-def bind() -> None:
-    """Tie this process to its parent's life and to the rights it has. Nothing where no Linux."""
+def bind(parent: int) -> None:
+    """Tie this process to its parent's life and to the rights it has. Nothing where no Linux.
+
+    `parent` is who started it, 0 inside a container: one that is gone by now sends no signal.
+    """
     if sys.platform != "linux":
         return
     import ctypes
@@ -200,6 +203,8 @@ def bind() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(1, 9, 0, 0, 0):  # PR_SET_PDEATHSIG: die with whoever started this
         raise OSError(ctypes.get_errno(), "a signal at the parent's death")
+    if parent and os.getppid() != parent:
+        raise OSError(f"process {parent}, which started this, is gone")
     if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
         raise OSError(ctypes.get_errno(), "no_new_privs")
 
@@ -243,7 +248,7 @@ def not_found(spec: object, *_: object) -> None:
     raise ModuleNotFoundError(f"No module named {getattr(spec, 'name', spec)!r}")
 
 
-def lock(layers: list[str]) -> None:
+def lock(layers: list[str], parent: int) -> None:
     """Close the layers. The names that lead out of Python are taken from sys.modules."""
     import ctypes  # another user, below, may not be able to read it  # noqa: F401
     import struct  # noqa: F401
@@ -252,7 +257,7 @@ def lock(layers: list[str]) -> None:
         __import__(name)
     if "uid" in layers:
         drop_user()
-    bind()  # after the user: a change of it forgets the parent
+    bind(parent)  # after the user: a change of it forgets the parent
     if "landlock" in layers:
         landlock("uid" not in layers)
     if "kernel" in layers:
@@ -334,7 +339,7 @@ def main() -> None:
     os.environ.clear()  # of the hash seed
 
     try:
-        lock(job["layers"])
+        lock(job["layers"], job["parent"])
     except OSError as error:
         say({"state": "unlocked", "value": str(error)})
         return
