@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,9 @@ from pathlib import Path
 from operando.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-PART = re.compile(r"\..+\.(\d+)\.part")  # what a write leaves that was killed: .NAME.PID.part
+HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40]
+PART = re.compile(r"\..+\.([A-Za-z0-9_-]+)\.(\d+)\.part")  # .NAME.HOST.PID.part
+LONG_AGO = 24 * 3600  # seconds after which a write of another host is taken to be dead
 
 
 class FolderLock:
@@ -69,20 +72,36 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def part_of(target: Path) -> Path:
+    """Return where this process writes a file or folder before it gets its name."""
+    return target.with_name(f".{target.name}.{HOST}.{os.getpid()}.part")
+
+
 def sweep(folder: Path) -> None:
-    """Remove what killed writes left: .NAME.PID.part of processes that are gone, at any depth.
+    """Remove what killed writes left, at any depth: of processes of this host that are gone, and
+    of other hosts a day after the last write, since their processes can't be seen from here.
 
     This process has begun no write there: its own PID is that of one before it (in a container,
     where every start may have the same).
     """
     for part in [*folder.parent.glob(f".{folder.name}.*.part"), *folder.glob("**/.*.part")]:
         named = PART.fullmatch(part.name)
-        if named is None or (int(named[1]) != os.getpid() and is_alive(int(named[1]))):
+        if named is None or _is_written(part, named[1], int(named[2])):
             continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _is_written(part: Path, host: str, pid: int) -> bool:
+    """Return whether a process may still be writing it."""
+    if host == HOST:
+        return pid != os.getpid() and is_alive(pid)
+    try:
+        return time.time() - part.stat().st_mtime < LONG_AGO
+    except FileNotFoundError:  # it has got its name
+        return True
 
 
 def is_alive(pid: int) -> bool:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from operando.errors import UserError
-from operando.owned import FolderLock
+from operando.owned import FolderLock, part_of
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
 from operando.run_folder import (
@@ -70,7 +70,7 @@ class SeedTree:
 def atomic_path(target: Path) -> Iterator[Path]:
     """Give a temporary path beside `target`; move it over `target` only if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.part"
+    temporary = part_of(target)
     try:
         yield temporary
         sync(temporary)
@@ -96,7 +96,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def remove(folder: Path) -> None:
     """Remove a folder at once: a kill leaves no half of it, only what the next owner sweeps."""
-    aside = folder.with_name(f".{folder.name}.old.{os.getpid()}.part")
+    aside = part_of(folder.with_name(f"{folder.name}.old"))
     folder.rename(aside)
     shutil.rmtree(aside)
 
@@ -182,7 +182,7 @@ class Run:
 
     @staticmethod
     def _begin(folder: Path, recipe: Recipe, command: str) -> None:
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        part = part_of(folder)
         try:
             part.mkdir(parents=True)
             (part / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")

@@ -11,7 +11,9 @@ from tests.integration.runs import ROOT, python
 def test_every_benchmark_of_make_gpu_runs(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     parts = "roofline,rollout 0.5B,step 0.5B,sae"
-    done = python(str(ROOT / "benchmarks/gpu.py"), "--tiny", "--only", parts, "--out", str(out), cwd=ROOT)
+    done = python(
+        str(ROOT / "benchmarks/gpu.py"), "--tiny", "--only", parts, "--out", str(out), cwd=ROOT
+    )
     found = json.loads(out.read_text())
     assert done.returncode == 0, done.stdout[-2000:]
     rollout, step, sae = (found[p]["result"] for p in parts.split(",")[1:])

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from operando import cli
 from operando.launch import launch_arms
-from operando.owned import owned
+from operando.owned import HOST, owned
 from operando.recipe_io import to_toml
 from operando.records import Clock
 from operando.run import Run, remove
@@ -161,16 +161,16 @@ def test_what_killed_writes_left_is_gone_after_a_resume(tmp_path: Path, whole: P
     folder = begun(tmp_path)
     gone, mine = 2**22 + 1, os.getpid()  # over every PID; and a former process of the same one
     parts = [
-        tmp_path / f".tiny.{gone}.part",
-        folder / f".metrics.jsonl.{mine}.part",
-        folder / "checkpoints" / f".step_00004.{mine}.part",
-        folder / "checkpoints" / f".step_00003.old.{gone}.part",
-        folder / "checkpoints" / "step_00002" / f".resume.old.{gone}.part",
+        tmp_path / f".tiny.{HOST}.{gone}.part",
+        folder / f".metrics.jsonl.{HOST}.{mine}.part",
+        folder / "checkpoints" / f".step_00004.{HOST}.{mine}.part",
+        folder / "checkpoints" / f".step_00003.old.{HOST}.{gone}.part",
+        folder / "checkpoints" / "step_00002" / f".resume.old.{HOST}.{gone}.part",
     ]
     for part in parts:
         part.mkdir()
         (part / "half").write_text("written")
-    of_another = folder / f".report.html.{os.getppid()}.part"
+    of_another = folder / f".report.html.{HOST}.{os.getppid()}.part"
     of_another.write_text("being written")
     trained(tiny(tmp_path, *SMALL), resume=True)
     assert same(folder, whole)

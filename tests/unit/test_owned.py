@@ -9,12 +9,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from operando.errors import UserError
-from operando.owned import FolderLock, owned, sweep
+from operando.owned import HOST, FolderLock, owned, sweep
 from operando.run import write_json
 
 
@@ -86,18 +87,23 @@ def test_only_what_the_dead_left_is_swept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     dead, alive = gone(), os.getppid()
     for folder in (run / "checkpoints", run):
-        (folder / f".step_00001.{dead}.part").mkdir(parents=True)
-        (folder / f".a.json.{dead}.part").write_text("x")
-        (folder / f".b.json.{alive}.part").write_text("x")
-    (tmp_path / f".run.{dead}.part").mkdir()
-    (tmp_path / f".other.{dead}.part").mkdir()  # of another folder
+        (folder / f".step_00001.{HOST}.{dead}.part").mkdir(parents=True)
+        (folder / f".a.json.{HOST}.{dead}.part").write_text("x")
+        (folder / f".b.json.{HOST}.{alive}.part").write_text("x")
+    (tmp_path / f".run.{HOST}.{dead}.part").mkdir()
+    (tmp_path / f".other.{HOST}.{dead}.part").mkdir()  # of another folder
+    for name, hours in (("new", 1), ("old", 25)):  # of another host, whose processes can't be seen
+        (run / f".{name}.elsewhere.{dead}.part").write_text("x")
+        written = time.time() - 3600 * hours
+        os.utime(run / f".{name}.elsewhere.{dead}.part", (written, written))
     sweep(run)
     left = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.part"))
     assert left == sorted(
         [
-            f".other.{dead}.part",
-            f"run/.b.json.{alive}.part",
-            f"run/checkpoints/.b.json.{alive}.part",
+            f".other.{HOST}.{dead}.part",
+            f"run/.b.json.{HOST}.{alive}.part",
+            f"run/.new.elsewhere.{dead}.part",
+            f"run/checkpoints/.b.json.{HOST}.{alive}.part",
         ]
     )
 
