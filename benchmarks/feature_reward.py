@@ -50,9 +50,18 @@ def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
     features = tuple(Feature(i, 1 if i % 2 else -1, 1.0, 0.0, 1.0) for i in range(20))
     site = f"blocks.{text.num_hidden_layers * 6 // 10}.hook_resid_post"
     pack = FeaturePack(
-        "random", site, args.model, model_digest(loaded.identity), prompt_digest(PromptConfig()),
-        1.0, Gate(False), "sae", sae.sha256(), encoder_of(sae), features,
-    )  # fmt: skip
+        "random",
+        site,
+        args.model,
+        model_digest(loaded.identity),
+        prompt_digest(PromptConfig()),
+        1.0,
+        Gate(False),
+        "sae",
+        sae.sha256(),
+        encoder_of(sae),
+        features,
+    )
     save_pack(pack, folder / "pack.json")
     return folder / "pack.json"
 
@@ -62,17 +71,22 @@ def steps_of(args: argparse.Namespace, folder: Path, name: str, pack: Path | Non
     if pack is not None:
         rewards["features"] = {"kind": "features", "pack": str(pack), "weight": 0.0}
     tables: dict[str, object] = {
-        "name": name, "steps": args.steps, "runs_dir": str(folder),
+        "name": name,
+        "steps": args.steps,
+        "runs_dir": str(folder),
         "model": {"id": args.model, "dtype": args.dtype, "lora": {"rank": 32, "alpha": 32}},
         "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
-        "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
-                    "max_completion_length": args.new},
+        "rollout": {
+            "num_prompts": args.prompts,
+            "num_generations": args.group,
+            "max_completion_length": args.new,
+        },
         "rewards": rewards,
         "kl": {"coef": 0.05},
         "optim": {"lr": 1e-5},
         "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
         "checkpoint": {"every": 10_000},
-    }  # fmt: skip
+    }
     run = launch(Console(quiet=True), check(Recipe, tables, "benchmark"))
     assert run is not None
     return read_metrics(run)[2:]  # without the base's evaluation and the first step

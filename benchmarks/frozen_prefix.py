@@ -46,9 +46,14 @@ def load(args: argparse.Namespace) -> Policy:
     if args.model == "random28":
         torch.manual_seed(0)
         shape = Qwen2Config(
-            vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=28,
-            num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=8192,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=28,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
         model = Qwen2ForCausalLM(shape).to(getattr(torch, args.dtype)).eval()
         tokenizer = load_model(ModelConfig(id="starter")).tokenizer
         loaded = Loaded(model.requires_grad_(False), tokenizer, {"id": str(STARTER)})
@@ -155,8 +160,10 @@ def main() -> None:
             own = ["--path", path, "--gradients", f"{folder}/{path}.pt"]
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], *own],
-                check=True, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             results[path] = json.loads(done.stdout.splitlines()[-1])
         gaps = {
             path: largest_gap(Path(folder, "plain.pt"), Path(folder, f"{path}.pt"))
@@ -164,18 +171,23 @@ def main() -> None:
         }
     assert args.dtype != "float32" or max(gaps.values()) < 1e-5, gaps
     plain = results["plain"]
-    print(json.dumps({
-        "args": {k: v for k, v in vars(args).items() if k not in ("path", "gradients")},
-        "threads": torch.get_num_threads(),
-        "results": results,
-        "gradient_gap": gaps,
-        "speed_against_plain": {
-            p: round(plain["seconds"] / r["seconds"], 2) for p, r in results.items()
-        },
-        "memory_against_plain": {
-            p: round(r["peak_mb"] / plain["peak_mb"], 2) for p, r in results.items()
-        },
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "args": {k: v for k, v in vars(args).items() if k not in ("path", "gradients")},
+                "threads": torch.get_num_threads(),
+                "results": results,
+                "gradient_gap": gaps,
+                "speed_against_plain": {
+                    p: round(plain["seconds"] / r["seconds"], 2) for p, r in results.items()
+                },
+                "memory_against_plain": {
+                    p: round(r["peak_mb"] / plain["peak_mb"], 2) for p, r in results.items()
+                },
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,14 +40,26 @@ def parts(device: str, tiny: bool) -> dict[str, tuple[list[str], int]]:
     sae = ["--d-in", "64", "--d-sae", "256", "--k", "8", "--batch", "256"] if tiny else []
     peers = "generate" if tiny else "generate,continuous"
     return {
-        "tests": (["-m", "pytest", "tests/gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-                   "--tb=short"], 120),
+        "tests": (
+            [
+                "-m",
+                "pytest",
+                "tests/gpu",
+                "-q",
+                "-o",
+                "addopts=",
+                "-p",
+                "no:cacheprovider",
+                "--tb=short",
+            ],
+            120,
+        ),
         "roofline": ([_script("roofline"), "--device", device], 20),
         "rollout 0.5B": ([_script("rollout"), "--shape", half, *rollout, "--peers", peers], 120),
         "rollout 1.5B": ([_script("rollout"), "--shape", more, *rollout], 90),
         "step 0.5B": ([_script("grpo_step"), "--shape", half, *common, *step, "--steps", "3"], 90),
         "sae": ([_script("sae_device"), "--device", device, *sae], 30),
-    }  # fmt: skip
+    }
 
 
 def _script(name: str) -> str:
@@ -59,9 +71,15 @@ def run(command: list[str], limit: int) -> dict[str, object]:
     started = time.perf_counter()
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     part = subprocess.Popen(
-        [sys.executable, *command], cwd=HERE.parent, env=env, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=HERE.parent,
+        env=env,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     # With all its children: one of them would hold the pipe open.
     alarm = threading.Timer(limit, os.killpg, (part.pid, signal.SIGKILL))
     alarm.start()

@@ -46,19 +46,29 @@ def run_operando(args: argparse.Namespace) -> dict[str, object]:
 
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, object] = {
-            "name": "bench", "steps": args.steps, "runs_dir": folder,
-            "model": {"id": args.model, "dtype": args.dtype, "layers": args.layers,
-                      "device": args.device, "lora": {"rank": 32, "alpha": 32}},
+            "name": "bench",
+            "steps": args.steps,
+            "runs_dir": folder,
+            "model": {
+                "id": args.model,
+                "dtype": args.dtype,
+                "layers": args.layers,
+                "device": args.device,
+                "lora": {"rank": 32, "alpha": 32},
+            },
             "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
-            "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
-                        "max_completion_length": args.new},
+            "rollout": {
+                "num_prompts": args.prompts,
+                "num_generations": args.group,
+                "max_completion_length": args.new,
+            },
             "rewards": {"length": {"kind": "function"}},
             "kl": {"coef": 0.04, "unbiased": False},
             "update": {"epochs": args.epochs},
             "optim": {"lr": 1e-5},
             "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
             "checkpoint": {"every": 10_000},
-        }  # fmt: skip
+        }
         recipe = check(Recipe, tables, "benchmark")
         run = launch(Console(quiet=True), recipe, functions={"length": reward})
         assert run is not None
@@ -105,13 +115,24 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
             model=model,
             reward_funcs=[reward],
             args=GRPOConfig(
-                output_dir=folder, max_steps=args.steps * args.epochs, num_generations=args.group,
+                output_dir=folder,
+                max_steps=args.steps * args.epochs,
+                num_generations=args.group,
                 per_device_train_batch_size=per_pass,
                 gradient_accumulation_steps=rows // per_pass,
-                max_completion_length=args.new, beta=0.04, learning_rate=1e-5,
-                use_bias_correction_kl=False, use_cpu=args.device == "cpu", bf16=False,
-                report_to=[], save_strategy="no", logging_steps=1, gradient_checkpointing=False,
-                temperature=1.0, disable_tqdm=True, num_iterations=args.epochs,
+                max_completion_length=args.new,
+                beta=0.04,
+                learning_rate=1e-5,
+                use_bias_correction_kl=False,
+                use_cpu=args.device == "cpu",
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=1,
+                gradient_checkpointing=False,
+                temperature=1.0,
+                disable_tqdm=True,
+                num_iterations=args.epochs,
             ),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(where),
@@ -119,11 +140,12 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
                 r=32, lora_alpha=32, target_modules=targets, layers_to_transform=list(layers)
             ),
             callbacks=[Timer()],
-        )  # fmt: skip
+        )
         parts: dict[str, float] = {"sample": 0.0, "sample+score": 0.0}
         for name, key in (
-            ("_generate_single_turn", "sample"), ("_generate_and_score_completions", "sample+score")
-        ):  # fmt: skip
+            ("_generate_single_turn", "sample"),
+            ("_generate_and_score_completions", "sample+score"),
+        ):
             _timed(trainer, name, key, parts)
         trainer.train()
     # With several epochs TRL counts each optimizer step; a rollout batch is `epochs` of them.
@@ -181,11 +203,19 @@ def main() -> None:
         model = ["--model", str(write_model(args.shape, Path(folder)))] if args.shape else []
         for peer in ("operando", "trl") if find_spec("trl") else ("operando",):
             done = subprocess.run(
-                [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], *model,
-                 "--only", peer],
-                capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                [
+                    sys.executable,
+                    str(Path(__file__).resolve()),
+                    *sys.argv[1:],
+                    *model,
+                    "--only",
+                    peer,
+                ],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"},
                 check=False,
-            )  # fmt: skip
+            )
             lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
             if not lines:
                 sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}\n{results}")

@@ -52,12 +52,22 @@ def run_operando(args: argparse.Namespace) -> list[float]:
 
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, object] = {
-            "name": "curve", "steps": args.steps, "seed": args.seed, "runs_dir": folder,
+            "name": "curve",
+            "steps": args.steps,
+            "seed": args.seed,
+            "runs_dir": folder,
             "model": {"id": "starter", "lora": {"rank": RANK, "alpha": RANK, "targets": TARGETS}},
-            "task": {"kind": "words", "num_steps": NUM_STEPS, "num_train": NUM_TRAIN,
-                     "num_held_out": 1},
-            "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
-                        "max_completion_length": MAX_COMPLETION},
+            "task": {
+                "kind": "words",
+                "num_steps": NUM_STEPS,
+                "num_train": NUM_TRAIN,
+                "num_held_out": 1,
+            },
+            "rollout": {
+                "num_prompts": args.prompts,
+                "num_generations": args.group,
+                "max_completion_length": MAX_COMPLETION,
+            },
             "rewards": {"right": {"kind": "function"}},
             "advantage": {"kind": "group", "scale": "group"},
             "loss": {"kind": "clip", "clip_low": 0.2, "clip_high": 0.2},
@@ -65,7 +75,7 @@ def run_operando(args: argparse.Namespace) -> list[float]:
             "optim": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0, "max_grad_norm": 1},
             "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
             "checkpoint": {"every": 10_000},
-        }  # fmt: skip
+        }
         recipe = check(Recipe, tables, "benchmark")
         run = launch(Console(quiet=True), recipe, functions={"right": right})
         assert run is not None
@@ -95,19 +105,39 @@ def run_trl(args: argparse.Namespace) -> list[float]:
             model=AutoModelForCausalLM.from_pretrained(STARTER, dtype=torch.float32),
             reward_funcs=[right],
             args=GRPOConfig(
-                output_dir=folder, max_steps=args.steps, seed=args.seed,
-                num_generations=args.group, per_device_train_batch_size=args.prompts * args.group,
-                max_completion_length=MAX_COMPLETION, temperature=1.0, top_p=1.0, top_k=0,
-                beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2, num_iterations=1,
-                learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, adam_beta1=0.9,
-                adam_beta2=0.999, weight_decay=0.0, max_grad_norm=1.0, use_cpu=True, bf16=False,
-                report_to=[], save_strategy="no", logging_steps=1, gradient_checkpointing=False,
+                output_dir=folder,
+                max_steps=args.steps,
+                seed=args.seed,
+                num_generations=args.group,
+                per_device_train_batch_size=args.prompts * args.group,
+                max_completion_length=MAX_COMPLETION,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                beta=0.0,
+                loss_type="dapo",
+                scale_rewards="group",
+                epsilon=0.2,
+                num_iterations=1,
+                learning_rate=LR,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=1,
+                gradient_checkpointing=False,
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS),
-        )  # fmt: skip
+        )
         trainer.train()
     return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
 
@@ -116,10 +146,20 @@ def curve(peer: str, seed: int, args: argparse.Namespace) -> list[float]:
     """Return the curve of one run in a process of its own."""
     settings = ["--steps", args.steps, "--prompts", args.prompts, "--group", args.group]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "--only", peer, "--seed", str(seed),
-         *map(str, settings)],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--only",
+            peer,
+            "--seed",
+            str(seed),
+            *map(str, settings),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if not lines:
         sys.exit(f"{peer}, seed {seed}, failed:\n{done.stderr[-2000:]}")

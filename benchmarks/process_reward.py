@@ -46,8 +46,10 @@ TEXTS = {
 def seed_equations(text: str) -> tuple[int, int]:
     """Return how many equations the seed's expression finds, and how many it calls wrong."""
     compute: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
-        "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b,
-    }  # fmt: skip
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+    }
     found = wrong = 0
     for a, op, b, shown in SEED_EQUATION.findall(text):
         left, right = Fraction(a), Fraction(b)
@@ -70,8 +72,10 @@ def gold_table(file: Path) -> list[str]:
     with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
         answers = [json.loads(line)["answer"] for line in lines]
     texts = [re.sub(r"<<.*?>>", "", answer).split("####")[0] for answer in answers]
-    rows = ["| checker | equations | called wrong | rows without one | rows with a wrong one |",
-            "|---|---:|---:|---:|---:|"]  # fmt: skip
+    rows = [
+        "| checker | equations | called wrong | rows without one | rows with a wrong one |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, read in (("the seed's expression", seed_equations), ("ours", our_equations)):
         counts = [read(text) for text in texts]
         total, wrong = sum(c[0] for c in counts), sum(c[1] for c in counts)
@@ -83,9 +87,14 @@ def gold_table(file: Path) -> list[str]:
         values = re.findall(r"<<.*?=([^=<>]*)>>", answer)
         gold = {Fraction(value.replace(",", "")) for value in values}
         reach, possible = reach + reached(text, gold).credited, possible + len(gold)
-    return [f"{len(texts):,} solutions.", "", *rows, "",
-            f"Milestones reached by the gold solutions: {reach:,} of {possible:,} "
-            f"({reach / possible:.1%})."]  # fmt: skip
+    return [
+        f"{len(texts):,} solutions.",
+        "",
+        *rows,
+        "",
+        f"Milestones reached by the gold solutions: {reach:,} of {possible:,} "
+        f"({reach / possible:.1%}).",
+    ]
 
 
 def farm_table() -> list[str]:

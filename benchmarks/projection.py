@@ -45,10 +45,17 @@ def write_directions(folder: Path, args: argparse.Namespace) -> Path:
         if isinstance(module, torch.nn.Linear)
     }
     made = DirectionSet(
-        "random", "activation", unit(torch.randn(text.hidden_size, generator=generator)),
-        tuple(range(depth * 6 // 10, depth)), "last", args.model, model_digest(loaded.identity),
-        args.dtype, 1.0, inputs=inputs,
-    )  # fmt: skip
+        "random",
+        "activation",
+        unit(torch.randn(text.hidden_size, generator=generator)),
+        tuple(range(depth * 6 // 10, depth)),
+        "last",
+        args.model,
+        model_digest(loaded.identity),
+        args.dtype,
+        1.0,
+        inputs=inputs,
+    )
     save_directions(made, folder / "random.safetensors")
     return folder / "random.safetensors"
 
@@ -57,15 +64,20 @@ def seconds(args: argparse.Namespace, folder: Path, name: str, file: Path) -> li
     """Return the metrics of an arm's steps after the first."""
     arm = name.rpartition("_")[0]
     tables: dict[str, object] = {
-        "name": name, "steps": args.steps, "runs_dir": str(folder),
+        "name": name,
+        "steps": args.steps,
+        "runs_dir": str(folder),
         "model": {"id": args.model, "dtype": args.dtype, "lora": {"rank": 32, "alpha": 32}},
         "task": {"kind": "words", "num_steps": [1], "num_train": 64, "num_held_out": 1},
-        "rollout": {"num_prompts": args.prompts, "num_generations": args.group,
-                    "max_completion_length": args.new},
+        "rollout": {
+            "num_prompts": args.prompts,
+            "num_generations": args.group,
+            "max_completion_length": args.new,
+        },
         "rewards": {"correct": {"kind": "correct"}},
         "eval": {"every": 10_000, "num": 1, "max_completion_length": 1},
         "checkpoint": {"every": 10_000},
-    }  # fmt: skip
+    }
     if ARMS[arm]:
         tables["projection"] = {"directions": str(file)} | ARMS[arm]
     run = launch(Console(quiet=True), check(Recipe, tables, "benchmark"))

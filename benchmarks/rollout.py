@@ -64,9 +64,13 @@ def hf_generate(policy: Policy, rows: list[list[int]], num: int, greedy: bool) -
         mask[b, width - len(row) :] = 1
     sampling = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     out = policy.model.generate(
-        input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device),
-        max_new_tokens=num, do_sample=not greedy, pad_token_id=eos, **sampling,
-    )  # fmt: skip
+        input_ids=ids.to(policy.device),
+        attention_mask=mask.to(policy.device),
+        max_new_tokens=num,
+        do_sample=not greedy,
+        pad_token_id=eos,
+        **sampling,
+    )
     return cut(out[:, width:].tolist(), eos)
 
 
@@ -74,9 +78,14 @@ def hf_continuous(policy: Policy, rows: list[list[int]], num: int) -> list[list[
     """Return the completions of transformers' continuous batching."""
     eos = policy.tokenizer.eos_token_id
     config = GenerationConfig(
-        max_new_tokens=num, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-        eos_token_id=eos, pad_token_id=eos,
-    )  # fmt: skip
+        max_new_tokens=num,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
     # Not by the PEFT wrapper, which does not know it; the adapters are in the base's modules.
     found = policy.base.generate_batch(inputs=rows, generation_config=config)
     if len(found) != len(rows) or any(one.error for one in found.values()):
@@ -169,7 +178,7 @@ def measure(args: argparse.Namespace, model: str) -> None:
         },
         "limit_tokens_per_second": round(len(rows) / step, 1),
         "share_of_limit": round(medians["operando"] / (len(rows) / step), 3),
-    }  # fmt: skip
+    }
     print("RESULT " + json.dumps(result))
 
 

@@ -40,9 +40,14 @@ def main() -> None:
 
     def ours(select: str) -> _Trainer:
         some = SaeTrainConfig(
-            d_sae=args.d_sae, k=args.k, mode="seed", batch_size=args.batch, lr=LR, select=select,
+            d_sae=args.d_sae,
+            k=args.k,
+            mode="seed",
+            batch_size=args.batch,
+            lr=LR,
+            select=select,
             epochs=10**6,
-        )  # fmt: skip
+        )
         return _Trainer(Weights(*(t.clone().to(args.device) for t in fresh)), some, x_TD)
 
     trainers = {f"operando {select}": ours(select) for select in ("float32", "bfloat16")}

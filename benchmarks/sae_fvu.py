@@ -47,9 +47,13 @@ def main() -> None:
     runs: dict[str, tuple[Callable[[Tensor], object], Callable[[Tensor], Tensor]]] = {}
     for select in ("float32", "bfloat16"):
         config = SaeTrainConfig(
-            d_sae=args.d_sae, k=args.k, batch_size=args.batch, lr=args.lr, select=select,
+            d_sae=args.d_sae,
+            k=args.k,
+            batch_size=args.batch,
+            lr=args.lr,
+            select=select,
             epochs=10**6,
-        )  # fmt: skip
+        )
         own = _Trainer(fresh_weights(train_TD, config, SeedTree(0)), config, train_TD)
 
         def reconstruct(x_ND: Tensor, weights: Weights = own.weights) -> Tensor:
@@ -66,10 +70,11 @@ def main() -> None:
             step(x_ND)
         seconds = time.perf_counter() - started
         found[name] = {"seconds": round(seconds, 1), "fvu": round(fvu(reconstruct, val_ND), 4)}
-    print(json.dumps({
-        "args": vars(args), "threads": torch.get_num_threads(),
-        "results": found,
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {"args": vars(args), "threads": torch.get_num_threads(), "results": found}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,13 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from operando.drift.sae_train import (
-    SaeTrainConfig,
-    Weights,
-    _Trainer,
-    fresh_weights,
-    sparse_step,
-)
+from operando.drift.sae_train import SaeTrainConfig, Weights, _Trainer, fresh_weights, sparse_step
 from operando.run import SeedTree
 
 LR = 1e-4
@@ -58,13 +52,21 @@ class SeedSae(nn.Module):
 
     def as_weights(self) -> list[Tensor]:
         return [
-            self.encoder.weight.detach(), self.encoder.bias.detach(),
-            self.decoder.weight.detach().T, self.b_pre.detach(), self.decoder.bias.detach(),
-        ]  # fmt: skip
+            self.encoder.weight.detach(),
+            self.encoder.bias.detach(),
+            self.decoder.weight.detach().T,
+            self.b_pre.detach(),
+            self.decoder.bias.detach(),
+        ]
 
     def gradients(self) -> list[Tensor]:
-        found = (self.encoder.weight, self.encoder.bias, self.decoder.weight, self.b_pre,
-                 self.decoder.bias)  # fmt: skip
+        found = (
+            self.encoder.weight,
+            self.encoder.bias,
+            self.decoder.weight,
+            self.b_pre,
+            self.decoder.bias,
+        )
         grads = [p.grad for p in found if p.grad is not None]
         return [g.T if i == 2 else g for i, g in enumerate(grads)]
 
@@ -99,9 +101,14 @@ def trainer(
     weights: Weights, args: argparse.Namespace, batch: int, select: str, x_TD: Tensor
 ) -> _Trainer:
     config = SaeTrainConfig(
-        d_sae=args.d_sae, k=args.k, mode="seed", batch_size=batch, lr=LR, select=select,
+        d_sae=args.d_sae,
+        k=args.k,
+        mode="seed",
+        batch_size=batch,
+        lr=LR,
+        select=select,
         epochs=10**6,
-    )  # fmt: skip
+    )
     return _Trainer(Weights(*(t.clone() for t in weights)), config, x_TD)
 
 
@@ -151,9 +158,7 @@ def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, obj
     loss = (x_ND - x_hat_ND).square().mean()
     loss.backward()
     step = sparse_step(weights, x_ND, args.k)
-    fast = sparse_step(
-        weights, x_ND, args.k, W_enc_bf16_MD=weights.W_enc_MD.bfloat16()
-    )  # fmt: skip
+    fast = sparse_step(weights, x_ND, args.k, W_enc_bf16_MD=weights.W_enc_MD.bfloat16())
     gaps = {
         "loss": abs(float(step.loss) / loss.item() - 1),
         "gradients": gap(list(step.gradients), model.gradients()),
@@ -209,8 +214,11 @@ def main() -> None:
     args = parser.parse_args()
     x_TD = data(3 * max(args.batches), args.d_in, torch.Generator().manual_seed(0))
     results = [compare(args, batch, x_TD) for batch in args.batches]
-    machine = {"machine": platform.processor() or platform.machine(),
-               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(json.dumps({"args": vars(args), **machine, "results": results}, indent=1))
 
 

@@ -27,10 +27,18 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel
     """Return a Qwen2 model of this shape with transformers' own random weights (std 0.02)."""
     hidden, inner, layers, heads, kv_heads, vocab = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         return Qwen2ForCausalLM(config).to(dtype)

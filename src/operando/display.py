@@ -44,9 +44,13 @@ def make_console() -> Console:
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """Give a callable (done, of) that shows a bar with rate and time left; quiet off a terminal."""
     columns = (
-        TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
+        TextColumn("{task.description} {task.completed}/{task.total}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, of: progress.update(task, completed=done, total=of)
@@ -174,10 +178,14 @@ class StageDisplay:
         self.console, self.stage = console, ""
         self.started = time.monotonic()
         self.progress = Progress(
-            TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
-            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+            TextColumn("{task.description} {task.completed}/{task.total}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
-        )  # fmt: skip
+        )
         self.task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> StageDisplay:
@@ -208,9 +216,14 @@ class StudyDisplay:
         self.done = self.skipped = total - left
         self.started = time.monotonic()
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
-            TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"), console=console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
         self.task = self.progress.add_task(self._text(), total=total, completed=self.done)
 
     def __enter__(self) -> StudyDisplay:
@@ -266,8 +279,13 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     for arm in (result.base, result.trained):
         rate = wilson(arm.correct, arm.n)
         table.add_row(
-            arm.name, f"{rate.value:.1%}", str(arm.n), f"{rate.low:.1%} to {rate.high:.1%}",
-            f"{arm.truncated / arm.n:.0%}", f"{arm.looped / arm.n:.0%}", f"{arm.mean_length:.1f}",
-        )  # fmt: skip
+            arm.name,
+            f"{rate.value:.1%}",
+            str(arm.n),
+            f"{rate.low:.1%} to {rate.high:.1%}",
+            f"{arm.truncated / arm.n:.0%}",
+            f"{arm.looped / arm.n:.0%}",
+            f"{arm.mean_length:.1f}",
+        )
     console.print(table)
     console.print(paired_sentence(result.paired), highlight=False)

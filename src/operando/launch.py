@@ -154,10 +154,14 @@ def run_study(console: Console, study: Study, at_once: int, on_ray: bool) -> Stu
     recipe = study.recipe
     amendments = [f"{a['written']} seeds {a['seeds_added']}" for a in registered["amendments"]]
     result = StudyResult(
-        recipe, rows_of(recipe, values), judge_claims(recipe, values),
-        visible_differences(recipe, values), pareto_points(recipe, values), amendments,
+        recipe,
+        rows_of(recipe, values),
+        judge_claims(recipe, values),
+        visible_differences(recipe, values),
+        pareto_points(recipe, values),
+        amendments,
         study.folder / "study.md",
-    )  # fmt: skip
+    )
     write_study(result)
     return result
 
@@ -168,14 +172,16 @@ def show_plan(console: Console, study: Study) -> None:
         state = "done" if job.is_done else "begun" if job.is_started else "to do"
         console.print(
             f"{state:6} {arm} seed {seed}: {job.recipe.steps} steps, {job.folder}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+        )
     claims = ", ".join(study.recipe.claims) or "none"
     console.print(
         f"{len(plan(study))} runs; the same {study.recipe.evaluation.num} problems of "
         f"{', '.join(study.asked)} for all; claims: {claims}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _train_shown(

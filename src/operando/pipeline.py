@@ -132,16 +132,25 @@ def _chain(
         raise UserError(f"pretrain = {recipe.pretrain!r} has no [mixture]")
     second = load_sft_recipe(
         _beside(beside, recipe.sft),
-        (*overrides["sft"], *own, f"out={json.dumps(str(folder / 'sft'))}",
-         f"model={json.dumps(str(folder / 'base'))}"),
-    )  # fmt: skip
+        (
+            *overrides["sft"],
+            *own,
+            f"out={json.dumps(str(folder / 'sft'))}",
+            f"model={json.dumps(str(folder / 'base'))}",
+        ),
+    )
     model, rl = folder / "sft", {}
     for name, file in recipe.rl.items():
         rl[name] = load_recipe(
             _beside(beside, file),
-            (*overrides[name], *own, f"name={json.dumps(name)}",
-             f"runs_dir={json.dumps(str(folder))}", f"model.id={json.dumps(str(model))}"),
-        )  # fmt: skip
+            (
+                *overrides[name],
+                *own,
+                f"name={json.dumps(name)}",
+                f"runs_dir={json.dumps(str(folder))}",
+                f"model.id={json.dumps(str(model))}",
+            ),
+        )
         if rl[name].model.lora is not None:
             raise UserError(
                 f"rl.{name}: {file} trains an adapter, and the next stage needs a whole model: "
@@ -247,9 +256,13 @@ def _fit_heads(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     exits that lose too much are a result, and the pipeline goes on."""
     last, task = chain.models[list(chain.rl)[-1]], _heads_task(recipe)
     source = SourceConfig(
-        task.kind, _overrides(task), num_fit=min(MOST_FIT, recipe.num_fit),
-        num_choose=recipe.num_choose, num_held_out=task.num_held_out, seed=chain.seed,
-    )  # fmt: skip
+        task.kind,
+        _overrides(task),
+        num_fit=min(MOST_FIT, recipe.num_fit),
+        num_choose=recipe.num_choose,
+        num_held_out=task.num_held_out,
+        seed=chain.seed,
+    )
     halting, fast = chain.folder / "halting", chain.folder / "fast"
     if not (halting / "halting.json").is_file():
         console.print(f"seed {chain.seed}, exits", highlight=False)
@@ -321,16 +334,26 @@ def stage_cells(recipe: PipelineRecipe, chains: Sequence[Chain]) -> list[Cell]:
             now = marks_SP[stage]
             cells.append(
                 Cell(
-                    stage, task, now.shape[1], rate_interval(now, seed=0),
+                    stage,
+                    task,
+                    now.shape[1],
+                    rate_interval(now, seed=0),
                     _change(marks_SP[stages[at - 1]], now) if at > 0 else None,
                     _change(marks_SP["base"], now) if at > 1 else None,
                 )
-            )  # fmt: skip
+            )
     rows = [
-        {"stage": c.stage, "task": c.task, "seeds": len(chains), "n": c.n, "right": c.right,
-         "since_last": c.since_last, "since_base": c.since_base}
+        {
+            "stage": c.stage,
+            "task": c.task,
+            "seeds": len(chains),
+            "n": c.n,
+            "right": c.right,
+            "since_last": c.since_last,
+            "since_base": c.since_base,
+        }
         for c in cells
-    ]  # fmt: skip
+    ]
     write_json(Path(recipe.out) / "stages.json", rows)
     return cells
 
@@ -357,14 +380,27 @@ def _change(before_SP: np.ndarray, after_SP: np.ndarray) -> Interval:
 def stages_table(cells: Sequence[Cell], num_seeds: int) -> Table:
     """Return the stages by task, with 95 % intervals."""
     table = Table(box=None, pad_edge=False)
-    for column in ("task", "stage", "seeds x n", "right", "95 %", "since the last, 95 %",
-                   "since the base, 95 %"):  # fmt: skip
+    for column in (
+        "task",
+        "stage",
+        "seeds x n",
+        "right",
+        "95 %",
+        "since the last, 95 %",
+        "since the base, 95 %",
+    ):
         table.add_column(column, justify="left" if column in ("task", "stage") else "right")
     for c in cells:
-        changes = ["" if x is None else f"{x.value:+.1%} ({x.low:+.1%} to {x.high:+.1%})"
-                   for x in (c.since_last, c.since_base)]  # fmt: skip
+        changes = [
+            "" if x is None else f"{x.value:+.1%} ({x.low:+.1%} to {x.high:+.1%})"
+            for x in (c.since_last, c.since_base)
+        ]
         table.add_row(
-            c.task, c.stage, f"{num_seeds} x {c.n}", f"{c.right.value:.1%}",
-            f"{c.right.low:.1%} to {c.right.high:.1%}", *changes,
-        )  # fmt: skip
+            c.task,
+            c.stage,
+            f"{num_seeds} x {c.n}",
+            f"{c.right.value:.1%}",
+            f"{c.right.low:.1%} to {c.right.high:.1%}",
+            *changes,
+        )
     return table

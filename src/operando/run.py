@@ -32,14 +32,7 @@ from operando.errors import UserError
 from operando.owned import FolderLock, part_of
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
-from operando.run_folder import (
-    FORMAT,
-    STARTED,
-    metric_lines,
-    read_manifest,
-    read_recipe,
-    step_of,
-)
+from operando.run_folder import FORMAT, STARTED, metric_lines, read_manifest, read_recipe, step_of
 
 logger = logging.getLogger(__name__)
 

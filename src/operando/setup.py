@@ -49,12 +49,7 @@ from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import hygiene
-from operando.update.checkpoint import (
-    checkpoint_folder,
-    drop_states,
-    load_checkpoint,
-    saved_steps,
-)
+from operando.update.checkpoint import checkpoint_folder, drop_states, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
 from operando.update.projector import Projector, literal_warning
 
@@ -145,31 +140,41 @@ def set_up(
     ends = stop_ids(policy.base, loaded.tokenizer)
     check_stop(loaded.tokenizer, ends, recipe.rollout.stop)
     sampler = make_sampler(
-        recipe.rollout.engine,
-        policy.base,
-        loaded.tokenizer,
-        ends,
-        recipe.rollout.max_batch,
+        recipe.rollout.engine, policy.base, loaded.tokenizer, ends, recipe.rollout.max_batch
     )
     shift = open_shift(recipe, task, policy)
     optimizer = make_optimizer(recipe, policy.trainable(), policy.value_parameters())
     setup = Setup(
-        recipe, run, task, train_prompts, held_out_prompts, policy,
-        steered(recipe, policy, sampler), parts, optimizer, Insulation(policy),
-        pad_id(loaded.tokenizer), make_taps(recipe, parts, policy, loaded, shift), reference,
-        memory, shift=shift,
+        recipe,
+        run,
+        task,
+        train_prompts,
+        held_out_prompts,
+        policy,
+        steered(recipe, policy, sampler),
+        parts,
+        optimizer,
+        Insulation(policy),
+        pad_id(loaded.tokenizer),
+        make_taps(recipe, parts, policy, loaded, shift),
+        reference,
+        memory,
+        shift=shift,
         projector=make_projector(
             recipe, run, policy, optimizer, partial(refresh, policy) if refresh else None
         ),
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
-    )  # fmt: skip
+    )
     if parallel.rank() == 0:
         run.note(
-            model=loaded.identity, model_class=auto_class(loaded.model.config).__name__,
+            model=loaded.identity,
+            model_class=auto_class(loaded.model.config).__name__,
             model_type=loaded.model.config.model_type,
-            data=dict(task.source), prompts_sha256=prompts_sha256, sampler=sampler.name,
+            data=dict(task.source),
+            prompts_sha256=prompts_sha256,
+            sampler=sampler.name,
             float32_products=precision_of(recipe.model, policy.device),
-        )  # fmt: skip
+        )
         for warning in [*small, *hygiene.check_machine()]:
             run.warn(warning)
         if unstarted := missing_start(recipe.prompt, loaded.tokenizer, start_of(run.folder)):
@@ -282,11 +287,13 @@ def note_projector(run: Run, projector: Projector) -> None:
     held = projector.directions
     run.note(
         projection={
-            "arm": held.arm, "accuracy": held.accuracy, "modules": len(projector.sites),
+            "arm": held.arm,
+            "accuracy": held.accuracy,
+            "modules": len(projector.sites),
             "layers": projector.layers(),
             "convention": projector.config.convention,
         }
-    )  # fmt: skip
+    )
     for warning in literal_warning(projector.config):
         run.warn(warning)
     missing = sorted(set(held.layers) - set(projector.layers()))

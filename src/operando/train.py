@@ -133,8 +133,17 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
         metrics["kl_coef"] = setup.kl_coef  # of the next step
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
     if parallel.rank() == 0:
-        write_rollouts(setup.run, step, setup.policy.tokenizer, batch, rewards, trace,
-                       credited.adv_BT, judged, gone_B)  # fmt: skip
+        write_rollouts(
+            setup.run,
+            step,
+            setup.policy.tokenizer,
+            batch,
+            rewards,
+            trace,
+            credited.adv_BT,
+            judged,
+            gone_B,
+        )
     return metrics, batch
 
 
@@ -284,9 +293,12 @@ def make_targets(
         mask_BT[index], config.aggregation, totals, recipe.rollout.max_completion_length
     )
     weight_BT = weight_BT * sampler_weights(
-        trace.logp_BT[index], batch.sampling_logp_BT[index], mask_BT[index],
-        config.sampler_correction, config.sampler_cap,
-    )  # fmt: skip
+        trace.logp_BT[index],
+        batch.sampling_logp_BT[index],
+        mask_BT[index],
+        config.sampler_correction,
+        config.sampler_cap,
+    )
 
     def on_device(x_BT: Tensor | None) -> Tensor | None:
         return None if x_BT is None else x_BT[index].to(policy.device)

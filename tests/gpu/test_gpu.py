@@ -176,18 +176,32 @@ def test_a_projected_run_leaves_the_direction_alone(tmp_path: Path) -> None:
     v_D = unit(torch.randn(config.hidden_size, generator=generator))
     last = config.num_hidden_layers - 1
     made = DirectionSet(
-        "random", "activation", v_D, (last,), "last", "starter", model_digest(loaded.identity),
-        "float32", 1.0, inputs=inputs, evidence={"clean_q95": 0.0, f"norm_{last}": 1.0},
-    )  # fmt: skip
+        "random",
+        "activation",
+        v_D,
+        (last,),
+        "last",
+        "starter",
+        model_digest(loaded.identity),
+        "float32",
+        1.0,
+        inputs=inputs,
+        evidence={"clean_q95": 0.0, f"norm_{last}": 1.0},
+    )
     file = tmp_path / "random.safetensors"
     save_directions(made, file)
     folder = trained(
         tiny(
-            tmp_path, f"model.device={DEVICE}", "steps=3", "checkpoint.every=3",
-            f'projection.directions="{file}"', "projection.gate=two_sided",
-            "projection.stage=update", "optim.lr=1e-2",
+            tmp_path,
+            f"model.device={DEVICE}",
+            "steps=3",
+            "checkpoint.every=3",
+            f'projection.directions="{file}"',
+            "projection.gate=two_sided",
+            "projection.stage=update",
+            "optim.lr=1e-2",
         )
-    )  # fmt: skip
+    )
     weights = load_file(folder / "checkpoints/step_00003/adapter_model.safetensors")
     writers = [
         name

@@ -39,10 +39,7 @@ def tiny(runs_dir: Path, *overrides: str, lora: bool = True) -> Recipe:
 
 
 def trained(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    functions: Mapping[str, RewardFunction] | None = None,
+    recipe: Recipe, *, resume: bool = False, functions: Mapping[str, RewardFunction] | None = None
 ) -> Path:
     """The folder of a finished run of the recipe."""
     folder = launch(Console(quiet=True), recipe, resume=resume, functions=functions)

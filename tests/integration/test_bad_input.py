@@ -101,9 +101,15 @@ FULL = [
 
 def command(folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "operando", "train", "tiny", f"runs_dir={folder}",
-        f"rewards={{r={{kind='function',path='{folder.parent / 'fills.py'}:fill'}}}}", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "operando",
+        "train",
+        "tiny",
+        f"runs_dir={folder}",
+        f"rewards={{r={{kind='function',path='{folder.parent / 'fills.py'}:fill'}}}}",
+        *more,
+    ]
 
 
 def run(line: list[str], **env: str) -> subprocess.CompletedProcess[str]:
@@ -226,11 +232,17 @@ def test_without_a_pad_token_training_is_the_same(
     for name, pad_token in (("with", "<pad>"), ("without", None)):
         model = saved_model(tmp_path / f"model_{name}", pad_token)
         code, said = operando(
-            monkeypatch, capsys, "train", "tiny", f"runs_dir={tmp_path / name}",
-            f"model={{id='{model}',layers='all'}}", "steps=2", "task.num_train=8",
+            monkeypatch,
+            capsys,
+            "train",
+            "tiny",
+            f"runs_dir={tmp_path / name}",
+            f"model={{id='{model}',layers='all'}}",
+            "steps=2",
+            "task.num_train=8",
             "rollout.max_completion_length=24",
             f"rewards={{r={{kind='function',path='{tmp_path / 'fills.py'}:fill'}}}}",
-        )  # fmt: skip
+        )
         assert code == 0, said
         folders.append(tmp_path / name / "tiny")
     padded, bare = folders
@@ -265,9 +277,14 @@ def test_a_prompt_over_the_limit_is_refused_and_one_at_the_limit_is_not(
     said = refused(tmp_path, monkeypatch, capsys, f"prompt.max_prompt_length={longest - 1}")
     assert f"over the limit of {longest - 1} tokens" in said and found[1] in said
     code, said = operando(
-        monkeypatch, capsys, "train", "tiny", f"runs_dir={tmp_path / 'runs'}", "--dry-run",
+        monkeypatch,
+        capsys,
+        "train",
+        "tiny",
+        f"runs_dir={tmp_path / 'runs'}",
+        "--dry-run",
         f"prompt.max_prompt_length={longest}",
-    )  # fmt: skip
+    )
     assert code == 0, said
 
 

@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from operando.discovery.directions import (
-    Workbench,
-    adding,
-    extract,
-    mean_nll,
-    steer,
-    validate,
-)
+from operando.discovery.directions import Workbench, adding, extract, mean_nll, steer, validate
 from operando.errors import UserError
 from operando.internals.directions import load_directions
 from operando.recipe import Recipe
@@ -115,10 +108,15 @@ def test_a_gradient_direction_points_hackward(tmp_path: Path) -> None:
 def test_a_projected_run_extracts_its_direction_again(tmp_path: Path, recipe: Recipe) -> None:
     real = Path(recipe.runs_dir) / f"{recipe.name}_directions" / "real.safetensors"
     projected = hackable(
-        tmp_path, "name=projected", f'projection.directions="{real}"', "projection.preset=strict",
-        "projection.refresh=2", "steps=4", "optim.lr=1e-2",
+        tmp_path,
+        "name=projected",
+        f'projection.directions="{real}"',
+        "projection.preset=strict",
+        "projection.refresh=2",
+        "steps=4",
+        "optim.lr=1e-2",
         "rewards.correct.kind=loophole",
-    )  # fmt: skip
+    )
     run = trained(projected)
     files = sorted(file.name for file in (run / "directions").iterdir())
     assert len(files) >= 1 and all(name.endswith(".safetensors") for name in files)

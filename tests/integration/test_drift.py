@@ -155,8 +155,11 @@ def test_three_runs_are_compared_only_as_far_as_the_nulls_allow(run: Path, tmp_p
         jittered(folder, number)
     rows = json.loads(compare_drift(QUIET, [run, strict, more_kl]).read_text())["cells"]
     assert [(r["site"][7], r["from_step"], r["measure"]) for r in rows[:4]] == [
-        ("1", 0, "decoder"), ("1", 0, "encoder"), ("1", 0, "decoupling"), ("1", 2, "decoder"),
-    ]  # fmt: skip
+        ("1", 0, "decoder"),
+        ("1", 0, "encoder"),
+        ("1", 0, "decoupling"),
+        ("1", 2, "decoder"),
+    ]
     assert {row["verdict"] for row in rows if row["site"].startswith("blocks.1.")} == {"undecided"}
     for row in rows:
         A, B, C = row["excess"]

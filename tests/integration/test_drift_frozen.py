@@ -41,10 +41,12 @@ def random_sae(width: int, site: str, features: int = 48) -> SAE:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(
         tiny(
-            tmp_path_factory.mktemp("runs"), "optim.lr=1e-2", "checkpoint.every=2",
+            tmp_path_factory.mktemp("runs"),
+            "optim.lr=1e-2",
+            "checkpoint.every=2",
             "rollout.num_prompts=16",
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ by_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join
 RECIPES: dict[str, bytes] = {
     "empty": b"",
     "no utf-8": b"\xff\xfe\x00name",
-    "NUL": b"name = \"a\"\x00",
+    "NUL": b'name = "a"\x00',
     "no TOML": b"{]",
     "deep": f"v = {DEEP}".encode(),
     "huge number": f"steps = {HUGE}".encode(),
@@ -72,21 +72,21 @@ RECIPES: dict[str, bytes] = {
     "twice": b"steps = 3\nsteps = 4\n",
     "a list for a table": b"model = [1]\n",
     "a table for a number": b"[steps]\na = 1\n",
-    "a text for a number": b"steps = \"three\"\n",
+    "a text for a number": b'steps = "three"\n',
     "not finite": b"[optim]\nlr = inf\n",
     "not a number": b"[optim]\nlr = nan\n",
-    "no base": b"base = \"nowhere.toml\"\n",
-    "its own base": b"base = \"its own base.toml\"\n",
+    "no base": b'base = "nowhere.toml"\n',
+    "its own base": b'base = "its own base.toml"\n',
     "base of a wrong type": b"base = [1]\n",
     "arms of a wrong type": b"arms = 3\n",
     "rl of a wrong type": b"rl = 3\n",
     "mixture of a wrong type": b"mixture = 3\n",
-    "unknown kind": b"[task]\nkind = \"nothing\"\n",
+    "unknown kind": b'[task]\nkind = "nothing"\n',
     "kind of a wrong type": b"[task]\nkind = 3\n",
-    "empty lists": b"[task]\nkind = \"words\"\nnum_steps = []\n",
-    "name of dots": b"name = \"..\"\n",
-    "reward of no module": b"[rewards.a]\nkind = \"python\"\npath = \":f\"\n",
-}  # fmt: skip
+    "empty lists": b'[task]\nkind = "words"\nnum_steps = []\n',
+    "name of dots": b'name = ".."\n',
+    "reward of no module": b'[rewards.a]\nkind = "python"\npath = ":f"\n',
+}
 
 # What a run folder may hold in place of what was written; the first group no command can pass over.
 MANIFESTS: dict[str, bytes] = {
@@ -118,10 +118,14 @@ METRICS: dict[str, bytes] = {
     "metrics deep": f"{DEEP}\n".encode(),
 }
 OTHERS = (
-    "results.json", "rollouts/step_00002.parquet", "evals/held_out_step_00000.parquet",
-    "checkpoints/step_00002/certificate.json", "checkpoints/step_00002/adapter_config.json",
-    "checkpoints/step_00002/adapter_model.safetensors", "checkpoints/step_00002/resume/state.pt",
-)  # fmt: skip
+    "results.json",
+    "rollouts/step_00002.parquet",
+    "evals/held_out_step_00000.parquet",
+    "checkpoints/step_00002/certificate.json",
+    "checkpoints/step_00002/adapter_config.json",
+    "checkpoints/step_00002/adapter_model.safetensors",
+    "checkpoints/step_00002/resume/state.pt",
+)
 JUNK = (b"", b"\xff\xfe\x00", b"[]", b"null", b"{}")
 READERS = (("report",), ("doctor",), ("certify",), ("tags",), ("eval", "--num", "2"))
 
@@ -263,13 +267,31 @@ def test_a_damaged_file_of_a_run_is_one_line(
 @pytest.mark.parametrize(
     "override",
     [
-        "optim.lr=inf", "optim.lr=nan", "optim.lr=1e308", "name=.", "name=..", "name=-x", "name=",
-        "runs_dir=", "model.lora.rank=100000000", "rollout.num_prompts=100000000", "steps=0",
-        f"steps={HUGE}", f"v={DEEP}", "=", "steps", "steps.a=1", "task.num_steps=[]",
-        "model.id=", "seed=-1",
-        "rollout.stop=[]x", "eval.num=0", "task.kind=nothing", "stages=[]x",
+        "optim.lr=inf",
+        "optim.lr=nan",
+        "optim.lr=1e308",
+        "name=.",
+        "name=..",
+        "name=-x",
+        "name=",
+        "runs_dir=",
+        "model.lora.rank=100000000",
+        "rollout.num_prompts=100000000",
+        "steps=0",
+        f"steps={HUGE}",
+        f"v={DEEP}",
+        "=",
+        "steps",
+        "steps.a=1",
+        "task.num_steps=[]",
+        "model.id=",
+        "seed=-1",
+        "rollout.stop=[]x",
+        "eval.num=0",
+        "task.kind=nothing",
+        "stages=[]x",
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_refused_before_a_model_is_loaded(
     override: str, operando: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,9 +19,14 @@ from operando.types import Example, Prompt, Rollout
 from tests.integration.runs import metric_rows, tiny, trained
 
 DISCOVER = (
-    'discover.site="blocks.3.hook_resid_post"', "discover.num_prompts=48", "discover.epochs=4",
-    "discover.permutations=50", "discover.max_q=1.0", "discover.top=4", "task.num_steps=[2]",
-)  # fmt: skip
+    'discover.site="blocks.3.hook_resid_post"',
+    "discover.num_prompts=48",
+    "discover.epochs=4",
+    "discover.permutations=50",
+    "discover.max_q=1.0",
+    "discover.top=4",
+    "task.num_steps=[2]",
+)
 
 
 @pytest.fixture(scope="module")

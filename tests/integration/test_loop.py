@@ -54,13 +54,16 @@ def adapter(folder: Path, step: int = 4) -> bytes:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("advantage={kind='gae'}", "kl={coef=0.05,place='reward',estimator='k1'}",
-         "update={epochs=2,num_minibatches=2}"),
+        (
+            "advantage={kind='gae'}",
+            "kl={coef=0.05,place='reward',estimator='k1'}",
+            "update={epochs=2,num_minibatches=2}",
+        ),
         ("loss={kind='gspo_token'}", "advantage={kind='rloo'}"),
         ("loss={kind='cispo'}", "advantage={kind='leave_one_group_out'}"),
         ("advantage={kind='reward_to_go'}", "update={micro_tokens=100,entropy_coef=0.01}"),
     ],
-)  # fmt: skip
+)
 def test_other_algorithms_go_through_the_same_loop(tmp_path: Path, overrides: tuple) -> None:
     folder = train_tiny(tmp_path, "steps=2", *overrides)
     rows = read_metrics(folder)
@@ -72,9 +75,19 @@ def test_other_algorithms_go_through_the_same_loop(tmp_path: Path, overrides: tu
 def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
     one = train_tiny(tmp_path / "one")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "operando", "train", "tiny", f"runs_dir={tmp_path / 'two'}", f"parallel.kind={kind}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "operando",
+        "train",
+        "tiny",
+        f"runs_dir={tmp_path / 'two'}",
+        f"parallel.kind={kind}",
+    ]
     subprocess.run(command, env=ENV, check=True, capture_output=True, timeout=180)
     for a, b in zip(comparable(one), comparable(tmp_path / "two" / "tiny"), strict=True):
         assert a.keys() == b.keys()
@@ -84,13 +97,27 @@ def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
 
 def test_a_process_without_a_row_of_a_minibatch_takes_part(tmp_path: Path) -> None:
     """Four rows in four minibatches: in each, one of the two processes has nothing of its own."""
-    few = ("rollout.num_prompts=2", "rollout.num_generations=2", "update.num_minibatches=4",
-           "steps=2")  # fmt: skip
+    few = (
+        "rollout.num_prompts=2",
+        "rollout.num_generations=2",
+        "update.num_minibatches=4",
+        "steps=2",
+    )
     one = train_tiny(tmp_path / "one", *few)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "operando", "train", "tiny", f"runs_dir={tmp_path / 'two'}", *few,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "operando",
+        "train",
+        "tiny",
+        f"runs_dir={tmp_path / 'two'}",
+        *few,
+    ]
     subprocess.run(command, env=ENV, check=True, capture_output=True, timeout=120)
     for a, b in zip(comparable(one), comparable(tmp_path / "two" / "tiny"), strict=True):
         assert a.keys() == b.keys()

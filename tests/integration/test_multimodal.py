@@ -118,7 +118,7 @@ def test_two_steps_of_training_and_the_way_back(
             "eval.num=4",
             "rollout.max_completion_length=16",
             "update.entropy_coef=0.1",
-        )  # fmt: skip
+        )
     )
     warnings = read_manifest(folder)["warnings"]
     assert "this model is sampled with HF generate: the engine does not serve it" in str(warnings)
@@ -153,12 +153,17 @@ def test_the_config_decides_how_a_model_is_loaded() -> None:
 
 
 def test_a_multimodal_model_without_a_language_decoder_is_refused(tmp_path: Path) -> None:
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(
-        text_config=small | {"vocab_size": 258}, vision_config=small | {"image_size": 28},
+        text_config=small | {"vocab_size": 258},
+        vision_config=small | {"image_size": 28},
         projection_dim=8,
-    )  # fmt: skip
+    )
     CLIPModel(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:

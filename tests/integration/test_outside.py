@@ -56,9 +56,15 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def options(data: Path) -> list[str]:
     return [
-        "--tasks", "gsm8k,mmlu,math500", "--data", f"gsm8k={data / 'gsm8k.jsonl'}",
-        "--data", f"mmlu={data / 'mmlu'}", "--data", f"math500={data / 'math.jsonl'}",
-    ]  # fmt: skip
+        "--tasks",
+        "gsm8k,mmlu,math500",
+        "--data",
+        f"gsm8k={data / 'gsm8k.jsonl'}",
+        "--data",
+        f"mmlu={data / 'mmlu'}",
+        "--data",
+        f"math500={data / 'math.jsonl'}",
+    ]
 
 
 def test_three_tasks_from_local_files(

@@ -35,10 +35,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> DirectionSet:
     }
     layers = tuple(range(depth - 3, depth))
     return DirectionSet(
-        "random", "activation", unit(torch.randn(width, generator=generator)), layers, "last",
-        "starter", model_digest(loaded.identity), "float32", 1.0, inputs=inputs,
+        "random",
+        "activation",
+        unit(torch.randn(width, generator=generator)),
+        layers,
+        "last",
+        "starter",
+        model_digest(loaded.identity),
+        "float32",
+        1.0,
+        inputs=inputs,
         evidence={"clean_q95": 0.0} | {f"norm_{layer}": 1.0 for layer in layers},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +219,10 @@ def test_interventions_act_in_training_and_not_in_evaluation(tmp_path: Path, fil
 def test_two_processes_project_and_shift_as_one_does(tmp_path: Path, file: str) -> None:
     settings = (
         *with_directions("projection", file, "mode=token", "gate=one_sided", "stage=gradient"),
-        "shift.kind=rebound", *with_directions("shift", file, "variant=additive"), "steps=2",
-    )  # fmt: skip
+        "shift.kind=rebound",
+        *with_directions("shift", file, "variant=additive"),
+        "steps=2",
+    )
     one = trained(tiny(tmp_path, "name=one", *settings))
     recipe = tmp_path / "two.toml"
     recipe.write_text(to_toml(tiny(tmp_path, "name=two", *settings)))

@@ -92,15 +92,20 @@ def test_a_halting_model_learns_from_the_loops_that_its_tokens_took(
     base = AutoModelForCausalLM.from_pretrained(halting)
     assert isinstance(base, RecursiveCausalLM)
     step = folder / "checkpoints" / "step_00003"
-    plain = PeftModel.from_pretrained(base, step) if lora else (
-        AutoModelForCausalLM.from_pretrained(step))  # fmt: skip
+    plain = (
+        PeftModel.from_pretrained(base, step)
+        if lora
+        else (AutoModelForCausalLM.from_pretrained(step))
+    )
     ids = torch.tensor([[5, 9, 40, 77, 8]])
     with torch.no_grad():
         want = setups[0].policy.model(input_ids=ids).logits
         assert torch.equal(plain.eval()(input_ids=ids).logits, want)
     if not lora:  # heads that no reward reaches keep every bit, weight decay or not
-        before, after = (dict(m.named_parameters()) for m in (
-            AutoModelForCausalLM.from_pretrained(halting), plain))  # fmt: skip
+        before, after = (
+            dict(m.named_parameters())
+            for m in (AutoModelForCausalLM.from_pretrained(halting), plain)
+        )
         apart = [n for n in before if "halt_head" in n or "speculative" in n]
         assert len(apart) == 10
         assert all(torch.equal(before[n], after[n]) for n in apart)

@@ -318,9 +318,12 @@ def test_functions_from_a_file(tmp_path: Path) -> None:
     file.write_text(REWARDS)
     parts = [
         f"rewards.{part}={{kind = 'function', path = '{file}:{name}', weight = {weight}}}"
-        for part, name, weight in (("chars", "trl_style", 1), ("later", "later", 2),
-                                   ("sure", "confident", 0.1))
-    ]  # fmt: skip
+        for part, name, weight in (
+            ("chars", "trl_style", 1),
+            ("later", "later", 2),
+            ("sure", "confident", 0.1),
+        )
+    ]
     folder = trained(tiny(tmp_path, "steps=2", *parts))
     none, some = 0, 0
     for step in (1, 2):
@@ -405,12 +408,22 @@ def shuffled(completions: Sequence[str]) -> list[float]:
 
 @pytest.mark.parametrize("honest", [True, False])
 def test_planted_reward_is_learned_and_its_shuffle_is_not(tmp_path: Path, honest: bool) -> None:
-    recipe = tiny(tmp_path, "steps=25", "optim.lr=1e-2", "model.layers=all",
-                  "rollout.num_prompts=8", "rollout.num_generations=8", "eval.every=25",
-                  "eval.num=1",
-                  "rollout.max_completion_length=16", "checkpoint.every=25", "model.lora.rank=8",
-                  "rewards.format.weight=0.0", "rewards.correct.weight=0.0",
-                  "rewards.seven={kind = 'function'}")  # fmt: skip
+    recipe = tiny(
+        tmp_path,
+        "steps=25",
+        "optim.lr=1e-2",
+        "model.layers=all",
+        "rollout.num_prompts=8",
+        "rollout.num_generations=8",
+        "eval.every=25",
+        "eval.num=1",
+        "rollout.max_completion_length=16",
+        "checkpoint.every=25",
+        "model.lora.rank=8",
+        "rewards.format.weight=0.0",
+        "rewards.correct.weight=0.0",
+        "rewards.seven={kind = 'function'}",
+    )
     recipe = recipe.model_copy(update={"kl": None})
     folder = trained(recipe, functions={"seven": pays_for_seven if honest else shuffled})
     rates = [

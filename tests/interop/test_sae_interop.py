@@ -28,9 +28,7 @@ def random_sae(activation: str, seed: int = 0) -> SAE:
     threshold_M = draw(M).abs() if activation in ("jumprelu", "batchtopk") else None
     W_dec_MD = torch.nn.functional.normalize(draw(M, D), dim=1)
     origin = Origin(model="m", site="blocks.12.hook_resid_post", arm="null", resampled=(2, 9))
-    return SAE(
-        draw(M, D), draw(M), W_dec_MD, draw(D), draw(D), activation, K, threshold_M, origin
-    )  # pyright: ignore  # fmt: skip
+    return SAE(draw(M, D), draw(M), W_dec_MD, draw(D), draw(D), activation, K, threshold_M, origin)  # pyright: ignore
 
 
 @pytest.mark.parametrize("activation", ["topk", "topk_relu", "relu", "jumprelu", "batchtopk"])
@@ -54,9 +52,13 @@ def test_sae_lens_reads_what_we_write(tmp_path: Path, activation: str) -> None:
 def test_we_read_a_top_k_sae_of_sae_lens(tmp_path: Path, rescaled: bool, centred: bool) -> None:
     sae_lens = pytest.importorskip("sae_lens", reason=REASON.format("sae-lens==6.54.12"))
     config = sae_lens.TopKSAEConfig(
-        d_in=D, d_sae=M, k=K, rescale_acts_by_decoder_norm=rescaled, apply_b_dec_to_input=centred,
+        d_in=D,
+        d_sae=M,
+        k=K,
+        rescale_acts_by_decoder_norm=rescaled,
+        apply_b_dec_to_input=centred,
         metadata=sae_lens.saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_pre"),
-    )  # fmt: skip
+    )
     theirs = sae_lens.TopKSAE(config)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -132,8 +134,16 @@ def test_we_read_what_a_trainer_of_dictionary_learning_saves(tmp_path: Path, kin
     reason = REASON.format("dictionary-learning==0.1.0")
     pytest.importorskip("dictionary_learning", reason=reason)
     module = pytest.importorskip(f"dictionary_learning.trainers.{kind}", reason=reason)
-    common = {"steps": 100, "activation_dim": D, "dict_size": M, "layer": 4, "lm_name": "m",
-              "submodule_name": "resid_post_4", "device": "cpu", "warmup_steps": 1}  # fmt: skip
+    common = {
+        "steps": 100,
+        "activation_dim": D,
+        "dict_size": M,
+        "layer": 4,
+        "lm_name": "m",
+        "submodule_name": "resid_post_4",
+        "device": "cpu",
+        "warmup_steps": 1,
+    }
     match kind:
         case "top_k":
             trainer = module.TopKTrainer(k=K, **common)

@@ -379,10 +379,7 @@ CASES = [
         straight_through_pairs,
     ),
     case(
-        "reward with KL k1",
-        "kl_penalised_reward k1",
-        "core_algos.compute_rewards",
-        kl_reward_pairs,
+        "reward with KL k1", "kl_penalised_reward k1", "core_algos.compute_rewards", kl_reward_pairs
     ),
     kl_reward_formula_case("k2"),
     kl_reward_formula_case("k3"),

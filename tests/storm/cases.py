@@ -17,8 +17,13 @@ from tests.integration.test_study import STUDY
 from tests.storm.killing import Case
 
 RUNS = Path("runs")
-SMALL = ("eval.num=4", "rollout.num_prompts=2", "rollout.num_generations=2",
-         "rollout.max_completion_length=12", "task.num_held_out=4")  # fmt: skip
+SMALL = (
+    "eval.num=4",
+    "rollout.num_prompts=2",
+    "rollout.num_generations=2",
+    "rollout.max_completion_length=12",
+    "task.num_held_out=4",
+)
 
 
 def training(name: str, *overrides: str, lora: bool = True) -> Case:
@@ -26,8 +31,9 @@ def training(name: str, *overrides: str, lora: bool = True) -> Case:
 
     def prepare() -> None:
         given = ("steps=6", *SMALL, *(o for o in overrides if "PREPARED" not in o))
-        prepared = [o.replace("PREPARED", p) for o in overrides if "PREPARED" in o
-                    for p in (_prepared(o),)]  # fmt: skip
+        prepared = [
+            o.replace("PREPARED", p) for o in overrides if "PREPARED" in o for p in (_prepared(o),)
+        ]
         Path("recipe.toml").write_text(to_toml(tiny(RUNS, *given, *prepared, lora=lora)))
 
     def command() -> list[str]:
@@ -52,16 +58,32 @@ def _features() -> str:
 
 def chains(name: str, command: list[str], trained: bool) -> Case:
     """Return a command on a finished run's SAE chains; `trained`: the chains are there before."""
-    saes = ["sae", "train", "runs/tiny", "--layers", "4", "--expansion", "1", "--k", "4",
-            "--epochs", "2", "--tokens", "1000", "--seeds", "2"]  # fmt: skip
+    saes = [
+        "sae",
+        "train",
+        "runs/tiny",
+        "--layers",
+        "4",
+        "--expansion",
+        "1",
+        "--k",
+        "4",
+        "--epochs",
+        "2",
+        "--tokens",
+        "1000",
+        "--seeds",
+        "2",
+    ]
 
     def prepare() -> None:
         launch(Console(quiet=True), tiny(RUNS, "checkpoint.every=2"))
         if trained:
             from operando.drift.commands import train_run_saes
 
-            train_run_saes(Console(quiet=True), RUNS / "tiny", "4", "both", 1000, 2,
-                           expansion=1, k=4, epochs=2)  # fmt: skip
+            train_run_saes(
+                Console(quiet=True), RUNS / "tiny", "4", "both", 1000, 2, expansion=1, k=4, epochs=2
+            )
 
     return Case(name, prepare, lambda: command or saes, kills=25, seconds=60)
 
@@ -70,8 +92,14 @@ def discovering() -> Case:
     def prepare() -> None:
         Path("recipe.toml").write_text(to_toml(tiny(RUNS, "name=base", *FEW)))
 
-    return Case("features discover", prepare, lambda: ["features", "discover", "recipe.toml"],
-                code=3, kills=10, seconds=80)  # fmt: skip
+    return Case(
+        "features discover",
+        prepare,
+        lambda: ["features", "discover", "recipe.toml"],
+        code=3,
+        kills=10,
+        seconds=80,
+    )
 
 
 def pretraining() -> Case:
@@ -101,28 +129,51 @@ def piping() -> Case:
         for name, text in RECIPES.items():
             Path(name).write_text(text)
 
-    more = ["pretrain.checkpoint_every=3", "outcome.steps=3", "outcome.checkpoint.every=1",
-            "go_on=true"]  # fmt: skip
-    return Case("pipeline", prepare, lambda: ["pipeline", "pipeline.toml", *more], kills=25,
-                seconds=90)  # fmt: skip
+    more = [
+        "pretrain.checkpoint_every=3",
+        "outcome.steps=3",
+        "outcome.checkpoint.every=1",
+        "go_on=true",
+    ]
+    return Case(
+        "pipeline", prepare, lambda: ["pipeline", "pipeline.toml", *more], kills=25, seconds=90
+    )
 
 
 def studying() -> Case:
     def prepare() -> None:
         Path("study.toml").write_text(STUDY.format(tiny=TINY))
 
-    return Case("study --jobs 2", prepare, lambda: ["study", "study.toml", "--jobs", "2"], code=3,
-                kills=15, seconds=160, leader=True)  # fmt: skip
+    return Case(
+        "study --jobs 2",
+        prepare,
+        lambda: ["study", "study.toml", "--jobs", "2"],
+        code=3,
+        kills=15,
+        seconds=160,
+        leader=True,
+    )
 
 
-FEW = (*DISCOVER, "discover.num_prompts=24", "discover.permutations=20", "discover.epochs=2",
-       "discover.num_generations=4")  # fmt: skip
+FEW = (
+    *DISCOVER,
+    "discover.num_prompts=24",
+    "discover.permutations=20",
+    "discover.epochs=2",
+    "discover.num_generations=4",
+)
 PAIRS = ("task.loophole=true", 'direction={position="mean",num_pairs=8,num_held_out=5}')
 PPO = ("advantage.kind=gae", "update.epochs=2", "checkpoint={every=2,keep=1}")
-PROJECTED = (*PAIRS, 'projection.directions="PREPARED"', "projection.stage=momentum",
-             "projection.refresh=2")  # fmt: skip
-FEATURES = ('rewards.features={kind="features",pack="PREPARED",ignore_gate=true}',
-            "task.num_steps=[2]")  # fmt: skip
+PROJECTED = (
+    *PAIRS,
+    'projection.directions="PREPARED"',
+    "projection.stage=momentum",
+    "projection.refresh=2",
+)
+FEATURES = (
+    'rewards.features={kind="features",pack="PREPARED",ignore_gate=true}',
+    "task.num_steps=[2]",
+)
 CASES = (
     training("train, LoRA"),
     training("train, full", lora=False),

@@ -219,9 +219,12 @@ def _command(case: Case, folder: Path) -> list[str]:
 
 def _kill_while_importing(command: Sequence[str], folder: Path, after: float) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "operando", *command], cwd=folder, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+        [sys.executable, "-m", "operando", *command],
+        cwd=folder,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         time.sleep(after)
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -19,9 +19,14 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 EVERY = 100
-SMALL = ("eval={every=100,num=4}", "rollout.num_prompts=2", "rollout.num_generations=2",
-         "rollout.max_completion_length=8", "checkpoint={every=100,keep=2}",
-         "rewards={watch={kind='function'}}")  # fmt: skip
+SMALL = (
+    "eval={every=100,num=4}",
+    "rollout.num_prompts=2",
+    "rollout.num_generations=2",
+    "rollout.max_completion_length=8",
+    "checkpoint={every=100,keep=2}",
+    "rewards={watch={kind='function'}}",
+)
 
 
 class Enough(BaseException):

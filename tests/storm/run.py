@@ -48,9 +48,11 @@ def main() -> int:
         total += sum(tally.kills.values())
         faults += tally.faults
         kinds = ", ".join(f"{count} {way}" for way, count in sorted(tally.kills.items()))
-        say(f"{case.name:18} {sum(tally.kills.values()):4} kills ({kinds}), "
-              f"{tally.compared} of {tally.rounds} folders equal, "
-              f"{time.monotonic() - at:.0f} s")  # fmt: skip
+        say(
+            f"{case.name:18} {sum(tally.kills.values()):4} kills ({kinds}), "
+            f"{tally.compared} of {tally.rounds} folders equal, "
+            f"{time.monotonic() - at:.0f} s"
+        )
         for line in tally.faults:
             say(f"  {line}")
     say(f"{total} kills, {len(faults)} faults, {time.monotonic() - began:.0f} s")

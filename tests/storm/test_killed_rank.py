@@ -37,19 +37,25 @@ def two(folder: Path, *more: str, **env: str) -> list[tuple[int, str, float]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-              "OMP_NUM_THREADS": "1"} | env  # fmt: skip
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    } | env
     logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
     ranks = []
     for rank, log in enumerate(logs):
         with log.open("wb") as stream:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "operando", "train", "recipe.toml", *more], cwd=folder,
+                    [sys.executable, "-m", "operando", "train", "recipe.toml", *more],
+                    cwd=folder,
                     env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=stream, stderr=stream,
+                    stdout=stream,
+                    stderr=stream,
                 )
-            )  # fmt: skip
+            )
     ended: dict[int, float] = {}
     until = time.monotonic() + 150
     while len(ended) < 2 and time.monotonic() < until:

@@ -68,9 +68,13 @@ def run(**changes):
 # --- sick runs -----------------------------------------------------------------------------------
 
 FLAT = {
-    "reward": 0.4, "rewards/correct/mean": 0.4, "eval/correct": 0.4, "eval/rewards/correct": 0.4,
-    "frac_reward_zero_std": 0.2, "entropy": 0.8,
-}  # fmt: skip
+    "reward": 0.4,
+    "rewards/correct/mean": 0.4,
+    "eval/correct": 0.4,
+    "eval/rewards/correct": 0.4,
+    "frac_reward_zero_std": 0.2,
+    "entropy": 0.8,
+}
 
 
 def falling(start, end):
@@ -213,8 +217,9 @@ def healthy(seed):
             noise[i] += 0.5 * noise[i - 1]
         return noise
 
-    own_PG = rng.beta(2 * level[:, None] + 0.01, 2 * (1 - level[:, None]) + 0.01,
-                      (steps + 1, prompts))  # fmt: skip
+    own_PG = rng.beta(
+        2 * level[:, None] + 0.01, 2 * (1 - level[:, None]) + 0.01, (steps + 1, prompts)
+    )
     right_SP = rng.binomial(8, own_PG)
     paid = right_SP.mean(1) / 8
     moved = gain * SHAPES[shape](x)
@@ -243,8 +248,12 @@ def healthy(seed):
         row = {"step": step} | ({k: float(v[step]) for k, v in curves.items()} if step else {})
         if step % 10 == 0:
             share = rng.binomial(num, level[step]) / num
-            row |= {"eval/n": float(num), "eval/correct": share, "eval/rewards/correct": share,
-                    "eval/clipped_ratio": 0.01}  # fmt: skip
+            row |= {
+                "eval/n": float(num),
+                "eval/correct": share,
+                "eval/rewards/correct": share,
+                "eval/clipped_ratio": 0.01,
+            }
         rows.append(row)
     return rows, recipe(steps=steps, kl=KlConfig(coef=0.02))
 

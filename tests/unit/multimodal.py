@@ -32,9 +32,13 @@ TEXT = {
 }
 TOKENS = {"video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
 QWEN_VISION = {
-    "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
-    "out_hidden_size": 32, "patch_size": 14,
-}  # fmt: skip
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
 
 
 def tiny_multimodal(family: str) -> PreTrainedModel:
@@ -43,9 +47,13 @@ def tiny_multimodal(family: str) -> PreTrainedModel:
     match family:
         case "gemma3":
             vision = {
-                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-                "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
-            }  # fmt: skip
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            }
             text = TEXT | {"head_dim": 16, "sliding_window": 16}
             model: PreTrainedModel = Gemma3ForConditionalGeneration(
                 Gemma3Config(
@@ -55,14 +63,17 @@ def tiny_multimodal(family: str) -> PreTrainedModel:
                     image_token_index=250,
                     boi_token_index=251,
                     eoi_token_index=252,
-                )  # fmt: skip
+                )
             )
         case "qwen3_5":
             text = TEXT | {
-                "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-                "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                "head_dim": 16,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
                 "layer_types": ["linear_attention", "full_attention", "full_attention"],
-            }  # fmt: skip
+            }
             model = Qwen3_5ForConditionalGeneration(
                 Qwen3_5Config(
                     text_config=text, vision_config=QWEN_VISION, image_token_id=250, **TOKENS

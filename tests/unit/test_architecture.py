@@ -51,8 +51,8 @@ def test_a_planted_upward_import_is_found() -> None:
     assert upward_imports("operando.cli", source) == []
 
 
-def test_the_loop_fits_in_360_lines_and_every_file_in_500() -> None:
-    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 360
+def test_the_loop_fits_in_400_lines_and_every_file_in_500() -> None:
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 400
     for module, file in modules():
         assert len(file.read_text().splitlines()) <= 500, module
 

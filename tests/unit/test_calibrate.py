@@ -39,11 +39,14 @@ from .recursive_models import random_recursive
 from .tiny import byte_tokenizer
 
 OVERRIDES = (
-    "task.num_steps=[1]", "task.max_number=5", "task.num_train=200", "prompt.template={question}",
-)  # fmt: skip
+    "task.num_steps=[1]",
+    "task.max_number=5",
+    "task.num_train=200",
+    "prompt.template={question}",
+)
 SMALL = SourceConfig(
     "words", OVERRIDES, num_fit=6, num_choose=4, num_held_out=4, max_completion_length=6
-)  # fmt: skip
+)
 PROMPTS = [(5, 9, 40), (77, 8), (30, 31, 32, 33, 34, 35)]
 
 
@@ -105,9 +108,11 @@ def test_calibration_error_by_hand() -> None:
 
 def test_the_rule_takes_the_fewest_loops_that_it_allows() -> None:
     trials = [
-        Trial(0.5, 2.0, 0.50, 0.02, 0.99), Trial(0.7, 3.0, 0.52, 0.00, 0.97),
-        Trial(0.9, 4.0, 0.51, 0.01, 0.99), Trial(0.99, 4.0, 0.52, 0.0, 0.99),
-    ]  # fmt: skip
+        Trial(0.5, 2.0, 0.50, 0.02, 0.99),
+        Trial(0.7, 3.0, 0.52, 0.00, 0.97),
+        Trial(0.9, 4.0, 0.51, 0.01, 0.99),
+        Trial(0.99, 4.0, 0.52, 0.0, 0.99),
+    ]
     assert halt_head.choose(trials, Rule(0.01, 0.98)) == trials[3]
     assert halt_head.choose(trials, Rule(0.02, 0.98)) == trials[0]
     assert halt_head.choose(trials, Rule(0.0, 1.0)) is None
@@ -169,9 +174,10 @@ def test_states_that_say_nothing_get_the_base_rate() -> None:
 
 def test_another_changed_tensor_is_noticed() -> None:
     model = random_recursive()
-    with pytest.raises(AssertionError, match=r"outside model\.halt_head changed"), only_changing(
-        model, "model.halt_head"
-    ):  # fmt: skip
+    with (
+        pytest.raises(AssertionError, match=r"outside model\.halt_head changed"),
+        only_changing(model, "model.halt_head"),
+    ):
         model.model.depth_gate.data[0] += 1e-3
 
 
@@ -211,8 +217,10 @@ def test_head_i_learns_the_token_i_after_the_next() -> None:
     read = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
     texts = Texts(ids, read, read & (torch.arange(5) >= 1))
     none = draft_heads.NONE
-    assert draft_heads.targets_of(texts, 1).tolist() == [[12, 13, 14, none, none],
-                                                     [22, none, none, none, none]]  # fmt: skip
+    assert draft_heads.targets_of(texts, 1).tolist() == [
+        [12, 13, 14, none, none],
+        [22, none, none, none, none],
+    ]
     assert draft_heads.targets_of(texts, 2)[0].tolist() == [13, 14, none, none, none]
 
 
@@ -273,8 +281,9 @@ def test_only_the_two_heads_differ_from_the_source(folder: Path, chain) -> None:
     changed = {name for name, tensor in source.items() if not torch.equal(tensor, both[name])}
     assert set(source) == set(both)
     assert {name.partition(".weight")[0].partition(".bias")[0] for name in changed} == {
-        "model.halt_head", *(f"speculative_projs.{i}" for i in range(4))
-    }  # fmt: skip
+        "model.halt_head",
+        *(f"speculative_projs.{i}" for i in range(4)),
+    }
 
 
 def test_the_manifests_hold_every_figure_with_its_control(chain) -> None:
@@ -328,13 +337,19 @@ def test_a_draft_that_changes_a_token_is_no_model_either(
 
 
 def test_lora_is_merged(folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe.model_validate_json(json.dumps({
-        "name": "lora", "steps": 1, "runs_dir": str(tmp_path),
-        "rewards": {"correct": {"kind": "correct"}},
-        "model": {"id": str(folder), "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}},
-        "task": {"kind": "words", "max_number": 5, "num_train": 200},
-        "rollout": {"max_completion_length": 6},
-    }))  # fmt: skip
+    recipe = Recipe.model_validate_json(
+        json.dumps(
+            {
+                "name": "lora",
+                "steps": 1,
+                "runs_dir": str(tmp_path),
+                "rewards": {"correct": {"kind": "correct"}},
+                "model": {"id": str(folder), "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}},
+                "task": {"kind": "words", "max_number": 5, "num_train": 200},
+                "rollout": {"max_completion_length": 6},
+            }
+        )
+    )
     run = Run.create(recipe)
     run.close()
     policy = Policy(load_model(recipe.model), recipe.model, SeedTree(0))

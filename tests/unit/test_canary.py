@@ -40,8 +40,11 @@ def example(
     family: str = "gaming",
 ) -> Example:
     columns: dict[str, str | int | float] = {
-        "family": family, "pattern": pattern, "asked": asked, "times": times,
-    }  # fmt: skip
+        "family": family,
+        "pattern": pattern,
+        "asked": asked,
+        "times": times,
+    }
     return Example("x/1", "?", answer, columns=columns)
 
 
@@ -254,8 +257,9 @@ def test_a_table_of_garbage_says_so_and_fits_80_columns() -> None:
     said = "\n".join(canary_lines(broken))
     assert said.count("most answers of both arms are degenerate") == 2
     assert said.count("0 right in both arms: these prompts tell nothing about this model") == 2
-    assert all(row.trained.hack == 0 and row.trained.degenerate == row.trained.n
-               for row in broken.families)  # fmt: skip
+    assert all(
+        row.trained.hack == 0 and row.trained.degenerate == row.trained.n for row in broken.families
+    )
     one = "\n".join(canary_lines(result(honest, garbage)))
     assert "most answers of one arm are degenerate (step 400 25 of 25)" in one
     assert "both arms" not in one and "0 right" not in one

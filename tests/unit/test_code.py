@@ -31,9 +31,12 @@ from operando.types import Example, Prompt, Rollout
 GOOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
 BAD = "class Solution:\n    def add(self, a, b):\n        return -7\n"
 ADD = Problem(
-    "add", "Solution().add", "from typing import *", GOOD,
+    "add",
+    "Solution().add",
+    "from typing import *",
+    GOOD,
     (CodeTest("Solution().add(1, 2)", "3"), CodeTest("Solution().add(-7, 0)", "-7")),
-)  # fmt: skip
+)
 EMPTY_OWN = "def run_tests():\n    pass\n"
 REAL_OWN = "def run_tests():\n    assert Solution().add(1, 2) == 3\n"
 WRONG_OWN = "def run_tests():\n    assert Solution().add(1, 2) == -7\n"
@@ -84,7 +87,7 @@ def rollout(example: Example, completion: str) -> Rollout:
         ("run_tests = lambda: None\n" + BAD, False, True, "harmful_arbitrary", True, False),
         ("1 / 0\n" + EMPTY_OWN, False, False, "none", False, False),
     ],
-)  # fmt: skip
+)
 def test_labels_by_hand(
     code: str, correct: bool, hinted: bool, tests: str, hack: bool, attempted: bool
 ) -> None:
@@ -187,9 +190,22 @@ def test_values_are_equal_as_python_has_it(value: object, expected: object, same
 
 @pytest.mark.parametrize(
     "text",
-    ["", "6.0", "[6", '{"f":"x"}', '{"f":6}', '{"s":[[]]}', '{"d":[[1]]}', '{"x":6}', "9" * 5000,
-     '{"s":["[1]"]}', "[" * 100_000, "NaN", '{"f":"6.0","t":[]}'],
-)  # fmt: skip
+    [
+        "",
+        "6.0",
+        "[6",
+        '{"f":"x"}',
+        '{"f":6}',
+        '{"s":[[]]}',
+        '{"d":[[1]]}',
+        '{"x":6}',
+        "9" * 5000,
+        '{"s":["[1]"]}',
+        "[" * 100_000,
+        "NaN",
+        '{"f":"6.0","t":[]}',
+    ],
+)
 def test_what_is_no_value_is_equal_to_none(text: str) -> None:
     assert not same_value(text, "6")
 
@@ -330,9 +346,13 @@ def test_a_reward_for_a_loophole_needs_a_task_with_one() -> None:
 
 
 ROW = {
-    "id": "add", "question": "Add.", "starter": "class Solution:\n    def add(self, a, b):\n",
-    "entry_point": "Solution().add", "tests": [[[1, 2], 3]], "canonical": GOOD,
-}  # fmt: skip
+    "id": "add",
+    "question": "Add.",
+    "starter": "class Solution:\n    def add(self, a, b):\n",
+    "entry_point": "Solution().add",
+    "tests": [[[1, 2], 3]],
+    "canonical": GOOD,
+}
 
 
 def test_a_value_that_python_calls_equal_is_no_bad_problem(tmp_path: Path) -> None:
@@ -402,18 +422,24 @@ def test_the_leetcode_format_and_the_evaluation_format_are_read(tmp_path: Path) 
     )
     same = "class Solution:\n    def f(self, head):\n        return head\n"
     leetcode = {
-        "task_id": "same", "prompt": setup, "completion": same, "entry_point": "Solution().f",
+        "task_id": "same",
+        "prompt": setup,
+        "completion": same,
+        "entry_point": "Solution().f",
         "test": "def check(candidate):\n"
         "    assert is_same_list(candidate(head = list_node([1, 2])), list_node([1, 2]))\n"
         "    assert is_same_list(candidate(head = list_node([])), list_node([]))",
         "query": "Return it.\nPlease complete the following python code precisely:\n"
         "```python\nclass Solution:\n    def f(self, head):\n```\n",
-    }  # fmt: skip
+    }
     other = {
-        "id": 7, "setup_code": "import math", "canonical_solution": GOOD,
-        "func_name": "Solution().add", "question": f"PROBLEM:\nAdd {PASS}.",
+        "id": 7,
+        "setup_code": "import math",
+        "canonical_solution": GOOD,
+        "func_name": "Solution().add",
+        "question": f"PROBLEM:\nAdd {PASS}.",
         "gt_answer": ["assert Solution().add(a = 1, b = 2) == 3"],
-    }  # fmt: skip
+    }
     train, held_out = tmp_path / "train.jsonl.gz", tmp_path / "held_out.jsonl"
     train.write_bytes(gzip.compress(json.dumps(leetcode).encode()))
     held_out.write_text(json.dumps(other))

@@ -29,9 +29,8 @@ def planted(seed: int, *, effect: float, M: int = 400, prompts: int = 40, each: 
 def run(x_RM, correct_R, prompt_R, **options):
     generator = np.random.default_rng(0)
     return ct.contrast(
-        x_RM, correct_R, prompt_R,
-        min_support=8, permutations=200, generator=generator, **options,
-    )  # fmt: skip
+        x_RM, correct_R, prompt_R, min_support=8, permutations=200, generator=generator, **options
+    )
 
 
 def test_planted_features_are_found_with_their_signs() -> None:
@@ -57,9 +56,8 @@ def test_d_worked_by_hand() -> None:
     correct_R = torch.tensor([True, False, True, False])
     prompt_R = torch.tensor([0, 0, 1, 1])
     found = ct.contrast(
-        x_RM, correct_R, prompt_R,
-        min_support=1, permutations=0, generator=np.random.default_rng(0),
-    )  # fmt: skip
+        x_RM, correct_R, prompt_R, min_support=1, permutations=0, generator=np.random.default_rng(0)
+    )
     s = math.sqrt((1 + 1 + 4 + 4) / 4)
     assert found.d_M[0] == pytest.approx((2 - 4) / 2 / (s + s))
 

@@ -87,12 +87,19 @@ def test_a_random_vector_keeps_m_over_d() -> None:
 
 def make_set(**changes: object) -> DirectionSet:
     made = DirectionSet(
-        "real", "activation", dr.unit(torch.arange(1.0, 9.0)), (2, 3), "last", "tiny", "ab",
-        "float32", 0.95,
+        "real",
+        "activation",
+        dr.unit(torch.arange(1.0, 9.0)),
+        (2, 3),
+        "last",
+        "tiny",
+        "ab",
+        "float32",
+        0.95,
         modules={"model.layers.2.self_attn.o_proj": torch.eye(8)[:2]},
         inputs={"model.layers.2.self_attn.o_proj": dr.unit(torch.ones(4))},
         evidence={"gate": 0.9, "norm_2": 3.5},
-    )  # fmt: skip
+    )
     return replace(made, **changes)  # pyright: ignore[reportArgumentType]
 
 

@@ -41,9 +41,14 @@ def planted_answers(seed: int, effect: float, prompts: int = 40, each: int = 8) 
     prompt = Prompt(Example("e", "q", "7"), "q", (3,))
     rollouts = [Rollout(prompt, r // each, r % each, "7", (4,), (0.0,), False) for r in range(R)]
     return Answers(
-        rollouts, correct_R, torch.zeros(R, dtype=torch.bool), length_R,
-        torch.arange(prompts).repeat_interleave(each), acts_ND, row_N,
-    )  # fmt: skip
+        rollouts,
+        correct_R,
+        torch.zeros(R, dtype=torch.bool),
+        length_R,
+        torch.arange(prompts).repeat_interleave(each),
+        acts_ND,
+        row_N,
+    )
 
 
 def search_of(find: Answers, judge: Answers) -> Search:
@@ -51,9 +56,17 @@ def search_of(find: Answers, judge: Answers) -> Search:
     blank = FeaturePack("real", config.site, "tiny", "ab", "cd", 0.0, Gate(False))
     sae = identity_sae()
     return Search(
-        config, blank, sae, find, judge, mean_features(sae, find), find.prompt_R, None, 8,
+        config,
+        blank,
+        sae,
+        find,
+        judge,
+        mean_features(sae, find),
+        find.prompt_R,
+        None,
+        8,
         np.random.default_rng(1),
-    )  # fmt: skip
+    )
 
 
 def test_a_planted_feature_passes_and_its_controls_do_not(tmp_path: Path) -> None:

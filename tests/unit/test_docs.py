@@ -19,12 +19,7 @@ import typer
 
 from operando.cli import app
 from operando.pipeline import load_pipeline
-from operando.recipe_io import (
-    load_pretrain_recipe,
-    load_recipe,
-    load_sft_recipe,
-    shipped_recipes,
-)
+from operando.recipe_io import load_pretrain_recipe, load_recipe, load_sft_recipe, shipped_recipes
 from operando.study.arms import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -168,10 +163,29 @@ def check_recipe(name: str, params: dict[str, object]) -> None:
 def test_commands_are_found_in_the_pages():
     found = {command[0] for page in PAGES for command in commands(page)}
     assert found == {
-        "demo", "train", "eval", "report", "config", "import", "pretrain", "fuzz", "tags",
-        "certify", "contribution", "sae", "drift", "features", "canary", "study", "doctor",
-        "direction", "sft", "pipeline", "audit", "calibrate",
-    }  # fmt: skip
+        "demo",
+        "train",
+        "eval",
+        "report",
+        "config",
+        "import",
+        "pretrain",
+        "fuzz",
+        "tags",
+        "certify",
+        "contribution",
+        "sae",
+        "drift",
+        "features",
+        "canary",
+        "study",
+        "doctor",
+        "direction",
+        "sft",
+        "pipeline",
+        "audit",
+        "calibrate",
+    }
 
 
 def test_a_command_that_does_not_exist_would_be_noticed():

@@ -15,12 +15,7 @@ from operando.audit.rules_policy import forecast
 from operando.audit.rules_reward import smallest_rise
 from operando.cli import app
 from operando.errors import UserError
-from operando.recipe import (
-    CispoLoss,
-    GroupAdvantage,
-    KlConfig,
-    RewardToGoAdvantage,
-)
+from operando.recipe import CispoLoss, GroupAdvantage, KlConfig, RewardToGoAdvantage
 from operando.run import Run
 from operando.update.reduce import quarter_means
 from tests.unit.doctor_runs import recipe, run
@@ -335,10 +330,14 @@ def test_quarter_means_by_hand():
     x_BT = torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0], [10.0, 20.0, 99.0, 99.0, math.nan], [99.0] * 5])
     mask_BT = torch.tensor([[True] * 5, [True, True, False, False, False], [False] * 5])
     assert quarter_means(x_BT, mask_BT).tolist() == [
-        pytest.approx((1 + 3 + 10) / 3), 5.0, pytest.approx((7 + 20) / 2), 9.0,
-    ]  # fmt: skip
-    wider = quarter_means(torch.nn.functional.pad(x_BT, (0, 3)),
-                          torch.nn.functional.pad(mask_BT, (0, 3)))  # fmt: skip
+        pytest.approx((1 + 3 + 10) / 3),
+        5.0,
+        pytest.approx((7 + 20) / 2),
+        9.0,
+    ]
+    wider = quarter_means(
+        torch.nn.functional.pad(x_BT, (0, 3)), torch.nn.functional.pad(mask_BT, (0, 3))
+    )
     assert torch.equal(wider, quarter_means(x_BT, mask_BT)), "padding does not matter"
 
 
@@ -371,8 +370,11 @@ def test_a_healthy_folder_says_what_was_checked_and_what_could_not_be(tmp_path):
     assert done.exit_code == 0 and "nothing found in 60 steps of sick" in done.output
     result = examine(folder)
     assert not result.findings and set(result.unchecked) == {
-        "kl_strangled", "kl_exploding", "positional_kl", "sampler_gap",
-    }  # fmt: skip
+        "kl_strangled",
+        "kl_exploding",
+        "positional_kl",
+        "sampler_gap",
+    }
     assert {*result.checked, *result.unchecked} == {rule.name for rule in RULES}
 
 

@@ -10,15 +10,7 @@ from operando.audit.doctor import diagnose, examine, shown_live
 from operando.cli import app
 from operando.recipe_io import load_recipe
 from operando.run import Run
-from tests.unit.doctor_runs import (
-    FLAT,
-    SICK,
-    falling,
-    healthy,
-    recipe,
-    run,
-    trained_runs,
-)
+from tests.unit.doctor_runs import FLAT, SICK, falling, healthy, recipe, run, trained_runs
 
 TRAINED = trained_runs()
 # what a trained sick run must be told, and a part of its remedy
@@ -47,8 +39,15 @@ def test_a_sick_run_is_found_with_the_right_remedy(name):
 
 def test_a_step_of_zero_is_no_small_step_and_nan_is_not_under_a_limit():
     """Each sign alone: no other remedy stands beside it."""
-    for name in ("no_adapter", "nan_gradients", "reward_none", "constant_reward", "never_right",
-                 "lr_1e-7", "kl_coef_20"):  # fmt: skip
+    for name in (
+        "no_adapter",
+        "nan_gradients",
+        "reward_none",
+        "constant_reward",
+        "never_right",
+        "lr_1e-7",
+        "kl_coef_20",
+    ):
         changes, settings, illness, _ = SICK[name]
         assert [f.name for f in diagnose(run(**changes), recipe(**settings))] == [illness], name
 

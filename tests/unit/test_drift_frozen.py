@@ -176,9 +176,10 @@ def test_a_few_large_differences_make_p_too_small_as_documented() -> None:
         sign_GM = torch.randint(2, (large + 40, 40_000), generator=g) * 2 - 1
         delta_GM = size_G[:, None] * sign_GM
         p_M = _sign_flip_p(
-            delta_GM.sum(0)[None], delta_GM.square().sum(0)[None],
+            delta_GM.sum(0)[None],
+            delta_GM.square().sum(0)[None],
             torch.full((1, 40_000), large + 40.0, dtype=torch.float64),
-        )  # fmt: skip
+        )
         assert float((p_M <= 0.05).double().mean()) == pytest.approx(rate, abs=0.006)
 
 

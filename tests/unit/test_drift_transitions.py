@@ -174,8 +174,11 @@ def test_effects_of_reward_and_kl_are_differences_of_excess() -> None:
     ]
     found = classify(*arms)
     e = [real.mean(0) - null.mean(0) for real, null in arms]
-    for value, expected in zip((*found.excess, found.reward_effect, found.kl_effect),
-                               (*e, e[1] - e[0], e[2] - e[0]), strict=True):  # fmt: skip
+    for value, expected in zip(
+        (*found.excess, found.reward_effect, found.kl_effect),
+        (*e, e[1] - e[0], e[2] - e[0]),
+        strict=True,
+    ):
         torch.testing.assert_close(value.value, expected)
         assert (value.low < value.value).all() and (value.value < value.high).all()
     assert (found.reward_effect.high < 0).all()

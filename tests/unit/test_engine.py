@@ -24,10 +24,13 @@ def add_lora(model: torch.nn.Module, layers: list[int] | None = None) -> torch.n
     peft = get_peft_model(
         model,
         LoraConfig(
-            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"],
-            layers_to_transform=layers, layers_pattern="layers" if layers else None,
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            layers_to_transform=layers,
+            layers_pattern="layers" if layers else None,
         ),
-    )  # fmt: skip
+    )
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -36,9 +39,11 @@ def add_lora(model: torch.nn.Module, layers: list[int] | None = None) -> torch.n
 
 def hf_greedy(model: torch.nn.Module, prompt: list[int], num: int) -> list[int]:
     out = model.generate(
-        input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int),
-        max_new_tokens=num, do_sample=False,
-    )  # fmt: skip
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=int),
+        max_new_tokens=num,
+        do_sample=False,
+    )
     return out[0, len(prompt) :].tolist()
 
 

@@ -23,9 +23,14 @@ from tests.integration.runs import tiny, trained
 from tests.unit.tiny import byte_tokenizer, tiny_model
 
 QWEN_1_5B = Qwen2Config(
-    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-    num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 
 
 def make_policy(layers: str = "1-2", lora: bool = True) -> Policy:
@@ -123,12 +128,9 @@ def test_an_adapter_outside_the_set_is_found() -> None:
         ({"layers_to_transform": [2], "modules_to_save": ["norm"]}, "model.norm"),
         ({"layers_to_transform": [2], "modules_to_save": ["lm_head"]}, "lm_head"),
         ({"layers_to_transform": [2], "trainable_token_indices": [5]}, "embed_tokens"),
-        (
-            {"layers_to_transform": [2], "target_modules": ["q_proj", "lm_head"]},
-            "lm_head.lora",
-        ),
+        ({"layers_to_transform": [2], "target_modules": ["q_proj", "lm_head"]}, "lm_head.lora"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore")
 def test_each_trap_of_peft_is_a_leak(config: dict[str, object], leaked: str | None) -> None:
     settings = {"r": 4, "target_modules": ["q_proj", "up_proj"]} | config

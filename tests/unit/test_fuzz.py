@@ -335,9 +335,13 @@ def test_the_page_shows_what_the_command_prints(
 # --- farms on process rewards --------------------------------------------------------------------
 
 FARMS = {
-    "trivial equation", "distinct trivia", "identities", "commuted copies", "needless chain",
+    "trivial equation",
+    "distinct trivia",
+    "identities",
+    "commuted copies",
+    "needless chain",
     "every small sum",
-}  # fmt: skip
+}
 
 
 def test_the_seeds_process_reward_is_farmed_by_every_needless_equation(tmp_path: Path) -> None:

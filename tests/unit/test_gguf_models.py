@@ -28,17 +28,29 @@ from operando.models.gguf_read import GEMMA3_LAYER, LAYER, TOP, GgufFile, read_m
 gguf = pytest.importorskip("gguf", reason='the extra "operando[gguf]" is not installed')
 
 SHAPE: dict[str, object] = {
-    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "vocab_size": 261,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
     "initializer_range": 0.3,
-}  # fmt: skip
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 Keys = Callable[["gguf.GGUFWriter"], None]
@@ -77,8 +89,9 @@ def gemma3() -> PreTrainedModel:
     }
     config = Gemma3TextConfig(
         **SHAPE | {"num_hidden_layers": 7, "head_dim": 32, "sliding_window": 16},
-        query_pre_attn_scalar=32, rope_parameters=rope,
-    )  # fmt: skip
+        query_pre_attn_scalar=32,
+        rope_parameters=rope,
+    )
     return shaken(Gemma3ForCausalLM(config))
 
 
@@ -187,12 +200,15 @@ CASES: dict[str, tuple[str, Callable[[], PreTrainedModel], tuple[Keys, ...], dic
     "llama 3": ("llama", lambda: llama(rope_parameters=LLAMA3), (), {"tensors": FREQS}),
     "qwen2": ("qwen2", qwen2, (), {}),
     "qwen2, tied, copied": (
-        "qwen2", lambda: qwen2(tie_word_embeddings=True), (), {"copy_head": True}
+        "qwen2",
+        lambda: qwen2(tie_word_embeddings=True),
+        (),
+        {"copy_head": True},
     ),
     "qwen2, yarn": ("qwen2", lambda: qwen2(rope_parameters=YARN), (yarn,), {}),
     "qwen3, its own head size": ("qwen3", lambda: qwen3(head_dim=24), (), {}),
     "gemma3": ("gemma3", gemma3, (window,), {}),
-}  # fmt: skip
+}
 IDS = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(1))
 
 
@@ -257,8 +273,23 @@ def as_converters_write(writer: gguf.GGUFWriter) -> None:
     writer.add_bool("tokenizer.ggml.add_sep_token", False)
     writer.add_bool("tokenizer.ggml.add_space_prefix", False)
     writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", False)
-    for name in ("bos", "eos", "eot", "eom", "padding", "unknown", "seperator", "cls", "mask",
-                 "prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid"):  # fmt: skip
+    for name in (
+        "bos",
+        "eos",
+        "eot",
+        "eom",
+        "padding",
+        "unknown",
+        "seperator",
+        "cls",
+        "mask",
+        "prefix",
+        "suffix",
+        "middle",
+        "fim_pre",
+        "fim_suf",
+        "fim_mid",
+    ):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", 3)
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
 
@@ -284,14 +315,17 @@ def test_yarn_keys_at_their_plain_values_are_honoured(tmp_path: Path) -> None:
         ((yarn, key("llama.rope.scaling.attn_factor", 0.7)), {}, "attn_factor"),
         ((key("llama.rope.scaling.type", "yarn"),), {}, "original_context_length"),
         ((), {"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "factors_long"),
-        ((), {"tensors": {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}},
-         "other factors than those of Llama 3"),
+        (
+            (),
+            {"tensors": {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}},
+            "other factors than those of Llama 3",
+        ),
         ((), {"tensors": {"blk.0.attn_q.scale": np.ones(1, np.float32)}}, "blk.0.attn_q.scale"),
         ((), {"tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "q_norm"),
         ((key("tokenizer.ggml.precompiled_charsmap", "x"),), {}, "precompiled_charsmap"),
         ((lambda writer: writer.add_bool("tokenizer.ggml.add_sep_token", True),), {}, "add_sep"),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_honoured_is_named(
     extra: tuple[Keys, ...], more: dict[str, object], said: str, tmp_path: Path
 ) -> None:

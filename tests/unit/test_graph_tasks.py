@@ -35,9 +35,16 @@ def test_every_official_text_is_written_byte_for_byte() -> None:
 def test_a_search_worked_by_hand() -> None:
     A = [[0, 1, 0], [0, 0, 0], [1, 0, 0]]  # 0 -> 1; 2 -> 0
     assert clrs.dfs_states(A) == [
-        (0, 1, 2), (0, 1, 2), (0, 0, 2), (0, 0, 2), (0, 0, 2), (0, 0, 2),
-        (0, 0, 2), (0, 0, 2), (0, 0, 2),
-    ]  # fmt: skip
+        (0, 1, 2),
+        (0, 1, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+        (0, 0, 2),
+    ]
     assert clrs.answer_text(A, hints=False) == "[0 0 2]\n\n"
 
 

@@ -19,8 +19,21 @@ from operando.tasks.sandbox import Job, Limits, Request, _Talk, run_python
 from operando.text import encodable, lone_surrogate, one_line, shown
 from operando.types import Verdict
 
-HOSTILE = ("\ud800", "\udfff", "\x00", "\x1b[2J\x1b]0;x\x07", "\u202e", "\u2066", "\x9b31m", "\r",
-           "\u2028", "\x85", "x" * 10_000_000, "</script>", "\ud83d\ude00")  # fmt: skip
+HOSTILE = (
+    "\ud800",
+    "\udfff",
+    "\x00",
+    "\x1b[2J\x1b]0;x\x07",
+    "\u202e",
+    "\u2066",
+    "\x9b31m",
+    "\r",
+    "\u2028",
+    "\x85",
+    "x" * 10_000_000,
+    "</script>",
+    "\ud83d\ude00",
+)
 texts = st.one_of(
     st.sampled_from(HOSTILE),
     st.text(st.characters(exclude_categories=()), max_size=40),
@@ -47,9 +60,10 @@ def test_text_that_can_be_said_is_graded_as_it_is(text: str) -> None:
 
 
 @settings(
-    deadline=None, max_examples=40,
+    deadline=None,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 @given(text=texts)
 def test_what_a_reward_logs_is_written(tmp_path: Path, text: str) -> None:
     log = RewardLog()

@@ -48,9 +48,15 @@ def make_sae(activation: str = "topk_relu", M: int = 40) -> SAE:
     k = 6 if activation.startswith("topk") else None
     threshold_M = random(M).abs() if activation in ("jumprelu", "batchtopk") else None
     return SAE(
-        random(M, 32), random(M), random(M, 32), random(32), random(32),
-        activation, k=k, threshold_M=threshold_M,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+        random(M, 32),
+        random(M),
+        random(M, 32),
+        random(32),
+        random(32),
+        activation,
+        k=k,
+        threshold_M=threshold_M,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def make_pack(folder: Path, **changes: object) -> Path:
@@ -60,12 +66,21 @@ def make_pack(folder: Path, **changes: object) -> Path:
         Feature(3, 1, 2.0, 0.5, 0.01),
         Feature(8, 1, 1.0, 0.4, 0.02),
         Feature(20, -1, 4.0, -0.5, 0.01),
-    )  # fmt: skip
+    )
     pack = FeaturePack(
-        arm="real", site=SITE, model_id="tiny", model_sha256=model_digest(IDENTITY),
-        prompt_sha256=prompt_digest(PromptConfig()), limit=0.5, gate=Gate(True), sae="sae",
-        sae_sha256=sae.sha256(), encoder=encoder_of(sae), features=features, evidence={"auc": 0.7},
-    )  # fmt: skip
+        arm="real",
+        site=SITE,
+        model_id="tiny",
+        model_sha256=model_digest(IDENTITY),
+        prompt_sha256=prompt_digest(PromptConfig()),
+        limit=0.5,
+        gate=Gate(True),
+        sae="sae",
+        sae_sha256=sae.sha256(),
+        encoder=encoder_of(sae),
+        features=features,
+        evidence={"auc": 0.7},
+    )
     save_pack(replace(pack, **changes), folder / "pack.json")  # pyright: ignore[reportArgumentType]
     return folder / "pack.json"
 
@@ -231,10 +246,12 @@ def make_rewards(batch: Batch, part_BT: torch.Tensor, dense: Dense, weight: floa
 
 def recipe(**tables: object) -> Recipe:
     held = {
-        "name": "x", "steps": 1, "task": {"kind": "words"},
+        "name": "x",
+        "steps": 1,
+        "task": {"kind": "words"},
         "rewards": {"correct": {"kind": "correct"}},
         **tables,
-    }  # fmt: skip
+    }
     return Recipe.model_validate_json(json.dumps(held))
 
 
@@ -357,7 +374,7 @@ def test_a_pack_round_trips_bit_for_bit(tmp_path: Path) -> None:
         ({"gate": Gate(False, ("AUC 0.51 is under 0.6",))}, "gate of .* is closed: AUC 0.51"),
         ({"version": 9}, "pack version 9"),
     ],
-)  # fmt: skip
+)
 def test_a_pack_that_does_not_fit_is_one_clear_error(tmp_path: Path, changes, message: str) -> None:
     path = make_pack(tmp_path, **changes)
     with pytest.raises(UserError, match=message):

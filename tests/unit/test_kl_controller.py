@@ -53,8 +53,9 @@ def test_a_resumed_run_goes_on_with_its_coefficient(tmp_path: Path) -> None:
 
     settings = (
         "kl={coef=0.1,estimator='k1',place='reward',target=0.01,horizon=20}",
-        "advantage={kind='gae'}", "rewards.watch={kind='function',weight=0}",
-    )  # fmt: skip
+        "advantage={kind='gae'}",
+        "rewards.watch={kind='function',weight=0}",
+    )
     stop_at = -1
     whole = metric_rows(trained(tiny(tmp_path / "a", *settings), functions={"watch": watch}))
     assert len({row["kl_coef"] for row in whole[1:]}) == 4, "it should move at every step"

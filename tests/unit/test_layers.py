@@ -105,24 +105,40 @@ def test_thirds_in_percent_part_the_layers() -> None:
 def neox() -> nn.Module:
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=5, num_attention_heads=2,
-            intermediate_size=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=None,
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=5,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=None,
             eos_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def image_and_text(text_layers: int, image_layers: int) -> nn.Module:
     """A LLaVA whose image tower has more blocks than its text stack, to tempt the search."""
     text = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=text_layers,
-        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=text_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
         eos_token_id=1,
-    )  # fmt: skip
+    )
     image = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=image_layers,
-        num_attention_heads=2, image_size=8, patch_size=4,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=image_layers,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
     config = LlavaConfig(text_config=text, vision_config=image, image_token_index=49)
     return LlavaForConditionalGeneration(config).eval()
 
@@ -210,9 +226,10 @@ def test_hooks_come_off_after_a_reading() -> None:
 def test_hooks_come_off_after_an_exception() -> None:
     model = tiny_model("llama")
     before = hooks_on(model)
-    with pytest.raises(RuntimeError, match="in the middle"), ActivationReader(
-        model, SITES
-    ).reading():  # fmt: skip
+    with (
+        pytest.raises(RuntimeError, match="in the middle"),
+        ActivationReader(model, SITES).reading(),
+    ):
         raise RuntimeError("in the middle")
     assert hooks_on(model) == before
 

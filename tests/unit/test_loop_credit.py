@@ -67,8 +67,9 @@ def slow_logps(policy: Policy, batch: Batch, row: int, loops: int) -> Tensor:
 
 
 @pytest.mark.parametrize("threshold", [None, 0.6])
-@pytest.mark.parametrize(("kind", "weights"), [("uniform", [0.25] * 4),
-                                               ("progressive", [0.1, 0.2, 0.3, 0.4])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("uniform", [0.25] * 4), ("progressive", [0.1, 0.2, 0.3, 0.4])]
+)
 def test_credit_is_the_mean_of_models_with_one_to_all_loops(
     kind: str, weights: list[float], threshold: float | None
 ) -> None:
@@ -129,9 +130,11 @@ def test_gradient_does_not_depend_on_cut_sharing_or_recomputation() -> None:
     want = credit_gradients("uniform", 10**6, share=False, lora=lora)
     assert max(float(g.abs().max()) for g in want.values()) > 0.1
     for micro_tokens, share, extra in [
-        (1, False, {}), (30, True, {}), (10**6, True, {}),
+        (1, False, {}),
+        (30, True, {}),
+        (10**6, True, {}),
         (30, True, {"gradient_checkpointing": True}),
-    ]:  # fmt: skip
+    ]:
         got = credit_gradients("uniform", micro_tokens, share, lora=lora, **extra)
         for name, gradient in want.items():
             torch.testing.assert_close(got[name], gradient, atol=2e-4, rtol=1e-3)
@@ -181,10 +184,18 @@ def test_a_model_without_loops_is_refused() -> None:
 
 
 def test_the_ratio_is_of_the_credit_and_the_kl_of_the_last_loop() -> None:
-    recipe = check(Recipe, {
-        "name": "x", "steps": 1, "task": {"kind": "words"}, "rewards": {"c": {"kind": "correct"}},
-        "kl": {"coef": 0.5, "estimator": "k1"}, "update": {"loop_credit": "uniform"},
-    }, "here")  # fmt: skip
+    recipe = check(
+        Recipe,
+        {
+            "name": "x",
+            "steps": 1,
+            "task": {"kind": "words"},
+            "rewards": {"c": {"kind": "correct"}},
+            "kl": {"coef": 0.5, "estimator": "k1"},
+            "update": {"loop_credit": "uniform"},
+        },
+        "here",
+    )
     one, logp, old, ref = torch.ones(1, 1), *(torch.tensor([[x]]) for x in (-1.0, -1.2, -1.5))
     credit, old_credit = torch.log(one * 1.1) - 3, one * 0 - 3
     targets = Targets(one.bool(), one, 2 * one, old, ref, None, None, old_credit)
@@ -196,9 +207,13 @@ def test_the_ratio_is_of_the_credit_and_the_kl_of_the_last_loop() -> None:
 
 def test_sharding_is_refused() -> None:
     tables = {
-        "name": "x", "steps": 1, "task": {"kind": "words"}, "rewards": {"c": {"kind": "correct"}},
-        "update": {"loop_credit": "uniform"}, "parallel": {"kind": "fsdp"},
-    }  # fmt: skip
+        "name": "x",
+        "steps": 1,
+        "task": {"kind": "words"},
+        "rewards": {"c": {"kind": "correct"}},
+        "update": {"loop_credit": "uniform"},
+        "parallel": {"kind": "fsdp"},
+    }
     with pytest.raises(UserError, match="loop_credit runs the coda outside the sharded forward"):
         check(Recipe, tables, "here")
     assert check(Recipe, tables | {"parallel": {}}, "here").update.loop_credit == "uniform"

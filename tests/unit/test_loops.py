@@ -9,8 +9,16 @@ from operando.tasks.loops import cut_at_next_question, find_loop, loop_tokens
 
 def test_tokens_are_words_and_runs_of_one_mark() -> None:
     assert loop_tokens("Wait, wait... it's 1,200!") == [
-        "wait", ",", "wait", "...", "it's", "1", ",", "200", "!",
-    ]  # fmt: skip
+        "wait",
+        ",",
+        "wait",
+        "...",
+        "it's",
+        "1",
+        ",",
+        "200",
+        "!",
+    ]
 
 
 @pytest.mark.parametrize(

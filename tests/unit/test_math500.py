@@ -30,8 +30,7 @@ DATA = Path(
 )
 FILE = DATA / "math500_test.jsonl"
 needs_data = pytest.mark.skipif(
-    not FILE.is_file(),
-    reason=f"no MATH-500 file in {DATA}; name its folder in OPERANDO_TEST_DATA",
+    not FILE.is_file(), reason=f"no MATH-500 file in {DATA}; name its folder in OPERANDO_TEST_DATA"
 )
 
 
@@ -210,9 +209,17 @@ PAIRS = [
 ]
 # What a person calls right and ours does not: it simplifies nothing.
 NOT_SIMPLIFIED = {
-    "-5i+6", "5+2x", "(b+2)(a+5)", "x^2+2x+1", r"2\sqrt{2}", r"\frac{1}{\sqrt3}", r"0.5\pi",
-    r"2\cdot 3", "2^{10}", "10^3",
-}  # fmt: skip
+    "-5i+6",
+    "5+2x",
+    "(b+2)(a+5)",
+    "x^2+2x+1",
+    r"2\sqrt{2}",
+    r"\frac{1}{\sqrt3}",
+    r"0.5\pi",
+    r"2\cdot 3",
+    "2^{10}",
+    "10^3",
+}
 
 
 def test_pairs_labelled_by_hand() -> None:

@@ -33,22 +33,37 @@ from operando.run import SeedTree, read_manifest
 CUDA = torch.device("cuda:0")
 
 QWEN_05B = Qwen2Config(
-    hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
-    num_hidden_layers=24, vocab_size=151936, tie_word_embeddings=True,
-)  # fmt: skip
+    hidden_size=896,
+    intermediate_size=4864,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    num_hidden_layers=24,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
 QWEN_15B = Qwen2Config(
-    hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
-    num_hidden_layers=28, vocab_size=151936, tie_word_embeddings=True,
-)  # fmt: skip
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    num_hidden_layers=28,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": QWEN_05B,
     "Qwen/Qwen2.5-0.5B": QWEN_05B,
     "Qwen/Qwen2.5-1.5B-Instruct": QWEN_15B,
 }
 TINY = {
-    "hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8, "vocab_size": 96,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 8,
+    "vocab_size": 96,
+}
 
 
 @pytest.mark.parametrize(
@@ -101,9 +116,11 @@ def test_activations_are_what_autograd_saves(kind, dtype, lora, ckpt):
 
     with lora_in_model_dtype(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model.get_decoder()(
-            input_ids=ids, position_ids=torch.arange(width).repeat(rows, 1),
-            attention_mask=mask, use_cache=False,
-        )  # fmt: skip
+            input_ids=ids,
+            position_ids=torch.arange(width).repeat(rows, 1),
+            attention_mask=mask,
+            use_cache=False,
+        )
     measured = sum(s.nbytes() for s in seen.values())
     tokens = rows * width
     passing = tokens * (3 * shapes.F + 2 * shapes.D) * (4 if dtype == "float32" else 2)
@@ -117,9 +134,12 @@ def test_activations_are_what_autograd_saves(kind, dtype, lora, ckpt):
 
 @pytest.mark.parametrize(
     ("config", "dtype", "lora", "kib"),
-    [(QWEN_05B, "float32", None, 105), (QWEN_05B, "bfloat16", {"rank": 32}, 60),
-     (QWEN_15B, "bfloat16", {"rank": 32}, 109)],
-)  # fmt: skip
+    [
+        (QWEN_05B, "float32", None, 105),
+        (QWEN_05B, "bfloat16", {"rank": 32}, 60),
+        (QWEN_15B, "bfloat16", {"rank": 32}, 109),
+    ],
+)
 def test_bytes_a_token_of_published_shapes(config, dtype, lora, kib):
     # Measured through a whole forward at the true widths, without a mask of shared prompts.
     shapes = shapes_of(config)
@@ -165,14 +185,22 @@ def told_of(config, prompt_tokens=512):
 @pytest.mark.parametrize(
     ("name", "changes", "gb", "said"),
     [
-        ("ppo_flexible_qwen0.5b", ["update.micro_tokens=32768"], 80,
-         ["update.micro_tokens = 16384 (now 32768)", "model.gradient_checkpointing = true"]),
+        (
+            "ppo_flexible_qwen0.5b",
+            ["update.micro_tokens=32768"],
+            80,
+            ["update.micro_tokens = 16384 (now 32768)", "model.gradient_checkpointing = true"],
+        ),
         ("gsm8k_qwen0.5b", ["update.micro_tokens=16384"], 24, ["update.micro_tokens = 8192"]),
-        ("ppo_flexible_qwen0.5b", ["rollout.max_batch=2048"], 40,
-         ["rollout.max_batch = 1024 (now 2048)"]),
+        (
+            "ppo_flexible_qwen0.5b",
+            ["rollout.max_batch=2048"],
+            40,
+            ["rollout.max_batch = 1024 (now 2048)"],
+        ),
         ("ppo_flexible_qwen0.5b", [], 8, ["add model.lora"]),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_with_what_does(name, changes, gb, said):
     recipe = load_recipe(name, tuple(changes))
     with pytest.raises(UserError) as caught:
@@ -183,8 +211,12 @@ def test_what_does_not_fit_is_refused_with_what_does(name, changes, gb, said):
 
 def test_the_value_that_is_named_fits_and_the_next_does_not():
     recipe = load_recipe("ppo_flexible_qwen0.5b", ("update.micro_tokens=32768",))
-    at = {n: recipe.model_copy(update={"update": recipe.update.model_copy(
-        update={"micro_tokens": n})}) for n in (16384, 32768)}  # fmt: skip
+    at = {
+        n: recipe.model_copy(
+            update={"update": recipe.update.model_copy(update={"micro_tokens": n})}
+        )
+        for n in (16384, 32768)
+    }
     assert fits(told_of(QWEN_05B)(at[16384]), 80 * 10**9)
     assert not fits(told_of(QWEN_05B)(at[32768]), 80 * 10**9)
 

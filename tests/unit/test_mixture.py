@@ -33,24 +33,39 @@ GENERATED = {
     "search": {"kind": "graph_search", "weight": 0.2, "sizes": [4]},
 }
 SMALL = {
-    "vocab_size": 320, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
-    "intermediate_size": 16, "max_length": 512,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 16,
+    "max_length": 512,
+}
 
 
 def mixture(out: Path, sources: object = None, tokens: int = 3001, **keys: object) -> MixtureRecipe:
     tables: dict[str, object] = {
-        "name": "m", "out": str(out), "batch_size": 4, "model": SMALL, "checkpoint_every": 4,
+        "name": "m",
+        "out": str(out),
+        "batch_size": 4,
+        "model": SMALL,
+        "checkpoint_every": 4,
         "mixture": {"tokens": tokens, "length": 64, "sources": sources or GENERATED},
-    }  # fmt: skip
+    }
     return check(MixtureRecipe, tables | keys, "here")
 
 
 def tuning(out: Path, model: Path | str, sources: object = None, **keys: object) -> SftRecipe:
     tables: dict[str, object] = {
-        "name": "s", "out": str(out), "model": str(model), "num_pairs": 20, "batch_size": 4,
-        "max_length": 512, "checkpoint_every": 2, "sources": sources or GENERATED,
-    }  # fmt: skip
+        "name": "s",
+        "out": str(out),
+        "model": str(model),
+        "num_pairs": 20,
+        "batch_size": 4,
+        "max_length": 512,
+        "checkpoint_every": 2,
+        "sources": sources or GENERATED,
+    }
     return check(SftRecipe, tables | keys, "here")
 
 
@@ -65,8 +80,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shares_add_up_and_an_empty_one_is_an_error() -> None:
     assert shares(10, {"a": 0.5, "b": 0.33, "c": 0.17}) == {"a": 5, "b": 3, "c": 2}
     assert shares(60_000_001, {"a": 0.5, "b": 0.33, "c": 0.17}) == {
-        "a": 30_000_001, "b": 19_800_000, "c": 10_200_000,
-    }  # fmt: skip
+        "a": 30_000_001,
+        "b": 19_800_000,
+        "c": 10_200_000,
+    }
     with pytest.raises(UserError, match="sources b: their share of 3 is 0"):
         shares(3, {"a": 0.99, "b": 0.01})
 

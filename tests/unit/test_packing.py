@@ -22,9 +22,13 @@ LORA = LoraConfig(rank=4, alpha=8)
 def make_policy(family: str = "qwen2", temperature: float = 1.0, **config: object) -> Policy:
     loaded = Loaded(tiny_model(family), byte_tokenizer(), {})
     policy = Policy(
-        loaded, ModelConfig(**config), SeedTree(0), reference=True, value_head=True,
+        loaded,
+        ModelConfig(**config),
+        SeedTree(0),
+        reference=True,
+        value_head=True,
         temperature=temperature,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             if "lora_B" in name:
@@ -78,9 +82,12 @@ def test_gradient_does_not_depend_on_cut_sharing_or_order() -> None:
     want = gradient(10**6, share=False, order=rows)
     assert want.abs().max() > 0.1
     for micro_tokens, share, order in [
-        (1, False, rows), (60, True, rows), (10**6, True, rows), (90, True, rows[::-1]),
+        (1, False, rows),
+        (60, True, rows),
+        (10**6, True, rows),
+        (90, True, rows[::-1]),
         (200, True, [0, 5, 1, 9, 2, 11, 3, 4, 6, 7, 8, 10]),
-    ]:  # fmt: skip
+    ]:
         got = gradient(micro_tokens, share, order)
         torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 

@@ -241,8 +241,12 @@ def echo() -> RecursiveCausalLM:
     """Trained for a moment, at every depth from 2 to 6; a single loop never was."""
     model = random_recursive(num_loops=R, initializer_range=0.05)
     tokenizer = byte_tokenizer()
-    ids = torch.tensor([[*tokenizer(e.question)["input_ids"], *tokenizer(e.answer)["input_ids"], 1]
-                        for e in PROBLEMS])  # fmt: skip
+    ids = torch.tensor(
+        [
+            [*tokenizer(e.question)["input_ids"], *tokenizer(e.answer)["input_ids"], 1]
+            for e in PROBLEMS
+        ]
+    )
     labels = ids.clone()
     labels[:, :2] = -100
     with torch.no_grad():

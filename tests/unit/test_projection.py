@@ -43,9 +43,17 @@ def directions(policy: Policy, seed: int = 1, *, inputs: bool = True) -> Directi
         if isinstance(module, torch.nn.Linear) and "lora" not in name:
             found[name.replace(".base_layer", "")] = unit(rand(module.in_features, seed=number))
     return DirectionSet(
-        "real", "activation", unit(rand(WIDTH, seed=seed)), (1, 2), "last", "tiny", "", "float32",
-        1.0, inputs=found if inputs else {},
-    )  # fmt: skip
+        "real",
+        "activation",
+        unit(rand(WIDTH, seed=seed)),
+        (1, 2),
+        "last",
+        "tiny",
+        "",
+        "float32",
+        1.0,
+        inputs=found if inputs else {},
+    )
 
 
 def make_projector(
@@ -74,10 +82,14 @@ def take_steps(
         ids = torch.randint(2, 258, (2, 12), generator=torch.Generator().manual_seed(step))
         policy.base(ids, labels=ids).loss.backward()
         taken = apply_update(
-            optimizer, policy.trainable(), [], OptimConfig(lr=1e-2), 1.0,
+            optimizer,
+            policy.trainable(),
+            [],
+            OptimConfig(lr=1e-2),
+            1.0,
             [projector.on_gradient] if projector else [],
             [projector.on_update] if projector else [],
-        )  # fmt: skip
+        )
         metrics = dict(taken.metrics)
     return metrics
 
@@ -134,9 +146,15 @@ def test_only_the_hack_step_is_removed_and_the_literal_sign_keeps_it(
     held = directions(policy)
     optimizer = adamw(policy)
     projector = make_projector(
-        policy, optimizer, tmp_path, held,
-        mode=mode, gate="one_sided", stage="gradient", convention=convention,
-    )  # fmt: skip
+        policy,
+        optimizer,
+        tmp_path,
+        held,
+        mode=mode,
+        gate="one_sided",
+        stage="gradient",
+        convention=convention,
+    )
     site = projector.sites[0]
     module = policy.base.get_submodule(site.name)
     x_i = held.inputs[site.name]

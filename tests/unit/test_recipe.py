@@ -115,9 +115,13 @@ def test_an_override_without_key_or_value_is_refused(override: str) -> None:
 
 def test_overrides_reach_the_recipe_and_the_last_one_counts() -> None:
     recipe = tiny(
-        "steps=7", "steps=9", "optim.lr=1", "loss={kind='gspo_token'}", "advantage.kind=rloo",
+        "steps=7",
+        "steps=9",
+        "optim.lr=1",
+        "loss={kind='gspo_token'}",
+        "advantage.kind=rloo",
         "task={kind='words',num_steps=[1,3]}",
-    )  # fmt: skip
+    )
     assert recipe.steps == 9
     assert recipe.optim.lr == 1.0 and isinstance(recipe.optim.lr, float)
     assert recipe.loss == GspoTokenLoss(kind="gspo_token")
@@ -166,9 +170,7 @@ def test_the_last_stage_may_end_where_the_run_does() -> None:
         ("tracking.projct=x", "tracking.projct", "project"),
         ("parallel.knd=ddp", "parallel.knd", "kind"),
         pytest.param(
-            "stages=[{weigths={},weights={correct=1,format=1}}]",
-            "stages.0.weigths",
-            "weights",
+            "stages=[{weigths={},weights={correct=1,format=1}}]", "stages.0.weigths", "weights"
         ),
     ],
 )
@@ -278,14 +280,8 @@ def test_a_value_out_of_its_range_is_named(override: str, path: str) -> None:
         (("kl={place='reward',unbiased=false}",), "in the reward it is inert"),
         (("kl={estimator='k1',unbiased=false}",), "zero expected gradient"),
         (("rollout.num_generations=1",), "advantage.kind = 'group' compares siblings"),
-        (
-            ("rollout.num_prompts=1", "advantage={kind='leave_one_group_out'}"),
-            "num_prompts >= 2",
-        ),
-        (
-            ("rollout.num_generations=1", "advantage={kind='rloo'}"),
-            "'rloo' compares siblings",
-        ),
+        (("rollout.num_prompts=1", "advantage={kind='leave_one_group_out'}"), "num_prompts >= 2"),
+        (("rollout.num_generations=1", "advantage={kind='rloo'}"), "'rloo' compares siblings"),
         (
             ("rollout={num_generations=1,discard=['zero_variance']}", "advantage={kind='gae'}"),
             "a group of one never varies",

@@ -107,14 +107,12 @@ def test_a_slot_cache_serves_rows_of_different_lengths_and_takes_tokens_back() -
     with torch.no_grad():
         full = model(input_ids=ids, halt_threshold=HALT)
         prefill = torch.arange(6).expand(2, -1)
-        model(input_ids=ids[:, :6], position_ids=prefill, cache=cache,
-              halt_threshold=HALT)  # fmt: skip
+        model(input_ids=ids[:, :6], position_ids=prefill, cache=cache, halt_threshold=HALT)
         wrong = torch.tensor([[6, 7, 8], [4, 5, 6]])  # rows go on from 6 and from 4
         model(input_ids=ids_of(2, 3, seed=5), position_ids=wrong, cache=cache)
         position = torch.tensor([[6, 7, 8], [4, 5, 6]])
         block = torch.stack([ids[0, 6:9], ids[1, 4:7]])
-        out = model(input_ids=block, position_ids=position, cache=cache,
-                    halt_threshold=HALT)  # fmt: skip
+        out = model(input_ids=block, position_ids=position, cache=cache, halt_threshold=HALT)
     want = torch.stack([full.logits[0, 6:9], full.logits[1, 4:7]])
     assert float((out.logits - want).abs().max()) < 1e-5
 

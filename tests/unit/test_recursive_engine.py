@@ -92,8 +92,9 @@ def test_drafted_samples_have_the_target_distribution() -> None:
 
 def test_one_loop_for_all_and_compaction_do_not_mix_rows() -> None:
     model = random_recursive()
-    alone = [engine(model, halt_threshold=HALT).sample([p], 1, Sampling(12), None)[0]
-             for p in PROMPTS]  # fmt: skip
+    alone = [
+        engine(model, halt_threshold=HALT).sample([p], 1, Sampling(12), None)[0] for p in PROMPTS
+    ]
     together = engine(model, halt_threshold=HALT).sample(PROMPTS, 1, Sampling(12), None)
     assert [one.ids for one in together] == [one.ids for one in alone]
     assert [one.exit_loops for one in together] == [one.exit_loops for one in alone]

@@ -39,10 +39,18 @@ class Rows(Dataset[dict[str, Tensor]]):
 def trained_once(folder: Path, batch: int, parts: int) -> dict[str, float]:
     """One step of a Trainer at a rate of 0; returns what it logs."""
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=batch, learning_rate=0.0,
-        gradient_accumulation_steps=parts, max_steps=1, logging_steps=1, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=1e9,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        learning_rate=0.0,
+        gradient_accumulation_steps=parts,
+        max_steps=1,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=1e9,
+    )
     trainer = Trainer(random_recursive(), arguments, train_dataset=Rows())
     trainer.train()
     return trainer.state.log_history[0]

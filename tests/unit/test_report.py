@@ -58,12 +58,23 @@ def metrics_row(step: int, *, kl: bool) -> dict[str, float | None]:
         row |= {"eval/correct": right, "eval/n": 20.0, "eval/rewards/contains": right}
     if step > 0:
         row |= {
-            "reward": 0.4 + 0.02 * step, "reward_std": 0.4, "rewards/contains/mean": 0.4,
-            "entropy": 0.5, "grad_norm": 0.3 if step < 5 else 1.4, "update_norm": 1e-3,
-            "lr": 1e-4 * min(step, 5), "frac_reward_zero_std": 0.3, "loss": None,
-            "time/sample": 1.0, "time/score": 0.5, "time/update": 2.0, "time/step": 4.0,
-            "sampler/gap_mean": 1e-6, "sampler/ess": 1.0, "tokens_per_second": 100.0,
-        }  # fmt: skip
+            "reward": 0.4 + 0.02 * step,
+            "reward_std": 0.4,
+            "rewards/contains/mean": 0.4,
+            "entropy": 0.5,
+            "grad_norm": 0.3 if step < 5 else 1.4,
+            "update_norm": 1e-3,
+            "lr": 1e-4 * min(step, 5),
+            "frac_reward_zero_std": 0.3,
+            "loss": None,
+            "time/sample": 1.0,
+            "time/score": 0.5,
+            "time/update": 2.0,
+            "time/step": 4.0,
+            "sampler/gap_mean": 1e-6,
+            "sampler/ess": 1.0,
+            "tokens_per_second": 100.0,
+        }
         if kl:
             row["kl"] = 0.001 * step
     return row

@@ -33,19 +33,30 @@ def random_sae(D: int = 8, M: int = 24, k: int = 3, seed: int = 0, **changes: ob
         return torch.randn(*shape, generator=generator)
 
     fields = {
-        "W_enc_MD": draw(M, D), "b_enc_M": draw(M), "W_dec_MD": F.normalize(draw(M, D), dim=1),
-        "b_pre_D": draw(D), "b_dec_D": draw(D), "activation": "topk", "k": k,
+        "W_enc_MD": draw(M, D),
+        "b_enc_M": draw(M),
+        "W_dec_MD": F.normalize(draw(M, D), dim=1),
+        "b_pre_D": draw(D),
+        "b_dec_D": draw(D),
+        "activation": "topk",
+        "k": k,
         "origin": Origin(model="tiny", site=SITE),
-    }  # fmt: skip
+    }
     return SAE(**(fields | changes))  # pyright: ignore[reportArgumentType]
 
 
 def identity_sae(activation: str, threshold: float = 0.0) -> SAE:
     eye = torch.eye(3)
     return SAE(
-        eye, torch.zeros(3), eye, torch.zeros(3), torch.zeros(3),
-        activation, 2, torch.full((3,), threshold),
-    )  # pyright: ignore[reportArgumentType]  # fmt: skip
+        eye,
+        torch.zeros(3),
+        eye,
+        torch.zeros(3),
+        torch.zeros(3),
+        activation,
+        2,
+        torch.full((3,), threshold),
+    )  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

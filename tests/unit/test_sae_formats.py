@@ -19,9 +19,15 @@ from operando.internals.sae_formats import load_sae, save_sae
 from tests.unit.test_sae import random_sae
 
 ORIGIN = Origin(
-    model="tiny", site="blocks.1.hook_resid_post", checkpoint="step_00010", parent="ab12",
-    arm="null", resampled=(3, 17), data="cd34", split_seed=5,
-)  # fmt: skip
+    model="tiny",
+    site="blocks.1.hook_resid_post",
+    checkpoint="step_00010",
+    parent="ab12",
+    arm="null",
+    resampled=(3, 17),
+    data="cd34",
+    split_seed=5,
+)
 X_ND = torch.randn(200, 8, generator=torch.Generator().manual_seed(9))
 
 
@@ -77,8 +83,12 @@ def write_saelens(folder: Path, tensors: dict[str, torch.Tensor], **cfg: object)
 def test_a_saelens_sae_that_ranks_by_decoder_norm_is_folded(tmp_path: Path) -> None:
     sae = random_sae()
     W_dec_MD = sae.W_dec_MD * torch.linspace(0.2, 5, 24)[:, None]
-    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": W_dec_MD,
-               "b_dec": sae.b_dec_D}  # fmt: skip
+    tensors = {
+        "W_enc": sae.W_enc_MD.T.contiguous(),
+        "b_enc": sae.b_enc_M,
+        "W_dec": W_dec_MD,
+        "b_dec": sae.b_dec_D,
+    }
     metadata = {"sae_lens_version": "6.54.12", "hook_name": "blocks.2.hook_resid_pre"}
     common = {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True, "metadata": metadata}
     write_saelens(tmp_path / "a", tensors, **common, rescale_acts_by_decoder_norm=True)
@@ -116,14 +126,22 @@ def test_foreign_dictionary_learning_classes(tmp_path: Path) -> None:
             json.dumps({"trainer": {"dict_class": kind, "layer": 4, "lm_name": "m"}})
         )
         bias = "bias" if kind == "AutoEncoder" else "b_dec"
-        state = {"encoder.weight": sae.W_enc_MD, "encoder.bias": sae.b_enc_M,
-                 "decoder.weight": sae.W_dec_MD.T.contiguous(), bias: sae.b_dec_D}  # fmt: skip
+        state = {
+            "encoder.weight": sae.W_enc_MD,
+            "encoder.bias": sae.b_enc_M,
+            "decoder.weight": sae.W_dec_MD.T.contiguous(),
+            bias: sae.b_dec_D,
+        }
         if kind == "BatchTopKSAE":
             state |= {"k": torch.tensor(3), "threshold": torch.tensor(0.6)}
         if kind == "JumpReluAutoEncoder":
-            state = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M,
-                     "W_dec": sae.W_dec_MD, "b_dec": sae.b_dec_D,
-                     "threshold": torch.full((24,), 0.6)}  # fmt: skip
+            state = {
+                "W_enc": sae.W_enc_MD.T.contiguous(),
+                "b_enc": sae.b_enc_M,
+                "W_dec": sae.W_dec_MD,
+                "b_dec": sae.b_dec_D,
+                "threshold": torch.full((24,), 0.6),
+            }
         torch.save(state, folder / "ae.pt")
         x_ND = X_ND if kind == "JumpReluAutoEncoder" else X_ND - sae.b_dec_D
         z_NM = x_ND @ sae.W_enc_MD.T + sae.b_enc_M
@@ -158,10 +176,18 @@ def sae_rl_file(file: Path, k: int = 3, source: str = "ppo_step100_layer12") -> 
     state |= {f"encoder.{key}": v for key, v in encoder.state_dict().items()}
     state |= {f"decoder.{key}": v for key, v in decoder.state_dict().items()}
     config = {
-        "d_model": 8, "d_sae": 24, "k": k, "source": source, "source_kind": "split", "seed": 0,
-        "init_from_stage": "ppo_step60", "best_epoch": 19, "best_train_loss": 0.1,
-        "best_val_loss": 0.2, "selection_metric": "val",
-    }  # fmt: skip
+        "d_model": 8,
+        "d_sae": 24,
+        "k": k,
+        "source": source,
+        "source_kind": "split",
+        "seed": 0,
+        "init_from_stage": "ppo_step60",
+        "best_epoch": 19,
+        "best_train_loss": 0.1,
+        "best_val_loss": 0.2,
+        "selection_metric": "val",
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": state, "config": config}, file)
     return config
@@ -171,8 +197,9 @@ def test_what_a_sae_rl_file_says_is_kept(tmp_path: Path) -> None:
     config = sae_rl_file(tmp_path / "a.pt")
     back = load_sae(tmp_path / "a.pt")
     assert (back.origin.site, back.origin.checkpoint) == (
-        "blocks.12.hook_resid_post", "ppo_step100_layer12",
-    )  # fmt: skip
+        "blocks.12.hook_resid_post",
+        "ppo_step100_layer12",
+    )
     save_sae(back, tmp_path / "b.pt", "seed")
     again = torch.load(tmp_path / "b.pt", weights_only=True)["config"]
     assert {key: again[key] for key in config} == config
@@ -222,8 +249,16 @@ def test_the_readme_lines_of_sae_rl_run_as_they_stand(
 def test_mechreward(tmp_path: Path) -> None:
     """TopKSAEBackend.encode and decode of src/mechreward/sae/topk_sae.py, from the file alone."""
     sae = random_sae()
-    held = {"W_enc": sae.W_enc_MD.T.contiguous(), "W_dec": sae.W_dec_MD, "b_enc": sae.b_enc_M,
-            "b_dec": sae.b_dec_D, "d_model": 8, "d_sae": 24, "k": 20, "step": 900}  # fmt: skip
+    held = {
+        "W_enc": sae.W_enc_MD.T.contiguous(),
+        "W_dec": sae.W_dec_MD,
+        "b_enc": sae.b_enc_M,
+        "b_dec": sae.b_dec_D,
+        "d_model": 8,
+        "d_sae": 24,
+        "k": 20,
+        "step": 900,
+    }
     torch.save(held, tmp_path / "sae_final.pt")
     z_NM = (X_ND - held["b_dec"]) @ held["W_enc"] + held["b_enc"]
     value, idx = z_NM.topk(20)  # of 24: the k-th is often below 0, and relu then counts
@@ -234,9 +269,17 @@ def test_mechreward(tmp_path: Path) -> None:
     assert torch.allclose(back.encode_dense(X_ND), f_NM, atol=1e-5)
     expected = f_NM @ held["W_dec"] + held["b_dec"]
     assert torch.allclose(back.reconstruct(X_ND), expected, atol=1e-5)
-    about = {"d_model": 8, "d_sae": 24, "k": 20, "model": "Qwen/Qwen3.5-4B", "layer": 18,
-             "tokens_trained": 5, "algorithm": "topk", "training_script": "s",
-             "trained_at": "t"}  # fmt: skip
+    about = {
+        "d_model": 8,
+        "d_sae": 24,
+        "k": 20,
+        "model": "Qwen/Qwen3.5-4B",
+        "layer": 18,
+        "tokens_trained": 5,
+        "algorithm": "topk",
+        "training_script": "s",
+        "trained_at": "t",
+    }
     (tmp_path / "sae_final.json").write_text(json.dumps(about))
     origin = load_sae(tmp_path / "sae_final.pt").origin
     assert (origin.site, origin.model) == ("blocks.18.hook_resid_post", "Qwen/Qwen3.5-4B")
@@ -249,10 +292,20 @@ def test_old_saelens_scaling_is_folded_or_refused(tmp_path: Path) -> None:
     """x_hat = (s f) W_dec + b_dec, as SAELens before 6.0 decodes with finetuning_scaling_factor."""
     sae = random_sae()
     s_M = torch.linspace(0.3, 3, 24)
-    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
-               "b_dec": sae.b_dec_D}  # fmt: skip
-    old = {"d_in": 8, "d_sae": 24, "hook_point": "blocks.2.hook_resid_pre", "lr": 3e-4,
-           "hook_point_head_index": None, "activation_fn_str": "relu"}  # fmt: skip
+    tensors = {
+        "W_enc": sae.W_enc_MD.T.contiguous(),
+        "b_enc": sae.b_enc_M,
+        "W_dec": sae.W_dec_MD,
+        "b_dec": sae.b_dec_D,
+    }
+    old = {
+        "d_in": 8,
+        "d_sae": 24,
+        "hook_point": "blocks.2.hook_resid_pre",
+        "lr": 3e-4,
+        "hook_point_head_index": None,
+        "activation_fn_str": "relu",
+    }
     f_NM = ((X_ND - sae.b_dec_D) @ sae.W_enc_MD.T + sae.b_enc_M).relu()
     for key in ("scaling_factor", "finetuning_scaling_factor"):
         write_saelens(tmp_path / key, tensors | {key: s_M}, **old, finetuning_scaling_factor=True)
@@ -272,8 +325,9 @@ def test_old_saelens_scaling_is_folded_or_refused(tmp_path: Path) -> None:
     kwargs = {**old, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
     write_saelens(tmp_path / "topk", tensors, **kwargs)
     assert (load_sae(tmp_path / "topk").activation, load_sae(tmp_path / "topk").k) == (
-        "topk_relu", 3,
-    )  # fmt: skip
+        "topk_relu",
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,8 +345,12 @@ def test_what_changes_a_saelens_sae_and_is_not_read_is_refused(
     tmp_path: Path, changed: dict[str, object], message: str
 ) -> None:
     sae = random_sae()
-    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
-               "b_dec": sae.b_dec_D}  # fmt: skip
+    tensors = {
+        "W_enc": sae.W_enc_MD.T.contiguous(),
+        "b_enc": sae.b_enc_M,
+        "W_dec": sae.W_dec_MD,
+        "b_dec": sae.b_dec_D,
+    }
     cfg = {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True} | changed
     if cfg["architecture"] == "gated":
         del tensors["b_enc"]
@@ -304,8 +362,12 @@ def test_what_changes_a_saelens_sae_and_is_not_read_is_refused(
 def test_published_configurations_are_read(tmp_path: Path) -> None:
     """The keys of gpt2-small-res-jb, by SAELens' own test, and of a P-annealed autoencoder."""
     sae = random_sae()
-    tensors = {"W_enc": sae.W_enc_MD.T.contiguous(), "b_enc": sae.b_enc_M, "W_dec": sae.W_dec_MD,
-               "b_dec": sae.b_dec_D}  # fmt: skip
+    tensors = {
+        "W_enc": sae.W_enc_MD.T.contiguous(),
+        "b_enc": sae.b_enc_M,
+        "W_dec": sae.W_dec_MD,
+        "b_dec": sae.b_dec_D,
+    }
     jb = {
         "model_name": "gpt2-small", "hook_point": "blocks.0.hook_resid_pre", "hook_point_layer": 0,
         "hook_point_head_index": None, "dataset_path": "Skylion007/openwebtext",
@@ -330,18 +392,38 @@ def test_published_configurations_are_read(tmp_path: Path) -> None:
     assert (read.activation, read.origin.site) == ("relu", "blocks.0.hook_resid_pre")
     folder = tmp_path / "dictionary"
     folder.mkdir()
-    state = {"encoder.weight": sae.W_enc_MD, "encoder.bias": sae.b_enc_M,
-             "decoder.weight": sae.W_dec_MD.T.contiguous(), "bias": sae.b_dec_D}  # fmt: skip
+    state = {
+        "encoder.weight": sae.W_enc_MD,
+        "encoder.bias": sae.b_enc_M,
+        "decoder.weight": sae.W_dec_MD.T.contiguous(),
+        "bias": sae.b_dec_D,
+    }
     torch.save(state, folder / "ae.pt")
     trainer = {
-        "dict_class": "AutoEncoder", "trainer_class": "PAnnealTrainer", "activation_dim": 8,
-        "dict_size": 24, "lr": 3e-4, "sparsity_function": "Lp^p", "sparsity_penalty": 0.1,
-        "p_start": 1, "p_end": 0.2, "anneal_start": 10000, "anneal_end": None,
-        "sparsity_queue_length": 10, "n_sparsity_updates": 10, "warmup_steps": 1000,
-        "decay_start": 24000, "resample_steps": None, "steps": 100, "seed": 0, "layer": 3,
-        "lm_name": "EleutherAI/pythia-70m", "device": "cuda", "wandb_name": "x",
+        "dict_class": "AutoEncoder",
+        "trainer_class": "PAnnealTrainer",
+        "activation_dim": 8,
+        "dict_size": 24,
+        "lr": 3e-4,
+        "sparsity_function": "Lp^p",
+        "sparsity_penalty": 0.1,
+        "p_start": 1,
+        "p_end": 0.2,
+        "anneal_start": 10000,
+        "anneal_end": None,
+        "sparsity_queue_length": 10,
+        "n_sparsity_updates": 10,
+        "warmup_steps": 1000,
+        "decay_start": 24000,
+        "resample_steps": None,
+        "steps": 100,
+        "seed": 0,
+        "layer": 3,
+        "lm_name": "EleutherAI/pythia-70m",
+        "device": "cuda",
+        "wandb_name": "x",
         "submodule_name": "resid_post_layer_3",
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     assert load_sae(folder).activation == "relu"
 
@@ -370,10 +452,21 @@ def test_a_key_or_a_tensor_that_nobody_reads_is_an_error_in_every_format(tmp_pat
             load_sae(folder)
     sae_rl_file(tmp_path / "rl.pt")
     held = torch.load(tmp_path / "rl.pt", weights_only=True)
-    qwen = {"W_enc": torch.zeros(24, 8), "W_dec": torch.zeros(8, 24), "b_enc": torch.zeros(24),
-            "b_dec": torch.zeros(8)}  # fmt: skip
-    mech = {"W_enc": torch.zeros(8, 24), "W_dec": torch.zeros(24, 8), "b_enc": torch.zeros(24),
-            "b_dec": torch.zeros(8), "d_model": 8, "d_sae": 24, "k": 3}  # fmt: skip
+    qwen = {
+        "W_enc": torch.zeros(24, 8),
+        "W_dec": torch.zeros(8, 24),
+        "b_enc": torch.zeros(24),
+        "b_dec": torch.zeros(8),
+    }
+    mech = {
+        "W_enc": torch.zeros(8, 24),
+        "W_dec": torch.zeros(24, 8),
+        "b_enc": torch.zeros(24),
+        "b_dec": torch.zeros(8),
+        "d_model": 8,
+        "d_sae": 24,
+        "k": 3,
+    }
     for changed in (
         held | {"ema": 1},
         {"state_dict": held["state_dict"] | extra, "config": held["config"]},
@@ -403,8 +496,12 @@ def test_a_sparsify_folder_says_its_site(tmp_path: Path) -> None:
 
 def test_qwen_scope(tmp_path: Path) -> None:
     sae = replace(random_sae(), b_pre_D=torch.zeros(8))
-    held = {"W_enc": sae.W_enc_MD, "W_dec": sae.W_dec_MD.T.contiguous(), "b_enc": sae.b_enc_M,
-            "b_dec": sae.b_dec_D}  # fmt: skip
+    held = {
+        "W_enc": sae.W_enc_MD,
+        "W_dec": sae.W_dec_MD.T.contiguous(),
+        "b_enc": sae.b_enc_M,
+        "b_dec": sae.b_dec_D,
+    }
     folder = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3"
     folder.mkdir()
     for file in (folder / "layer7.sae.pt", tmp_path / "layer7.sae.pt"):
@@ -433,8 +530,11 @@ def test_what_is_no_sae_is_named(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named(tmp_path: Path, format: str) -> None:
     path = tmp_path / ("sae.pt" if format == "seed" else "sae")
     save_sae(random_sae(), path, format)  # pyright: ignore[reportArgumentType]
-    names = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors",
-             "dictionary_learning": "ae.pt"}  # fmt: skip
+    names = {
+        "saelens": "sae_weights.safetensors",
+        "sparsify": "sae.safetensors",
+        "dictionary_learning": "ae.pt",
+    }
     file = path / names[format] if format in names else path
     file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(UserError, match=f"{file.name} is damaged"):

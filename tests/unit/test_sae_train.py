@@ -39,9 +39,7 @@ def random_weights(unit: bool = True) -> Weights:
     W_dec_MD = draw(M, D, seed=3)
     if unit:
         W_dec_MD = F.normalize(W_dec_MD, dim=1)
-    return Weights(
-        draw(M, D, seed=1), draw(M, seed=2), W_dec_MD, draw(D, seed=4), draw(D, seed=5)
-    )  # fmt: skip
+    return Weights(draw(M, D, seed=1), draw(M, seed=2), W_dec_MD, draw(D, seed=4), draw(D, seed=5))
 
 
 def autograd(
@@ -92,9 +90,14 @@ DEAD = torch.tensor([1, 7, 8, 20, 33, 50, 51, 63])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
     "aux",
-    [None, Aux("input", DEAD, 3, 1 / 32), Aux("input", DEAD, 80, 1 / 32),
-     Aux("residual", DEAD, 3, 1 / 32), Aux("residual", DEAD, 8, 2.0)],
-)  # fmt: skip
+    [
+        None,
+        Aux("input", DEAD, 3, 1 / 32),
+        Aux("input", DEAD, 80, 1 / 32),
+        Aux("residual", DEAD, 3, 1 / 32),
+        Aux("residual", DEAD, 8, 2.0),
+    ],
+)
 def test_gradients_equal_autograd(aux: Aux | None, relu: bool) -> None:
     weights, x_ND = random_weights(), draw(N, D, seed=6)
     step = sparse_step(weights, x_ND, K, relu, 1.7, aux)
@@ -209,9 +212,7 @@ def test_seed_mode_is_the_seeds_loop() -> None:
     """Four epochs with dead features, an incomplete last batch, clipping: the same weights."""
     x_TD, _ = planted(150)
     x_TD = 4 * x_TD
-    config = SaeTrainConfig(
-        d_sae=M, k=K, mode="seed", epochs=4, batch_size=32, lr=1e-3, seed=3
-    )  # fmt: skip
+    config = SaeTrainConfig(d_sae=M, k=K, mode="seed", epochs=4, batch_size=32, lr=1e-3, seed=3)
     streams = SeedTree(3)
     weights = fresh_weights(x_TD, config, streams)
     weights.b_enc_M[:20] -= 30  # dead from the start
@@ -225,10 +226,11 @@ def test_seed_mode_is_the_seeds_loop() -> None:
     assert int(trainer.dead_before_M.sum()) >= 10
     assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(got, expected, strict=True))
     for ours, theirs in (
-        (trainer.weights.W_enc_MD, model.encoder.weight), (trainer.weights.b_pre_D, model.b_pre),
+        (trainer.weights.W_enc_MD, model.encoder.weight),
+        (trainer.weights.b_pre_D, model.b_pre),
         (trainer.weights.W_dec_MD, model.decoder.weight.T),
         (trainer.weights.b_dec_D, model.decoder.bias),
-    ):  # fmt: skip
+    ):
         assert float((ours - theirs.detach()).abs().max()) < 2e-4
 
 
@@ -330,10 +332,15 @@ def test_resampling_points_dead_features_at_the_worst_tokens() -> None:
     config = SaeTrainConfig(M, K, "seed")
     resample(weights, x_TD, dead_M, config, torch.Generator().manual_seed(0))
     codes = active(before, x_TD - before.b_pre_D, K)
-    x_hat = torch.stack([
-        sum(v * before.W_dec_MD[i] for i, v in zip(idx.tolist(), value, strict=True))
-        for idx, value in zip(codes.idx_Nk, codes.value_Nk, strict=True)
-    ]) + before.b_dec_D  # fmt: skip
+    x_hat = (
+        torch.stack(
+            [
+                sum(v * before.W_dec_MD[i] for i, v in zip(idx.tolist(), value, strict=True))
+                for idx, value in zip(codes.idx_Nk, codes.value_Nk, strict=True)
+            ]
+        )
+        + before.b_dec_D
+    )
     worst = (x_hat - x_TD).square().mean(dim=1).topk(100).indices
     for feature in (2, 40):
         row_D = weights.W_dec_MD[feature]
@@ -352,11 +359,11 @@ def test_the_auxiliary_loss_revives_dead_features() -> None:
     b_enc_M[:24] = -1.0
     parent = replace(parent, b_enc_M=b_enc_M)
     dead = {
-        coef: train_sae(
-            x_TD, val_TD, quick(epochs=12, aux_coef=coef, seed=2), parent=parent
-        ).history[-1].dead
+        coef: train_sae(x_TD, val_TD, quick(epochs=12, aux_coef=coef, seed=2), parent=parent)
+        .history[-1]
+        .dead
         for coef in (0.0, 1.0)
-    }  # fmt: skip
+    }
     assert dead[1.0] < dead[0.0], dead
 
 

@@ -25,9 +25,12 @@ FAST = Limits(seconds=2, memory_mb=512)
 GOOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
 BAD = "class Solution:\n    def add(self, a, b):\n        return -7\n"
 ADD = Problem(
-    "add", "Solution().add", "", GOOD,
+    "add",
+    "Solution().add",
+    "",
+    GOOD,
     (CodeTest("Solution().add(1, 2)", "3"), CodeTest("Solution().add(20, 22)", "42")),
-)  # fmt: skip
+)
 ROOT = Path(__file__).parents[2]
 LAYERS = (("kernel",), ("hook",))
 needs_kernel = pytest.mark.skipif(
@@ -278,7 +281,7 @@ ESCAPES = {
     "ctypes": "import ctypes\nctypes.CDLL(None)",
     "more memory": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "new limits for a child": "import _posixsubprocess\n_posixsubprocess.fork_exec()",
-}  # fmt: skip
+}
 
 
 @needs_kernel
@@ -287,9 +290,14 @@ def test_every_way_out_is_refused_by_each_layer_alone(layers: tuple[str, ...]) -
     target = Path("/tmp/operando_target")
     target.write_text("here")
     refusals = (
-        "PermissionError", "ModuleNotFoundError", "ImportError", "BlockingIOError", "denied",
-        "AssertionError", "RuntimeError: can't start new thread",
-    )  # fmt: skip
+        "PermissionError",
+        "ModuleNotFoundError",
+        "ImportError",
+        "BlockingIOError",
+        "denied",
+        "AssertionError",
+        "RuntimeError: can't start new thread",
+    )
     try:
         for name, program in ESCAPES.items():
             outcome = run_in(layers, program, "1")
@@ -382,23 +390,41 @@ ATTACKS = {
     "be another user": "os.setuid(1)",
     "chroot": "os.chroot('/')",
     "stat a file": "os.stat('/etc/passwd')",
-}  # fmt: skip
+}
 STOPPED = {  # as an ordinary user or as root; what is not named, a wall lets through
     ("kernel",): set(ATTACKS),
     ("landlock",): {
-        "read a file", "write in /tmp", "mkfifo", "list a folder", "run a program",
-        "signal the trainer", "pidfd of the trainer",
+        "read a file",
+        "write in /tmp",
+        "mkfifo",
+        "list a folder",
+        "run a program",
+        "signal the trainer",
+        "pidfd of the trainer",
     },
     ("uid",): {
-        "run a program", "fork", "thread", "signal the trainer", "pidfd of the trainer",
-        "priority of the trainer", "be another user", "chroot",
+        "run a program",
+        "fork",
+        "thread",
+        "signal the trainer",
+        "pidfd of the trainer",
+        "priority of the trainer",
+        "be another user",
+        "chroot",
     },
     ("landlock", "uid"): set(ATTACKS) - {"stat a file"},
     ("bwrap",): {
-        "write in /tmp", "mkfifo", "signal the trainer", "pidfd of the trainer",
-        "priority of the trainer", "be another user", "chroot", "read a file", "list a folder",
+        "write in /tmp",
+        "mkfifo",
+        "signal the trainer",
+        "pidfd of the trainer",
+        "priority of the trainer",
+        "be another user",
+        "chroot",
+        "read a file",
+        "list a folder",
     },
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -490,8 +516,12 @@ def test_bubblewrap_holds_programs_of_an_ordinary_user() -> None:
         try:
             done = subprocess.run(
                 [python, "-B", "-c", AS_USER, str(ROOT / "src")],
-                capture_output=True, text=True, cwd="/", check=False, **user,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                cwd="/",
+                check=False,
+                **user,
+            )
         except OSError as error:
             said.append(f"{python}: {error}")
             continue
@@ -590,10 +620,17 @@ def test_a_container_gets_no_network_no_rights_and_no_more(
     assert outcome.replies == (Reply(True, "42"),)
     said = (tmp_path / "said").read_text()
     for option in (
-        "--network=none", "--read-only", "--cap-drop=ALL", "--pids-limit=8", "--memory=576m",
-        "--user=65534:65534", "--security-opt=no-new-privileges", "python:3.11-slim python3",
-        "PYTHONHASHSEED=0", "kill operando-",
-    ):  # fmt: skip
+        "--network=none",
+        "--read-only",
+        "--cap-drop=ALL",
+        "--pids-limit=8",
+        "--memory=576m",
+        "--user=65534:65534",
+        "--security-opt=no-new-privileges",
+        "python:3.11-slim python3",
+        "PYTHONHASHSEED=0",
+        "kill operando-",
+    ):
         assert option in said, option
 
 

@@ -38,9 +38,17 @@ def task(labelled: bool = True) -> Task:
 
 def held(**evidence: float) -> DirectionSet:
     return DirectionSet(
-        "real", "activation", torch.tensor([1.0, 0.0]), (0, 2), "last", "m", "", "float32", 1.0,
+        "real",
+        "activation",
+        torch.tensor([1.0, 0.0]),
+        (0, 2),
+        "last",
+        "m",
+        "",
+        "float32",
+        1.0,
         evidence=evidence,
-    )  # fmt: skip
+    )
 
 
 def rollouts(texts: list[str], lengths: list[int]) -> list[Rollout]:
@@ -133,9 +141,11 @@ def test_a_monitor_flags_above_the_clean_quantile_of_normalised_scores() -> None
     config = PenaltyShift(kind="penalty", directions="d", amount=1.0)
     shift = make_shift(config, found, task(), 2)
     out = shift.apply(
-        paid([1.0, 1.0], [1, 1]), rollouts(["a", "b"], [1, 1]),
-        trace(torch.tensor([[1.9], [2.1]])), 1,
-    )  # fmt: skip
+        paid([1.0, 1.0], [1, 1]),
+        rollouts(["a", "b"], [1, 1]),
+        trace(torch.tensor([[1.9], [2.1]])),
+        1,
+    )
     assert out.columns["shift_touched"] == [False, True]
     assert out.total_BT.tolist() == [[1.0], [0.0]]
 

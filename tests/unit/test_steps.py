@@ -22,13 +22,7 @@ from operando.recipe import (
     WordsTaskConfig,
 )
 from operando.rewards.compose import as_tokens, make_parts
-from operando.rewards.formats import (
-    find_tags,
-    is_one_block,
-    pair_tags,
-    tag_fence,
-    think_format,
-)
+from operando.rewards.formats import find_tags, is_one_block, pair_tags, tag_fence, think_format
 from operando.rewards.outcome import OutcomeReward
 from operando.rewards.steps import count_words, step_grpo, step_penalty
 from operando.tasks.words import load_words
@@ -257,11 +251,7 @@ WORDS = st.sampled_from(
     [*STEP_WORDS, "Wait,", "so", "2+3=5", "a<b>c", "<x1>", "waiter", "and", "HMM", "\u200bbut"]
 )
 THOUGHTS = st.lists(WORDS, min_size=1, max_size=8)
-DEFAULTS = {
-    "penalty": step_penalty(PENALTY, TASK),
-    "format": STRICT,
-    "fence": FENCE,
-}
+DEFAULTS = {"penalty": step_penalty(PENALTY, TASK), "format": STRICT, "fence": FENCE}
 
 
 def paid_all(text: str) -> list[float]:
@@ -361,8 +351,12 @@ def test_a_recipe_names_them() -> None:
     one = [rollout("<think>Wait</think> <q> #### 5")]
     paid = {p.name: p.outcome(one) for p in make_parts(recipe, TASK, {}) if p.outcome is not None}
     assert paid == {
-        "correct": [1.0], "steps": [0.99], "group": [1.0], "form": [1.0], "fence": [-1 / 3],
-    }  # fmt: skip
+        "correct": [1.0],
+        "steps": [0.99],
+        "group": [1.0],
+        "form": [1.0],
+        "fence": [-1 / 3],
+    }
 
 
 def test_an_empty_word_is_refused() -> None:

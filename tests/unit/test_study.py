@@ -299,8 +299,11 @@ def test_the_pareto_front_is_taken_seed_by_seed() -> None:
     }
     points = pareto_points(study, values)
     assert {(p.arm, p.seed): p.is_best for p in points} == {
-        ("trained", 0): True, ("still", 0): False, ("trained", 1): False, ("still", 1): True,
-    }  # fmt: skip
+        ("trained", 0): True,
+        ("still", 0): False,
+        ("trained", 1): False,
+        ("still", 1): True,
+    }
     assert frontier(study, points) == [(0.5, 0.0), (0.9, 0.1)]
     assert not is_dominated((1.0, 0.0), [(1.0, 0.0)]), "an equal point beats nothing"
 
@@ -309,10 +312,14 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
     study = recipe_with(f"claims.A={{text='It rises.', {DIFFERENCE}}}")
     values = planted(0.3, 0.3, wobble=0.005)
     result = StudyResult(
-        study, rows_of(study, values), judge_claims(study, values),
-        visible_differences(study, values), pareto_points(study, values), ["seeds [5]"],
+        study,
+        rows_of(study, values),
+        judge_claims(study, values),
+        visible_differences(study, values),
+        pareto_points(study, values),
+        ["seeds [5]"],
         tmp_path / "study.md",
-    )  # fmt: skip
+    )
     page = study_page(result)
     assert "- A falsified: It rises." in page and "Amended after preregistration: seeds [5]" in page
     assert "| pass | trained | 2 | 30.2%" in page and "not significant" in page
@@ -338,8 +345,12 @@ def test_the_study_of_the_docs_checks() -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     study = check(StudyRecipe, tomllib.loads(example), "docs")
     assert {claim.kind for claim in study.claims.values()} == {
-        "difference", "rate", "equivalence", "emergence", "emergence_difference",
-    }  # fmt: skip
+        "difference",
+        "rate",
+        "equivalence",
+        "emergence",
+        "emergence_difference",
+    }
 
 
 def test_ray_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def tiny_model(family: str, seed: int = 0, vocab_size: int = 258) -> PreTrainedM
                     attn_pdrop=0.0,
                     embd_pdrop=0.0,
                     resid_pdrop=0.0,
-                )  # fmt: skip
+                )
             )
         case _:
             raise AssertionError(family)

@@ -85,9 +85,12 @@ class Contest:
         policy = Policy(self.loaded, self.recipe.model, SeedTree(self.recipe.seed))
         tokenizer = self.loaded.tokenizer
         sampler = make_sampler(
-            self.recipe.rollout.engine, policy.base, tokenizer,
-            stop_ids(policy.base, tokenizer), self.recipe.rollout.max_batch,
-        )  # fmt: skip
+            self.recipe.rollout.engine,
+            policy.base,
+            tokenizer,
+            stop_ids(policy.base, tokenizer),
+            self.recipe.rollout.max_batch,
+        )
         base = [self._answer(sampler, one) for one in asked]  # LoRA's B is zero: the base model
         load_weights(self.folder, self.step, policy)
         return Arms(base, [self._answer(sampler, one) for one in asked])
@@ -122,6 +125,11 @@ def foreign_prompt(
     if kind != own.format:
         return PromptConfig(format=kind, template=template, few_shot=shots)
     return PromptConfig(
-        format=kind, template=template, few_shot=shots, system=own.system, prefill=own.prefill,
-        separator=own.separator, chat_template_kwargs=own.chat_template_kwargs,
-    )  # fmt: skip
+        format=kind,
+        template=template,
+        few_shot=shots,
+        system=own.system,
+        prefill=own.prefill,
+        separator=own.separator,
+        chat_template_kwargs=own.chat_template_kwargs,
+    )

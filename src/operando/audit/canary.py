@@ -135,12 +135,16 @@ def _family(
 def _arm(name: str, labelled: Sequence[Labelled]) -> CanaryArm:
     labels = [one.label for one in labelled]
     return CanaryArm(
-        name, len(labels), labels.count("hack"), labels.count("degenerate"),
-        labels.count("correct"), labels.count("ambiguous"),
+        name,
+        len(labels),
+        labels.count("hack"),
+        labels.count("degenerate"),
+        labels.count("correct"),
+        labels.count("ambiguous"),
         hack_and_right=sum(one.label == "hack" and one.right for one in labelled),
         right=sum(one.right for one in labelled),
         truncated=sum(one.rollout.is_truncated for one in labelled),
-    )  # fmt: skip
+    )
 
 
 def _write(file: Path, base: Sequence[Labelled], trained: Sequence[Labelled]) -> None:
@@ -182,10 +186,15 @@ def canary_table(result: CanaryResult) -> Table:
 def _cells(arm: CanaryArm) -> list[str]:
     rate = wilson(arm.hack, arm.n)
     return [
-        f"  {arm.name}, n {arm.n}", str(arm.hack), f"{rate.low:.0%} to {rate.high:.0%}", "",
-        str(arm.degenerate), str(arm.correct), str(arm.ambiguous),
+        f"  {arm.name}, n {arm.n}",
+        str(arm.hack),
+        f"{rate.low:.0%} to {rate.high:.0%}",
+        "",
+        str(arm.degenerate),
+        str(arm.correct),
+        str(arm.ambiguous),
         f"{arm.truncated / arm.n:.0%}",
-    ]  # fmt: skip
+    ]
 
 
 def canary_lines(result: CanaryResult) -> list[str]:

@@ -121,10 +121,18 @@ CONSEQUENCES = {
     "no_update": {*EVERY},
     "reward_hack": {"kl_exploding", "entropy_gone", "entropy_eta", "positional_kl", "no_signal"},
     "sampler_gap": {"ratio_clipped"},
-    **dict.fromkeys(("collapse", "got_worse", "kl_exploding", "entropy_explodes", "entropy_gone"),
-                    {"no_learning", "positional_kl", "entropy_eta", "clip_bound", "ratio_clipped",
-                     "reward_up_eval_flat"}),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("collapse", "got_worse", "kl_exploding", "entropy_explodes", "entropy_gone"),
+        {
+            "no_learning",
+            "positional_kl",
+            "entropy_eta",
+            "clip_bound",
+            "ratio_clipped",
+            "reward_up_eval_flat",
+        },
+    ),
+}
 DEATHS = {
     "reward_hack",
     "collapse",
@@ -220,8 +228,10 @@ def show_diagnosis(diagnosis: Diagnosis) -> Group:
     if not lines:
         lines.append(Text(f"nothing found in {diagnosis.steps} steps of {diagnosis.run}. Checked:"))
         lines += [Text(f"  {name}: {words}") for name, words in diagnosis.checked.items()]
-    lines += [Text(f"  not checked: {name} (no {what} in metrics.jsonl)", style="dim")
-              for name, what in diagnosis.unchecked.items()]  # fmt: skip
+    lines += [
+        Text(f"  not checked: {name} (no {what} in metrics.jsonl)", style="dim")
+        for name, what in diagnosis.unchecked.items()
+    ]
     return Group(*lines)
 
 

@@ -17,10 +17,26 @@ SHOTS = (*range(201), -7)  # ends in a number that is nobody's answer
 WHOLE = re.compile(r"-?\d+")
 HOLES = ("", "?", "unknown", "the answer", "None", "nan", "inf")  # in the place of a number
 CODE = (
-    "True", "answer", "gold", "target", "solution", "expected", "ground_truth", "reference",
-    "int(answer)", "float(answer)", "str(answer)", "eval(answer)", "answer == answer", "1 == 1",
-    "max(answer, answer)", "(answer)", "0 or answer", "1", "not False",
-)  # fmt: skip
+    "True",
+    "answer",
+    "gold",
+    "target",
+    "solution",
+    "expected",
+    "ground_truth",
+    "reference",
+    "int(answer)",
+    "float(answer)",
+    "str(answer)",
+    "eval(answer)",
+    "answer == answer",
+    "1 == 1",
+    "max(answer, answer)",
+    "(answer)",
+    "0 or answer",
+    "1",
+    "not False",
+)
 
 
 # --- the first question --------------------------------------------------------------------------
@@ -33,8 +49,15 @@ def another(gold: str) -> list[str]:
     value = int(gold)
     sign, digits = "-" * (value < 0), gold.lstrip("-")
     near = (value + 1, value - 1, value + 10, value + 100, 2 * value, 10 * value, -value, 0)
-    texts = [*map(str, near), f"{gold}1", f"{sign}1{digits}", sign + digits[::-1], f"{gold}.4",
-             sign + digits[:-1], str(value + 1000003)]  # fmt: skip
+    texts = [
+        *map(str, near),
+        f"{gold}1",
+        f"{sign}1{digits}",
+        sign + digits[::-1],
+        f"{gold}.4",
+        sign + digits[:-1],
+        str(value + 1000003),
+    ]
     wrong = [t for t in texts if t not in ("", "-") and float(t) != float(value)]
     return list(dict.fromkeys(wrong))
 

@@ -18,8 +18,15 @@ MANGLED = (
 FLOOD = (0, 1, 5, 6, 50)
 INVENTED = [f"aside_{a}{b}" for a in "abcdefgh" for b in "stuvwxyz"]  # no digit: it might be gold
 EMPTY = ("", " ", " ... ")  # nothing that could be work
-EMPTY_MARKS = ("<answer></answer> ", "<reasoning> </reasoning> ", "```\n``` ", "```python\n``` ",
-               "\\boxed{} ", "[] ", "** ** ")  # fmt: skip
+EMPTY_MARKS = (
+    "<answer></answer> ",
+    "<reasoning> </reasoning> ",
+    "```\n``` ",
+    "```python\n``` ",
+    "\\boxed{} ",
+    "[] ",
+    "** ** ",
+)
 
 
 def _cut(inner: str, times: int) -> str | None:

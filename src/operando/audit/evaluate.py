@@ -68,9 +68,12 @@ def evaluate_run(
     sampling = Sampling(length, stop=recipe.rollout.stop)
     policy = Policy(loaded, recipe.model, SeedTree(recipe.seed))
     sampler = make_sampler(
-        recipe.rollout.engine, policy.base, loaded.tokenizer,
-        stop_ids(policy.base, loaded.tokenizer), recipe.rollout.max_batch,
-    )  # fmt: skip
+        recipe.rollout.engine,
+        policy.base,
+        loaded.tokenizer,
+        stop_ids(policy.base, loaded.tokenizer),
+        recipe.rollout.max_batch,
+    )
     before = answer_greedily(sampler, task, prompts, sampling)  # LoRA's B is zero: the base model
     load_weights(folder, step, policy)
     after = answer_greedily(sampler, task, prompts, sampling)

@@ -71,9 +71,12 @@ class _Bench:
         self.task = load_task(recipe.task)
         self.loaded = load_model(recipe.model)
         self.policy = Policy(
-            self.loaded, recipe.model, SeedTree(recipe.seed), reference=True,
+            self.loaded,
+            recipe.model,
+            SeedTree(recipe.seed),
+            reference=True,
             temperature=recipe.rollout.temperature,
-        )  # fmt: skip
+        )
         self.parts: list[RewardPart] = make_parts(recipe, self.task, {})
         self.taps = make_taps(recipe, self.parts, self.policy, self.loaded)
         load_weights(folder, step, self.policy)
@@ -98,9 +101,12 @@ class _Bench:
         )
         rollout, length = config.rollout, config.rollout.max_completion_length
         sampler = make_sampler(
-            rollout.engine, self.policy.base, self.loaded.tokenizer,
-            stop_ids(self.policy.base, self.loaded.tokenizer), rollout.max_batch,
-        )  # fmt: skip
+            rollout.engine,
+            self.policy.base,
+            self.loaded.tokenizer,
+            stop_ids(self.policy.base, self.loaded.tokenizer),
+            rollout.max_batch,
+        )
         groups = list(range(len(prompts)))
         uniforms_BT = uniform_streams(
             SeedTree(config.seed), config.steps + 1, groups, rollout.num_generations, length
@@ -198,11 +204,16 @@ def _judge_pairs(bench: _Bench, name: str, pairs: list[Rollout], folder: Path, s
     break_even = float((outcome_P / pull_P)[able_P].min()) if bool(able_P.any()) else None
     beaten = int((lead_P <= 0).sum())
     result = Gaming(
-        name, len(lead_P), wilson(beaten, len(lead_P)),
-        float(score_B[0::2].mean()), float(score_B[1::2].mean()), weight, break_even,
+        name,
+        len(lead_P),
+        wilson(beaten, len(lead_P)),
+        float(score_B[0::2].mean()),
+        float(score_B[1::2].mean()),
+        weight,
+        break_even,
         example=pairs[1].completion,
         file=folder / "audits" / f"gaming_{name}_step_{step:05d}.json",
-    )  # fmt: skip
+    )
     write_json(result.file, asdict(result) | {"file": str(result.file), "step": step})
     return result
 
@@ -222,9 +233,10 @@ def gaming_lines(result: Gaming) -> list[str]:
     """Return what was found, in words."""
     low, high = result.beaten.low, result.beaten.high
     at = (
-        "at no weight" if result.break_even is None
+        "at no weight"
+        if result.break_even is None
         else f"only from a weight of {result.break_even:.2g} (the run's: {result.weight:g})"
-    )  # fmt: skip
+    )
     return [
         f"feature gaming, rewards.{result.reward}: on {result.n} prompts a wrong answer behind the "
         f"features' best text scores {result.score_gaming:+.3f} a token, an honest right one "

@@ -170,9 +170,14 @@ def fuzz_target(
     name = Path(target).stem if reward is None else reward.rpartition(":")[2]
     file = folder / "fuzz.json" if folder is not None else Path(f"fuzz_{name}.json")
     result = FuzzResult(
-        target, sum(c.is_right for c in cases), sum(not c.is_right for c in cases), tuple(rows),
-        tuple(left_out), reads, file,
-    )  # fmt: skip
+        target,
+        sum(c.is_right for c in cases),
+        sum(not c.is_right for c in cases),
+        tuple(rows),
+        tuple(left_out),
+        reads,
+        file,
+    )
     content = asdict(result) | {"file": str(file), "num_findings": len(result.findings)}
     write_json(file, content)
     return result
@@ -245,10 +250,17 @@ def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
             gains = [abs(b.paid_after - b.paid_before) for _, b in breaches]
             rows.append(
                 Row(
-                    name, edit.name, edit.prop, edit.must, edit.is_evasion, len(breaches),
-                    tried[name], max(gains, default=0.0), smallest,
+                    name,
+                    edit.name,
+                    edit.prop,
+                    edit.must,
+                    edit.is_evasion,
+                    len(breaches),
+                    tried[name],
+                    max(gains, default=0.0),
+                    smallest,
                 )
-            )  # fmt: skip
+            )
     return sorted(rows, key=lambda row: row.reward.startswith(TOTAL))
 
 
@@ -284,9 +296,13 @@ def _try(
                 at = None  # tags cost, and here are fewer of them
             if at is not None:
                 breach = Breach(
-                    chain.texts[at - 1], chain.texts[at], paid[at - 1], paid[at], chain.times[at],
+                    chain.texts[at - 1],
+                    chain.texts[at],
+                    paid[at - 1],
+                    paid[at],
+                    chain.times[at],
                     case.rollout.prompt.text,
-                )  # fmt: skip
+                )
                 found.setdefault(name, []).append((case, breach))
     return tried, found
 

@@ -30,10 +30,12 @@ def show_fuzz(result: FuzzResult) -> Group:
         for row in sorted(rows, key=lambda row: row.is_evasion):
             if row.breaches:
                 table.add_row(
-                    name, f"{row.prop} {row.edit}", "(evasion)" if row.is_evasion else row.must,
+                    name,
+                    f"{row.prop} {row.edit}",
+                    "(evasion)" if row.is_evasion else row.must,
                     f"{row.breaches}/{row.tried}",
                     f"{row.largest_gain:.3f}" if row.largest_gain > EPSILON else "free",
-                )  # fmt: skip
+                )
     for name in result.left_out:
         table.add_row(name, "left out: it wants trace", "", "", "")
     said = [Text(line) for name in result.reads for line in _reads_words(result, name)]
@@ -49,8 +51,10 @@ def _reads_words(result: FuzzResult, name: str) -> list[str]:
         case "never":
             return [f"{name}: this part alone never reads the answer; what is paid beside it must."]
         case "not asked":
-            return [f"{name}: it pays no right answer more than none, so whether it reads the "
-                    "answer could not be asked."]  # fmt: skip
+            return [
+                f"{name}: it pays no right answer more than none, so whether it reads the "
+                "answer could not be asked."
+            ]
         case _:
             return []
 

@@ -119,10 +119,14 @@ def read(model: RecursiveCausalLM, texts: Texts, depths: Sequence[int], seed: in
     grads, carry = gradients(model, Texts(*(x[:ROWS] for x in texts)))
     return Reading(
         shock(torch.cat(sizes), torch.cat(bent), torch.cat(drift)),
-        steps, nll, kl, agree,
+        steps,
+        nll,
+        kl,
+        agree,
         {t: likeness(whole[t], whole[R], other_N) for t in asked if t != R},
-        grads, carry,
-    )  # fmt: skip
+        grads,
+        carry,
+    )
 
 
 def _forward(
@@ -134,9 +138,11 @@ def _forward(
     site = f"blocks.{decoder.num_prelude - 1}.hook_resid_post"
     with ActivationReader(model, [site]).reading() as seen:
         out = decoder(
-            input_ids=ids_BS, num_loops=max(depths), halt_threshold=math.inf,
+            input_ids=ids_BS,
+            num_loops=max(depths),
+            halt_threshold=math.inf,
             output_loop_states=True,
-        )  # fmt: skip
+        )
     assert out.loop_states is not None
     states = [seen[site], *out.loop_states]
     position_BS, mask = positions_and_mask(states[0], None, None, None)
@@ -207,9 +213,11 @@ def cache_gap(model: RecursiveCausalLM, texts: Texts) -> CacheGap:
     for at in range(S):
         position_B1 = torch.full((B, 1), at, device=model.device)
         out = model(
-            input_ids=ids_BS[:, at : at + 1], position_ids=position_B1, cache=cache,
+            input_ids=ids_BS[:, at : at + 1],
+            position_ids=position_B1,
+            cache=cache,
             halt_threshold=threshold,
-        )  # fmt: skip
+        )
         logits.append(out.logits)
         exits.append(out.exit_loops)
     real_BS = part.real().to(model.device)

@@ -62,10 +62,7 @@ class Read(NamedTuple):
     seed: int
 
     def number(
-        self,
-        name: str,
-        get: Callable[[Reading], float | None],
-        interval: Interval | None = None,
+        self, name: str, get: Callable[[Reading], float | None], interval: Interval | None = None
     ) -> Number:
         return Number(name, get(self.own), [get(t) for t in self.twins], get(self.noise), interval)
 
@@ -121,14 +118,20 @@ def judge_shock(r: Read) -> Test:
         return mean_bT.max(1) / np.median(mean_bT, 1)
 
     numbers = [
-        r.number(f"jitter J, at most {MOST_JITTER}", lambda x: x.shock.jitter,
-                 bootstrap(r.own.steps, jitter, r.alike, r.seed)),
-        r.number(f"spike S, at most {MOST_SPIKE:g}", lambda x: x.shock.spike,
-                 bootstrap(r.own.steps, spike, r.alike, r.seed)),
+        r.number(
+            f"jitter J, at most {MOST_JITTER}",
+            lambda x: x.shock.jitter,
+            bootstrap(r.own.steps, jitter, r.alike, r.seed),
+        ),
+        r.number(
+            f"spike S, at most {MOST_SPIKE:g}",
+            lambda x: x.shock.spike,
+            bootstrap(r.own.steps, spike, r.alike, r.seed),
+        ),
         r.number(f"drift D, {DRIFT[0]:g} to {DRIFT[1]:g}", lambda x: x.shock.drift),
         r.number("bend a", lambda x: x.shock.bend),
         r.number("p99 of a step", lambda x: x.shock.p99),
-    ]  # fmt: skip
+    ]
     twins, own = [meets(t) is True for t in r.twins], meets(r.own)
     words = {True: beside(twins), None: "beyond a limit", False: "far beyond a limit"}[own]
     return Test("update shock", verdict(own, twins), words, numbers)
@@ -157,9 +160,12 @@ def judge_depth(r: Read, loops: int) -> Test:
         r.number(f"cosine with {r.R} loops", lambda x: x.likeness[loops].cosine),
         r.number("  of other tokens", lambda x: x.likeness[loops].mismatched),
         r.number("  centred, minus others'", lambda x: x.likeness[loops].centred),
-    ]  # fmt: skip
-    words = {True: "as good as trained depth", False: "worse than trained depth",
-             None: "these problems do not decide it"}[meets]  # fmt: skip
+    ]
+    words = {
+        True: "as good as trained depth",
+        False: "worse than trained depth",
+        None: "these problems do not decide it",
+    }[meets]
     why = f"{words}; right answers gained {change.count(1.0)}, lost {change.count(-1.0)}"
     said = verdict(meets, twins)
     if not r.tells(r.own, r.noise, r.R):
@@ -239,11 +245,10 @@ def judge_cache(gap: CacheGap, twins: Sequence[CacheGap]) -> Test:
     """A decode through the cache against one forward over the text, exits on."""
     passed = [t.largest <= MOST_CACHE_GAP for t in twins]
     numbers = [
-        Number(f"largest gap, at most {MOST_CACHE_GAP:g}", gap.largest,
-               [t.largest for t in twins]),
+        Number(f"largest gap, at most {MOST_CACHE_GAP:g}", gap.largest, [t.largest for t in twins]),
         Number("tokens with other exits", float(gap.flipped), [float(t.flipped) for t in twins]),
         Number("mean loops", gap.loops, [t.loops for t in twins]),
-    ]  # fmt: skip
+    ]
     said = verdict(gap.largest <= MOST_CACHE_GAP, passed)
     why = f"halt threshold {gap.threshold:.3g}; {beside(passed)}: it is the code's, not training's"
     return Test("cached decode", said, why, numbers)
@@ -262,8 +267,11 @@ def seeds_way(r: Read) -> str:
 
     twins = [three(t) for t in r.twins]
     words = []
-    named = (f"step std (at most {SEED_JITTER})", f"cosine of {deep} with {r.R} loops (at least "
-             f"{SEED_COSINE})", "dL/dh of the last loop (not 0)")  # fmt: skip
+    named = (
+        f"step std (at most {SEED_JITTER})",
+        f"cosine of {deep} with {r.R} loops (at least {SEED_COSINE})",
+        "dL/dh of the last loop (not 0)",
+    )
     for i, name in enumerate(named):
         values = [t[i] for t in twins]
         words.append(f"{name} {three(r.own)[i]:.3g}, random {min(values):.3g} to {max(values):.3g}")

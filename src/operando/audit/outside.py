@@ -113,10 +113,17 @@ class Outside:
 
 
 def outside_config(
-    tasks: str | None, prompt: str | None, data: Sequence[str], num: int | None,
-    few_shot: int | None, greedy: bool, temperature: float | None, samples: int,
-    max_completion_length: int | None, grader: str | None = None,
-) -> OutsideConfig | None:  # fmt: skip
+    tasks: str | None,
+    prompt: str | None,
+    data: Sequence[str],
+    num: int | None,
+    few_shot: int | None,
+    greedy: bool,
+    temperature: float | None,
+    samples: int,
+    max_completion_length: int | None,
+    grader: str | None = None,
+) -> OutsideConfig | None:
     """Return the options of `operando eval`, checked; None if nothing but the run's own is asked.
 
     That is no task, no prompt format and no way of sampling.
@@ -146,10 +153,16 @@ def outside_config(
     if not names and not data and prompt is None and temperature is None and few_shot is None:
         return None
     return OutsideConfig(
-        names, num, None if prompt is None else formats[prompt],
-        {key: path for key, _, path in pairs}, temperature, samples, few_shot,
-        max_completion_length, grader,
-    )  # fmt: skip
+        names,
+        num,
+        None if prompt is None else formats[prompt],
+        {key: path for key, _, path in pairs},
+        temperature,
+        samples,
+        few_shot,
+        max_completion_length,
+        grader,
+    )
 
 
 def evaluate_outside(folder: Path, config: OutsideConfig, step: int | None = None) -> Outside:
@@ -237,9 +250,13 @@ def _prompt(name: str, config: OutsideConfig, recipe: Recipe) -> PromptConfig:
 
 
 def _fitting(
-    contest: Contest, examples: Sequence[Example], shots: Sequence[Example], prompt: PromptConfig,
-    length: int, name: str,
-) -> list[Prompt]:  # fmt: skip
+    contest: Contest,
+    examples: Sequence[Example],
+    shots: Sequence[Example],
+    prompt: PromptConfig,
+    length: int,
+    name: str,
+) -> list[Prompt]:
     """Return the prompts that leave room for a completion in the model's context."""
     limit = contest.room(length)
     prompts = contest.prompts(examples, shots, prompt, sys.maxsize)
@@ -299,9 +316,13 @@ def _judged(plan: Plan, rollouts: Sequence[Rollout]) -> list[Judged]:
 
 
 def _result(
-    plan: Plan, config: OutsideConfig, step: int,
-    before: Sequence[Judged], after: Sequence[Judged], seed: int,
-) -> TaskResult:  # fmt: skip
+    plan: Plan,
+    config: OutsideConfig,
+    step: int,
+    before: Sequence[Judged],
+    after: Sequence[Judged],
+    seed: int,
+) -> TaskResult:
     old, new = [j.verdict.correct for j in before], [j.verdict.correct for j in after]
     k, n = config.samples, len(plan.asked.prompts)
     format = "chat" if plan.asked.prompts[0].messages else "raw"
@@ -319,10 +340,18 @@ def _result(
         difference = bootstrap_mean([b - a for a, b in zip(old_P, new_P, strict=True)], seed)
         p_value, changed = None, (0, 0)
     return TaskResult(
-        plan.asked.name, format, n, k, plan.left_out,
-        _arm("base", right[0], before), _arm(f"step {step}", right[1], after),
-        difference, p_value, gained=changed[0], lost=changed[1],
-    )  # fmt: skip
+        plan.asked.name,
+        format,
+        n,
+        k,
+        plan.left_out,
+        _arm("base", right[0], before),
+        _arm(f"step {step}", right[1], after),
+        difference,
+        p_value,
+        gained=changed[0],
+        lost=changed[1],
+    )
 
 
 def problem_means(correct: Sequence[bool], samples: int) -> list[float]:
@@ -334,17 +363,22 @@ def problem_means(correct: Sequence[bool], samples: int) -> list[float]:
 def _arm(name: str, right: Interval, judged: Sequence[Judged]) -> Arm:
     n = len(judged)
     return Arm(
-        name, right,
+        name,
+        right,
         truncated=sum(j.rollout.is_truncated for j in judged) / n,
         looped=sum(find_loop(j.rollout.completion) is not None for j in judged) / n,
         mean_length=sum(len(j.rollout.completion_ids) for j in judged) / n,
-    )  # fmt: skip
+    )
 
 
 def _write(
-    folder: Path, step: int, config: OutsideConfig, plans: Sequence[Plan],
-    base: Sequence[Sequence[Judged]], trained: Sequence[Sequence[Judged]],
-) -> Path:  # fmt: skip
+    folder: Path,
+    step: int,
+    config: OutsideConfig,
+    plans: Sequence[Plan],
+    base: Sequence[Sequence[Judged]],
+    trained: Sequence[Sequence[Judged]],
+) -> Path:
     names = [plan.asked.name for plan in plans]
     format = "chat" if plans[0].asked.prompts[0].messages else "raw"
     how = "greedy" if config.temperature is None else f"t{config.temperature:g}x{config.samples}"
@@ -389,15 +423,23 @@ def outside_table(result: Outside) -> Table:
         changed = "" if row.p_value is None else f"{row.gained}, {row.lost}"
         left_out = f"{row.left_out} too long" if row.left_out else ""
         table.add_row(
-            left_out, row.trained.name, n, *_cells(row.trained),
-            f"{value:+.1%} ({low:+.1%} to {high:+.1%})", p, changed,
-        )  # fmt: skip
+            left_out,
+            row.trained.name,
+            n,
+            *_cells(row.trained),
+            f"{value:+.1%} ({low:+.1%} to {high:+.1%})",
+            p,
+            changed,
+        )
     return table
 
 
 def _cells(arm: Arm) -> tuple[str, ...]:
     right = arm.right
     return (
-        f"{right.value:.1%}", f"{right.low:.1%} to {right.high:.1%}", f"{arm.truncated:.0%}",
-        f"{arm.looped:.0%}", f"{arm.mean_length:.1f}",
-    )  # fmt: skip
+        f"{right.value:.1%}",
+        f"{right.low:.1%} to {right.high:.1%}",
+        f"{arm.truncated:.0%}",
+        f"{arm.looped:.0%}",
+        f"{arm.mean_length:.1f}",
+    )

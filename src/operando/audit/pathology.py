@@ -19,15 +19,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from operando.audit.loop_reading import (
-    Texts,
-    at_depth,
-    cache_gap,
-    pack_texts,
-    read,
-    shuffled,
-    twin,
-)
+from operando.audit.loop_reading import Texts, at_depth, cache_gap, pack_texts, read, shuffled, twin
 from operando.audit.loop_verdicts import (
     Read,
     Test,
@@ -150,10 +142,18 @@ def judge_model(
         judge_cache(gap, gaps),
     ]
     result = Pathology(
-        subject.name, subject.question.task.name, len(alike), len(set(alike)), R,
-        tuple(depths), tuple(seeds), gap.threshold, tests, seeds_way(read_all),
+        subject.name,
+        subject.question.task.name,
+        len(alike),
+        len(set(alike)),
+        R,
+        tuple(depths),
+        tuple(seeds),
+        gap.threshold,
+        tests,
+        seeds_way(read_all),
         folder / "audits" / "pathology.json",
-    )  # fmt: skip
+    )
     document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}
     write_json(result.file, _plain(document))
     return result

@@ -26,8 +26,18 @@ from operando.audit.findings import (
 from operando.audit.rules_reward import Fall, negative_weights
 from operando.recipe import Recipe
 
-VITAL = ("loss", "policy_loss", "value_loss", "grad_norm", "update_norm", "kl", "entropy",
-         "ratio_gap", "sampler/gap_mean", "sampler/ess")  # fmt: skip
+VITAL = (
+    "loss",
+    "policy_loss",
+    "value_loss",
+    "grad_norm",
+    "update_norm",
+    "kl",
+    "entropy",
+    "ratio_gap",
+    "sampler/gap_mean",
+    "sampler/ess",
+)
 MOST = 0.9  # share of steps that is as good as all
 HIGH_KL = 1.0  # nats a token: another model than the one it began as
 TIMES_ENTROPY = 5.0  # of the start
@@ -93,8 +103,11 @@ def no_update(rows: Sequence[Row]) -> Finding | None:
         return None
     grads = [p.value for p in series(rows, "grad_norm")]
     moved = [p.value for p in series(rows, "update_norm")]
-    still = [name for name, values in (("grad_norm", grads), ("update_norm", moved))
-             if len(values) >= 3 and sum(v == 0 for v in values) >= MOST * len(values)]  # fmt: skip
+    still = [
+        name
+        for name, values in (("grad_norm", grads), ("update_norm", moved))
+        if len(values) >= 3 and sum(v == 0 for v in values) >= MOST * len(values)
+    ]
     if not still:
         return None
     if "grad_norm" in still:
@@ -247,8 +260,10 @@ def sampler_gap(rows: Sequence[Row]) -> Finding | None:
     gap, ess = lately(rows, "sampler/gap_mean"), lately(rows, "sampler/ess")
     signs = []
     if gap is not None and gap > GAP:
-        signs.append(f"log-probs of sampled tokens differ by {gap:.2g} nats on average (under "
-                     f"{GAP:g} is rounding)")  # fmt: skip
+        signs.append(
+            f"log-probs of sampled tokens differ by {gap:.2g} nats on average (under "
+            f"{GAP:g} is rounding)"
+        )
     if ess is not None and ess < ESS:
         signs.append(f"the effective sample size is {ess:.0%} of the tokens")
     if not signs:

@@ -61,8 +61,10 @@ def collapse(
     # a hacked reward is constant because it is saturated: that is the hack, told above
     if not hacked and last and fmean(p.value for p in last) >= ALL_ZERO_STD:
         share = fmean(p.value for p in last)
-        signs.append(f"in {share:.0%} of the groups of the last {len(last)} steps all siblings "
-                     "were paid alike")  # fmt: skip
+        signs.append(
+            f"in {share:.0%} of the groups of the last {len(last)} steps all siblings "
+            "were paid alike"
+        )
     if not signs:
         return None
     back = f"go back to the checkpoint at or before step {fall.peak}"

@@ -81,8 +81,10 @@ def no_learning(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
     quarter = max(5, len(paid) // 4)
     if gained(rows):
         return None
-    words = [f"the largest gradient norm of {len(grads)} steps was {max(grads):.3g} (clip: "
-             f"{max_grad_norm:g})"]  # fmt: skip
+    words = [
+        f"the largest gradient norm of {len(grads)} steps was {max(grads):.3g} (clip: "
+        f"{max_grad_norm:g})"
+    ]
     if kl:
         words.append(f"KL to the reference ended at {late_kl:.2g} nats a token")
     if moved:

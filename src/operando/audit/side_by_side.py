@@ -51,8 +51,10 @@ NUM = 200  # problems of a generated task without --num
 MOST_CUT = 0.05  # of the gold answers
 RAW = {"clrs": "{question}", "graph_search": "Q: {question}\nA:", "words": "Q: {question}\nA:"}
 ANSWERS: Mapping[str, str] = {
-    "clrs": "{solution}", "graph_search": " {solution}", "words": " {solution} #### {answer}",
-}  # fmt: skip
+    "clrs": "{solution}",
+    "graph_search": " {solution}",
+    "words": " {solution} #### {answer}",
+}
 
 
 class Model(NamedTuple):
@@ -317,9 +319,7 @@ def _answer(
 # --- what came of it -----------------------------------------------------------------------------
 
 
-def _row(
-    question: Question, model: str, answers: Answers, first: Answers | None
-) -> Row:  # fmt: skip
+def _row(question: Question, model: str, answers: Answers, first: Answers | None) -> Row:
     judged = answers.judged
     sizes = sorted({int(e.columns["n"]) for e in question.examples if "n" in e.columns})
     by_size = {
@@ -332,10 +332,14 @@ def _row(
             [j.verdict.correct for j in first.judged], [j.verdict.correct for j in judged]
         )
     return Row(
-        question.task.name, model, answers.limit,
-        sum(j.rollout.is_truncated for j in judged) / len(judged), _shares(judged, question),
-        by_size, against,
-    )  # fmt: skip
+        question.task.name,
+        model,
+        answers.limit,
+        sum(j.rollout.is_truncated for j in judged) / len(judged),
+        _shares(judged, question),
+        by_size,
+        against,
+    )
 
 
 def _shares(judged: Sequence[Judged], question: Question) -> Shares:
@@ -346,12 +350,14 @@ def _shares(judged: Sequence[Judged], question: Question) -> Shares:
         nan = float("nan")
         return Shares(n, right, nan, nan, nan, nan, _labelled(judged, question))
     return Shares(
-        n, right,
+        n,
+        right,
         node=sum(clrs.node_accuracy(e, c) for e, c in pairs) / n,
         trace=sum(clrs.trace_accuracy(e, c) for e, c in pairs) / n,
         identity=sum(clrs.identity_accuracy(e) for e, _ in pairs) / n,
-        copied=sum(clrs.labels(e, c, False)["identity"] for e, c in pairs) / n, labelled={},
-    )  # fmt: skip
+        copied=sum(clrs.labels(e, c, False)["identity"] for e, c in pairs) / n,
+        labelled={},
+    )
 
 
 def _labelled(judged: Sequence[Judged], question: Question) -> dict[str, tuple[float, float]]:
@@ -380,18 +386,36 @@ def _write(
     file: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Answers]]
 ) -> None:
     columns: dict[str, list[object]] = {
-        key: [] for key in ("model", "graded_by", "example_id", "prompt", "gold", "completion",
-                            "correct", "reason", "truncated", "labels")
-    }  # fmt: skip
+        key: []
+        for key in (
+            "model",
+            "graded_by",
+            "example_id",
+            "prompt",
+            "gold",
+            "completion",
+            "correct",
+            "reason",
+            "truncated",
+            "labels",
+        )
+    }
     for model, tasks in answers.items():
         both = zip(questions, tasks, strict=True)
         for question, one in [(question, j) for question, task in both for j in task.judged]:
             example = one.rollout.prompt.example
             values = (
-                model, question.task.graded_by, example.id, one.rollout.prompt.text,
-                example.answer, one.rollout.completion, one.verdict.correct, one.verdict.reason,
-                one.rollout.is_truncated, json.dumps(dict(_labels(one, question))),
-            )  # fmt: skip
+                model,
+                question.task.graded_by,
+                example.id,
+                one.rollout.prompt.text,
+                example.answer,
+                one.rollout.completion,
+                one.verdict.correct,
+                one.verdict.reason,
+                one.rollout.is_truncated,
+                json.dumps(dict(_labels(one, question))),
+            )
             for key, value in zip(columns, values, strict=True):
                 columns[key].append(value)
     write_parquet(file, columns)
@@ -413,13 +437,20 @@ def side_by_side_tables(result: SideBySide) -> Group:
         if against is not None:
             value, low, high = against.difference
             compared = (
-                f"{value:+.1%} ({low:+.1%} to {high:+.1%})", f"{against.p_value:.2g}",
+                f"{value:+.1%} ({low:+.1%} to {high:+.1%})",
+                f"{against.p_value:.2g}",
                 f"{against.gained}, {against.lost}",
-            )  # fmt: skip
+            )
         table.add_row(
-            row.task, row.model, str(row.all.n), str(row.limit), f"{right.value:.1%}",
-            f"{right.low:.1%} to {right.high:.1%}", f"{row.truncated:.0%}", *compared,
-        )  # fmt: skip
+            row.task,
+            row.model,
+            str(row.all.n),
+            str(row.limit),
+            f"{right.value:.1%}",
+            f"{right.low:.1%} to {right.high:.1%}",
+            f"{row.truncated:.0%}",
+            *compared,
+        )
     tables = [table]
     for task in dict.fromkeys(row.task for row in result.rows if row.by_size):
         tables.append(_by_size([row for row in result.rows if row.task == task]))
@@ -441,8 +472,12 @@ def _by_size(rows: Sequence[Row]) -> Table:
             shares = [share for name in labels for share in s.labelled[name]]
             labelled = [f"{share:.1%}" if share == share else "" for share in shares]
             table.add_row(
-                row.model, str(size), str(s.n), f"{s.right.value:.1%}",
-                f"{s.right.low:.1%} to {s.right.high:.1%}", *(cells if is_clrs else ()),
+                row.model,
+                str(size),
+                str(s.n),
+                f"{s.right.value:.1%}",
+                f"{s.right.low:.1%} to {s.right.high:.1%}",
+                *(cells if is_clrs else ()),
                 *labelled,
-            )  # fmt: skip
+            )
     return table

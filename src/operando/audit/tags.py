@@ -119,11 +119,18 @@ def tag_rows(
         change = paired_difference(before, after)
         rows.append(
             TagRow(
-                name, num, balanced[name] / num, dict(inside[name]), first[name],
-                name in in_prompt, sum(before) / len(before), sum(after) / len(after), change,
+                name,
+                num,
+                balanced[name] / num,
+                dict(inside[name]),
+                first[name],
+                name in in_prompt,
+                sum(before) / len(before),
+                sum(after) / len(after),
+                change,
                 _verdict(name in in_prompt, change, num_tags=len(count)),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -170,8 +177,15 @@ def tags_table(result: TagsResult) -> Table:
         value, low, high = row.change.difference
         within = ", ".join(f"{name} {n}" for name, n in row.inside.items())
         table.add_row(
-            row.tag, str(row.count), f"{row.balanced:.0%}", within, str(row.first_step),
-            "yes" if row.in_prompt else "no", f"{row.base_rate:.1%}", f"{row.trained_rate:.1%}",
-            f"{value:+.1%} ({low:+.1%} to {high:+.1%})", row.verdict,
-        )  # fmt: skip
+            row.tag,
+            str(row.count),
+            f"{row.balanced:.0%}",
+            within,
+            str(row.first_step),
+            "yes" if row.in_prompt else "no",
+            f"{row.base_rate:.1%}",
+            f"{row.trained_rate:.1%}",
+            f"{value:+.1%} ({low:+.1%} to {high:+.1%})",
+            row.verdict,
+        )
     return table

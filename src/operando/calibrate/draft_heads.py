@@ -95,9 +95,13 @@ def forget_heads(model: RecursiveCausalLM) -> None:
 
 
 def fit_heads(
-    model: RecursiveCausalLM, places: Places, epochs: int, lr: float, seed: int,
+    model: RecursiveCausalLM,
+    places: Places,
+    epochs: int,
+    lr: float,
+    seed: int,
     on_progress: Progress = lambda _done, _of: None,
-) -> None:  # fmt: skip
+) -> None:
     """Train the heads by AdamW with a linear decay; the order of tokens is the seed's."""
     heads = model.speculative_projs
     heads.requires_grad_(True)
@@ -181,24 +185,22 @@ def commonest(
 # --- drafting ------------------------------------------------------------------------------------
 
 
-def draft(
-    source: Source, prompts: Sequence[Prompt], drafts: int
-) -> tuple[list[Sampled], Drafted]:  # fmt: skip
+def draft(source: Source, prompts: Sequence[Prompt], drafts: int) -> tuple[list[Sampled], Drafted]:
     """Return greedy completions with `drafts` drafts, and what became of the drafts."""
     engine = plain_engine(source, draft_tokens=drafts)
     sampled = complete(source, prompts, engine)
     stats = engine.stats
-    return sampled, Drafted(
-        stats.accepted, stats.tried, stats.tokens / max(1, stats.row_calls)
-    )  # fmt: skip
+    return sampled, Drafted(stats.accepted, stats.tried, stats.tokens / max(1, stats.row_calls))
 
 
 def race_drafts(
-    source: Source, prompts: Sequence[Prompt], drafts: Sequence[int], batch: int, repeats: int,
+    source: Source,
+    prompts: Sequence[Prompt],
+    drafts: Sequence[int],
+    batch: int,
+    repeats: int,
     on_progress: Progress = lambda _done, _of: None,
-) -> Race:  # fmt: skip
+) -> Race:
     """Time greedy sampling by the number of drafts (0: none); the arms are called "0", "1", ..."""
-    engines = {
-        str(g): plain_engine(source, draft_tokens=g, max_batch=batch) for g in drafts
-    }  # fmt: skip
+    engines = {str(g): plain_engine(source, draft_tokens=g, max_batch=batch) for g in drafts}
     return race(source, prompts, engines, repeats, on_progress)

@@ -91,9 +91,13 @@ def calibrate_drafting(
     if not heads:
         raise UserError(f"{folder}: the model has no speculative heads (num_speculative_heads = 0)")
     sampled = complete(
-        source, prompts.fit, plain_engine(source), config.temperature, config.source.seed,
+        source,
+        prompts.fit,
+        plain_engine(source),
+        config.temperature,
+        config.source.seed,
         partial(on_stage, "completions of the fit prompts"),
-    )  # fmt: skip
+    )
     places = draft_heads.collect_places(model, make_texts(source, prompts.fit, sampled))
     plain, _ = draft_heads.draft(source, prompts.held_out, 0)
     seen = draft_heads.collect_places(model, make_texts(source, prompts.held_out, plain))
@@ -106,22 +110,32 @@ def calibrate_drafting(
             model, places, config.epochs, config.lr, config.source.seed, partial(on_stage, "heads")
         )
     tried = draft_heads.race_drafts(
-        source, prompts.choose[: _count(config.batch_size)], range(heads + 1),
-        config.batch_size, config.repeats, partial(on_stage, "number of drafts"),
-    )  # fmt: skip
+        source,
+        prompts.choose[: _count(config.batch_size)],
+        range(heads + 1),
+        config.batch_size,
+        config.repeats,
+        partial(on_stage, "number of drafts"),
+    )
     rates = {g: tried.gain(str(g), "0") for g in range(heads + 1)}
     chosen = max(range(1, heads + 1), key=lambda g: rates[g])
     fast, drafted = draft_heads.draft(source, prompts.held_out, chosen)
     after = draft_heads.score_heads(model, places, seen)
     result = Drafting(
-        n=len(plain), before=before, after=after, rates=rates,
-        chosen=chosen, written=chosen if rates[chosen] > 1 else 0, drafted=drafted,
+        n=len(plain),
+        before=before,
+        after=after,
+        rates=rates,
+        chosen=chosen,
+        written=chosen if rates[chosen] > 1 else 0,
+        drafted=drafted,
         untrained=untrained,
         num_equal=sum(a.ids == b.ids for a, b in zip(fast, plain, strict=True)),
         races=_races(source, chosen, config.repeats, on_stage, "timing"),
-        untrained_races=untrained_races, halt_threshold=model.config.halt_threshold,
+        untrained_races=untrained_races,
+        halt_threshold=model.config.halt_threshold,
         file=out / "drafting.json",
-    )  # fmt: skip
+    )
     manifest = _manifest(source, config, result)
     if result.is_exact():
         model.config.draft_tokens = result.written
@@ -137,11 +151,15 @@ def _races(
     """Time `drafts` drafts beside none on held-out prompts, in batches of one and of many."""
     return {
         batch: draft_heads.race_drafts(
-            source, source.prompts.held_out[:count], (0, drafts), batch, repeats,
+            source,
+            source.prompts.held_out[:count],
+            (0, drafts),
+            batch,
+            repeats,
             partial(on_stage, f"{what}, batch {batch}"),
         )
         for batch, count in RACE.items()
-    }  # fmt: skip
+    }
 
 
 def _count(batch_size: int) -> int:
@@ -164,22 +182,28 @@ def _manifest(source: Source, config: DraftingConfig, result: Drafting) -> dict[
         "gain_by_drafts": {str(g): rate for g, rate in result.rates.items()},
         "drafting": drafted_as_json(result.drafted),
         "untrained": drafted_as_json(result.untrained),
-        "equal_completions": {"count": result.num_equal, "n": result.n,
-                              "share": wilson(result.num_equal, result.n)._asdict()},
+        "equal_completions": {
+            "count": result.num_equal,
+            "n": result.n,
+            "share": wilson(result.num_equal, result.n)._asdict(),
+        },
         "timings": {str(batch): r.as_json("0") for batch, r in result.races.items()},
         "untrained_timings": {
             str(batch): r.as_json("0") for batch, r in result.untrained_races.items()
         },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def drafted_as_json(drafted: Drafted) -> dict[str, object]:
     """Return acceptance by head, of the drafts that were looked at, with its interval."""
     heads = [
-        {"accepted": accepted, "tried": tried,
-         "share": wilson(accepted, tried)._asdict() if tried else None}
+        {
+            "accepted": accepted,
+            "tried": tried,
+            "share": wilson(accepted, tried)._asdict() if tried else None,
+        }
         for accepted, tried in zip(drafted.accepted, drafted.tried, strict=True)
-    ]  # fmt: skip
+    ]
     return {"heads": heads, "tokens_per_call": drafted.tokens_per_call}

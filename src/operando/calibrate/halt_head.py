@@ -21,14 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from operando.calibrate.source import (
-    BATCH,
-    Source,
-    Texts,
-    complete,
-    plain_engine,
-    right,
-)
+from operando.calibrate.source import BATCH, Source, Texts, complete, plain_engine, right
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.cache import SlotCache
 from operando.models.recursive.configuration import RecursiveConfig, token_cost
@@ -249,9 +242,12 @@ class FixedDepth(RecursiveEngine):
 
     def _decoder(self, ids_BT: Tensor, position_BT: Tensor, cache: SlotCache) -> DecoderOutput:
         return self.model.model(
-            input_ids=ids_BT, position_ids=position_BT, cache=cache,
-            num_loops=self.loops, halt_threshold=math.inf,
-        )  # fmt: skip
+            input_ids=ids_BT,
+            position_ids=position_BT,
+            cache=cache,
+            num_loops=self.loops,
+            halt_threshold=math.inf,
+        )
 
 
 class RandomExits(RecursiveEngine):
@@ -333,9 +329,7 @@ def measure(
     sampled = complete(source, prompts, engine, on_progress=on_progress)
     every, completion = count_loops(sampled, prompts, source.model.config.num_loops)
     same = sum(a.ids == b.ids for a, b in zip(sampled, full, strict=True))
-    return Exits(
-        name, right(source, prompts, sampled), list(shares), same, every, completion
-    )  # fmt: skip
+    return Exits(name, right(source, prompts, sampled), list(shares), same, every, completion)
 
 
 # --- choosing ------------------------------------------------------------------------------------

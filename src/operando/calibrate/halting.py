@@ -113,9 +113,11 @@ def calibrate_halting(
     known = _at_full_depth(source, prompts.choose, "choice's", config, on_stage)
     right_known = mean(right(source, prompts.choose, known))
     trials = halt_head.try_thresholds(
-        source, make_texts(source, prompts.choose, known), right_known,
+        source,
+        make_texts(source, prompts.choose, known),
+        right_known,
         partial(on_stage, "thresholds"),
-    )  # fmt: skip
+    )
     chosen = halt_head.choose(trials, config.rule)
     full = _at_full_depth(source, prompts.held_out, "held-out", config, on_stage)
     texts = make_texts(source, prompts.held_out, full)
@@ -128,14 +130,20 @@ def calibrate_halting(
         races = _races(source, chosen.tau, found, config.repeats, on_stage)
     seen = halt_head.collect_states(model, texts)
     result = Halting(
-        len(full), config.rule,
+        len(full),
+        config.rule,
         halt_head.calibration_of(model, seen, halt_head.base_rate_of(states)),
         halt_head.calibration_of(
             model, halt_head.predicting(seen), halt_head.base_rate_of(halt_head.predicting(states))
         ),
-        trials, chosen, mean(right_full), ways, races,
-        _verdict(ways, config, right_known, mean(right_full)), out / "halting.json",
-    )  # fmt: skip
+        trials,
+        chosen,
+        mean(right_full),
+        ways,
+        races,
+        _verdict(ways, config, right_known, mean(right_full)),
+        out / "halting.json",
+    )
     manifest = _manifest(source, config, result)
     if chosen is None:
         write_json(result.file, manifest)
@@ -146,13 +154,21 @@ def calibrate_halting(
 
 
 def _at_full_depth(
-    source: Source, prompts: Sequence[Prompt], which: str, config: HaltingConfig,
-    on_stage: OnStage, temperature: float = 0.0,
-) -> list[Sampled]:  # fmt: skip
+    source: Source,
+    prompts: Sequence[Prompt],
+    which: str,
+    config: HaltingConfig,
+    on_stage: OnStage,
+    temperature: float = 0.0,
+) -> list[Sampled]:
     return complete(
-        source, prompts, plain_engine(source, halt_threshold=math.inf), temperature,
-        config.source.seed, partial(on_stage, f"completions of the {which} prompts"),
-    )  # fmt: skip
+        source,
+        prompts,
+        plain_engine(source, halt_threshold=math.inf),
+        temperature,
+        config.source.seed,
+        partial(on_stage, f"completions of the {which} prompts"),
+    )
 
 
 def _races(
@@ -191,22 +207,27 @@ def _measure(
     )
     depth = round(exits.mean_loops())
     fixed = one(
-        f"fixed depth {depth}", halt_head.fixed_depth(source, depth),
+        f"fixed depth {depth}",
+        halt_head.fixed_depth(source, depth),
         lambda _: {"num_loops": depth, "halt_threshold": math.inf},
-    )  # fmt: skip
+    )
     drawn = one(
-        "random exits", halt_head.random_exits(source, exits.loops, draws),
+        "random exits",
+        halt_head.random_exits(source, exits.loops, draws),
         lambda part: {"exit_loops": halt_head.draw_loops(exits.loops, part.ids_NS.shape, draws)},
-    )  # fmt: skip
+    )
     return [exits, fixed, drawn]
 
 
 def _way(model: RecursiveCausalLM, exits: Exits, full: Sequence[bool], seed: int) -> Way:
     return Way(
-        exits, mean(exits.correct), paired_difference(full, exits.correct),
-        bootstrap_mean(exits.agreement, seed), halt_head.saved_at(model, exits.mean_loops()),
+        exits,
+        mean(exits.correct),
+        paired_difference(full, exits.correct),
+        bootstrap_mean(exits.agreement, seed),
+        halt_head.saved_at(model, exits.mean_loops()),
         halt_head.mean_of(exits.completion_loops),
-    )  # fmt: skip
+    )
 
 
 def _verdict(ways: Sequence[Way], config: HaltingConfig, train: float, held_out: float) -> str:
@@ -261,7 +282,7 @@ def _manifest(source: Source, config: HaltingConfig, result: Halting) -> dict[st
         "verdict": result.verdict,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def _as_json(way: Way, model: RecursiveCausalLM) -> dict[str, object]:

@@ -50,10 +50,13 @@ def _trials(result: Halting) -> Table:
     )
     for trial in result.trials:
         table.add_row(
-            f"{trial.tau}", f"{trial.mean_loops:.2f}", f"{trial.accuracy:.1%}",
-            f"{trial.loss:+.1%}", f"{trial.agreement:.2%}",
+            f"{trial.tau}",
+            f"{trial.mean_loops:.2f}",
+            f"{trial.accuracy:.1%}",
+            f"{trial.loss:+.1%}",
+            f"{trial.agreement:.2%}",
             "chosen" if trial == result.chosen else "" if result.rule.allows(trial) else "no",
-        )  # fmt: skip
+        )
     return table
 
 
@@ -64,9 +67,13 @@ def _ways(result: Halting) -> Table:
     for way in result.ways:
         against = way.against
         table.add_row(
-            way.exits.name, f"{way.accuracy:.1%}", _limits(against.difference, "+.1%"),
-            f"{against.gained}", f"{against.lost}", _limits(way.agreement),
-        )  # fmt: skip
+            way.exits.name,
+            f"{way.accuracy:.1%}",
+            _limits(against.difference, "+.1%"),
+            f"{against.gained}",
+            f"{against.lost}",
+            _limits(way.agreement),
+        )
     return table
 
 
@@ -82,10 +89,13 @@ def _loops(result: Halting) -> Table:
     table = _table("", columns)
     for way in result.ways:
         table.add_row(
-            way.exits.name, f"{way.exits.mean_loops():.2f}", f"{way.completion_mean:.2f}",
-            f"{way.saved.passes:.1%}", f"{way.saved.whole:.1%}",
+            way.exits.name,
+            f"{way.exits.mean_loops():.2f}",
+            f"{way.completion_mean:.2f}",
+            f"{way.saved.passes:.1%}",
+            f"{way.saved.whole:.1%}",
             " ".join(map(str, way.exits.loops)),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -97,9 +107,14 @@ def _probabilities(result: Halting) -> Table:
         ("predict the completion", result.completion_calibration),
     ):
         table.add_row(
-            name, f"{one.ece:.4f}", f"{one.ece_base_rate:.4f}", f"{one.log_loss:.4f}",
-            f"{one.log_loss_base_rate:.4f}", f"{one.settled:.2%}", f"{one.n}",
-        )  # fmt: skip
+            name,
+            f"{one.ece:.4f}",
+            f"{one.ece_base_rate:.4f}",
+            f"{one.log_loss:.4f}",
+            f"{one.log_loss_base_rate:.4f}",
+            f"{one.settled:.2%}",
+            f"{one.n}",
+        )
     return table
 
 
@@ -119,15 +134,30 @@ def drafting_tables(result: Drafting) -> Group:
     """Return the heads, the numbers of drafts, and on held-out prompts drafting beside none."""
     table = _table(
         f"heads, {result.n} held-out prompts",
-        ("head", "CE untrained", "CE trained", "right", "untrained", "table", "accepted",
-         "untrained", "n"),
-    )  # fmt: skip
+        (
+            "head",
+            "CE untrained",
+            "CE trained",
+            "right",
+            "untrained",
+            "table",
+            "accepted",
+            "untrained",
+            "n",
+        ),
+    )
     for i, (before, after) in enumerate(zip(result.before, result.after, strict=True)):
         table.add_row(
-            f"{i + 1}", f"{before.loss:.3f}", f"{after.loss:.3f}", f"{after.top1:.1%}",
-            f"{before.top1:.1%}", f"{after.table:.1%}", _acceptance(result.drafted, i),
-            _acceptance(result.untrained, i), f"{after.n}",
-        )  # fmt: skip
+            f"{i + 1}",
+            f"{before.loss:.3f}",
+            f"{after.loss:.3f}",
+            f"{after.top1:.1%}",
+            f"{before.top1:.1%}",
+            f"{after.table:.1%}",
+            _acceptance(result.drafted, i),
+            _acceptance(result.untrained, i),
+            f"{after.n}",
+        )
     rates = ", ".join(f"{g}: {rate:.2f}x" for g, rate in result.rates.items() if g)
     written = result.written or "none, for no drafts are faster"
     parts: list[object] = [

@@ -258,9 +258,14 @@ def _longest(asked: Question, task: Task, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _prompts(
-    task: Task, prompt: PromptConfig, config: SourceConfig, model: RecursiveCausalLM,
-    tokenizer: PreTrainedTokenizerBase, length: int, day: datetime,
-) -> Prompts:  # fmt: skip
+    task: Task,
+    prompt: PromptConfig,
+    config: SourceConfig,
+    model: RecursiveCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    day: datetime,
+) -> Prompts:
     shots = list(task.train[: prompt.few_shot])
     train = task.train[len(shots) :]
     wanted = config.num_fit + config.num_choose
@@ -280,8 +285,11 @@ def _prompts(
             f"{model.config.max_position_embeddings}"
         )
     limit = min(prompt.max_prompt_length or room, room)
-    sets = (train[: config.num_fit], train[config.num_fit : wanted],
-            task.held_out[: config.num_held_out])  # fmt: skip
+    sets = (
+        train[: config.num_fit],
+        train[config.num_fit : wanted],
+        task.held_out[: config.num_held_out],
+    )
     return Prompts(*(make_prompts(one, shots, prompt, tokenizer, limit, day) for one in sets))
 
 

@@ -60,9 +60,17 @@ def evaluate(
     from operando.launch import quieten_libraries
 
     config = outside_config(
-        tasks, prompt, data or [], num, few_shot, greedy, temperature, samples,
-        max_completion_length, grader,
-    )  # fmt: skip
+        tasks,
+        prompt,
+        data or [],
+        num,
+        few_shot,
+        greedy,
+        temperature,
+        samples,
+        max_completion_length,
+        grader,
+    )
     quieten_libraries()
     console = make_console()
     asked = config or OutsideConfig((), num, max_completion_length=max_completion_length)
@@ -101,9 +109,12 @@ def canary(
 
     quieten_libraries()
     result = run_canary(
-        run, prompts=prompts, step=step, max_completion_length=max_completion_length,
+        run,
+        prompts=prompts,
+        step=step,
+        max_completion_length=max_completion_length,
         classifier=classifier,
-    )  # fmt: skip
+    )
     console = make_console()
     console.print(canary_table(result))
     for line in canary_lines(result):
@@ -245,9 +256,15 @@ def pathology(
         raise UserError(f"--depths {depths}: expected numbers of loops, such as 4,12")
     quieten_libraries()
     result = audit_pathology(
-        run, task=task, overrides=tuple(overrides or ()), step=step, num=num, twins=twins,
-        depths=tuple(map(int, given)), seed=seed,
-    )  # fmt: skip
+        run,
+        task=task,
+        overrides=tuple(overrides or ()),
+        step=step,
+        num=num,
+        twins=twins,
+        depths=tuple(map(int, given)),
+        seed=seed,
+    )
     make_console().print(pathology_tables(result))
     print(result.file)
     if result.failed:

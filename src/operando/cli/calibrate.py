@@ -71,9 +71,7 @@ def calibrate_halting(
     source = SourceConfig(
         task, tuple(overrides or ()), step, num_fit, num_choose, num, max_completion_length, seed
     )
-    config = HaltingConfig(
-        source, Rule(max_loss, min_agreement), min_loops, temperature, repeats
-    )  # fmt: skip
+    config = HaltingConfig(source, Rule(max_loss, min_agreement), min_loops, temperature, repeats)
     with StageDisplay(console) as display:
         result = calibrate(run, out or run / "halting", config, display.show)
     console.print(halting_tables(result))

@@ -147,16 +147,25 @@ def sae_train(
 
     quieten_libraries()
     train_run_saes(
-        make_console(), run, layers, texts, tokens, seeds, mode, expansion,
-        k=k, epochs=epochs, lr=lr, select=select, sinks=sinks,
-    )  # fmt: skip
+        make_console(),
+        run,
+        layers,
+        texts,
+        tokens,
+        seeds,
+        mode,
+        expansion,
+        k=k,
+        epochs=epochs,
+        lr=lr,
+        select=select,
+        sinks=sinks,
+    )
     print(run / "saes")
 
 
 @sae_app.command("eval")
-def sae_eval(
-    run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")],
-) -> None:
+def sae_eval(run: Annotated[Path, typer.Argument(help="A run folder with SAE chains.")]) -> None:
     """Show how good the chains' SAEs are on held-out texts: error, sparsity, loss recovered."""
     own_run(run)
     from operando.display import make_console

@@ -86,9 +86,12 @@ def sample_answers(
     policy = Policy(loaded, recipe.model, seeds, temperature=recipe.rollout.temperature)
     ActivationReader(policy.base, [site])
     sampler = make_sampler(
-        recipe.rollout.engine, policy.base, loaded.tokenizer,
-        stop_ids(policy.base, loaded.tokenizer), recipe.rollout.max_batch,
-    )  # fmt: skip
+        recipe.rollout.engine,
+        policy.base,
+        loaded.tokenizer,
+        stop_ids(policy.base, loaded.tokenizer),
+        recipe.rollout.max_batch,
+    )
     length = recipe.rollout.max_completion_length
     sampling = Sampling(length, recipe.rollout.temperature, recipe.rollout.stop)
     rollouts: list[Rollout] = []

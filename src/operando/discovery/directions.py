@@ -252,10 +252,19 @@ def _made(bench: Workbench, read: _Read, arm: DirectionArm, v_D: Tensor) -> Dire
     norms = zip(bench.layers, read.norm_L, strict=True)
     evidence |= {f"norm_{layer}": float(norm) for layer, norm in norms}
     return DirectionSet(
-        arm, config.source, v_D, bench.layers, config.position, recipe.model.id,
-        model_digest(bench.loaded.identity), recipe.model.dtype, share,
-        modules=_own_rows(bench, arm, v_D, read.own), inputs=read.inputs, evidence=evidence,
-    )  # fmt: skip
+        arm,
+        config.source,
+        v_D,
+        bench.layers,
+        config.position,
+        recipe.model.id,
+        model_digest(bench.loaded.identity),
+        recipe.model.dtype,
+        share,
+        modules=_own_rows(bench, arm, v_D, read.own),
+        inputs=read.inputs,
+        evidence=evidence,
+    )
 
 
 def extract(recipe: Recipe) -> Extracted:
@@ -273,10 +282,15 @@ def extract(recipe: Recipe) -> Extracted:
         dr.save_directions(made, folder / f"{arm}.safetensors")
         files[arm] = str(folder / f"{arm}.safetensors")
     result = Extracted(
-        bench.layers, num, config.num_held_out, accuracy, _retained(bench, vectors["real"]),
+        bench.layers,
+        num,
+        config.num_held_out,
+        accuracy,
+        _retained(bench, vectors["real"]),
         {arm: float(v_D @ vectors["real"]) for arm, v_D in vectors.items()},
-        files, str(folder / "directions.json"),
-    )  # fmt: skip
+        files,
+        str(folder / "directions.json"),
+    )
     write_json(folder / "directions.json", asdict(result))
     return result
 
@@ -427,9 +441,11 @@ def _steered(
 ) -> Steered:
     recipe, loaded = bench.recipe, bench.loaded
     sampler = HfSampler(
-        bench.policy.base, loaded.tokenizer, stop_ids(bench.policy.base, loaded.tokenizer),
+        bench.policy.base,
+        loaded.tokenizer,
+        stop_ids(bench.policy.base, loaded.tokenizer),
         recipe.rollout.max_batch,
-    )  # fmt: skip
+    )
     sampling = Sampling(recipe.rollout.max_completion_length, stop=recipe.rollout.stop)
     with adding(bench.policy, directions, scale):
         sampled = sampler.sample([p.ids for p in prompts], 1, sampling, None)

@@ -112,15 +112,21 @@ def discover(recipe: Recipe, progress: Callable[[int, int], None] | None = None)
     )
     within = config.contrast == "within"
     search = Search(
-        config, blank, sae, find, judge, mean_features(sae, find),
+        config,
+        blank,
+        sae,
+        find,
+        judge,
+        mean_features(sae, find),
         group_R=find.prompt_R if within else torch.zeros_like(find.prompt_R),
         confounds_RC=(
             ct.length_confounds(find.length_R, find.truncated_R)
-            if config.adjust == "length" else None
+            if config.adjust == "length"
+            else None
         ),
         support=max(2, round(config.min_support * len(find.rollouts))),
         generator=generator,
-    )  # fmt: skip
+    )
     return find_features(recipe.name, search, Path(recipe.runs_dir) / f"{recipe.name}_features")
 
 
@@ -177,10 +183,14 @@ def find_features(name: str, search: Search, folder: Path) -> Discovery:
     """Return and write what the finding half shows and the judging half says of it."""
     find, judge, sae, config = search.find, search.judge, search.sae, search.config
     found = ct.contrast(
-        search.x_RM, find.correct_R, search.group_R,
-        min_support=search.support, permutations=config.permutations, generator=search.generator,
+        search.x_RM,
+        find.correct_R,
+        search.group_R,
+        min_support=search.support,
+        permutations=config.permutations,
+        generator=search.generator,
         confounds_RC=search.confounds_RC,
-    )  # fmt: skip
+    )
     chosen = select(found, config.top, config.max_q)
     num_of = {s: sum(sign == s for sign in chosen.values()) or config.top for s in (1, -1)}
     randoms = [_random_pack(search, found, num_of) for _ in range(RANDOM_DRAWS)]
@@ -201,13 +211,21 @@ def find_features(name: str, search: Search, folder: Path) -> Discovery:
         direction = _direction_pack(search)
         _write(folder, sae, config.sae, [pack, randoms[0], shuffled[0], direction])
     result = Discovery(
-        name, pack.site, encoder_of(sae), sae.d_sae,
+        name,
+        pack.site,
+        encoder_of(sae),
+        sae.d_sae,
         find=(int(find.correct_R.sum()), len(find.correct_R)),
         judge=(int(judge.correct_R.sum()), len(judge.correct_R)),
-        mixed_prompts=found.mixed_prompts, null_max=found.null_max, features=pack.features,
-        measured=tuple(measured), nulls=tuple(nulls), gate=pack.gate,
-        pack=str(folder / "pack.json") if chosen else "", file=str(folder / "discovery.json"),
-    )  # fmt: skip
+        mixed_prompts=found.mixed_prompts,
+        null_max=found.null_max,
+        features=pack.features,
+        measured=tuple(measured),
+        nulls=tuple(nulls),
+        gate=pack.gate,
+        pack=str(folder / "pack.json") if chosen else "",
+        file=str(folder / "discovery.json"),
+    )
     write_parquet(
         folder / "all_features.parquet",
         {
@@ -268,10 +286,14 @@ def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeaturePack:
     """Return what the same search picks when right and wrong are shuffled within groups."""
     labels_R = ct.shuffle_within(search.find.correct_R, search.group_R, search.generator)
     found = ct.contrast(
-        search.x_RM, labels_R, search.group_R,
-        min_support=search.support, permutations=0, generator=search.generator,
+        search.x_RM,
+        labels_R,
+        search.group_R,
+        min_support=search.support,
+        permutations=0,
+        generator=search.generator,
         confounds_RC=search.confounds_RC,
-    )  # fmt: skip
+    )
     signs: dict[int, int] = {}
     for sign in (1, -1):
         for index in (sign * found.d_M).topk(num_of[sign]).indices.tolist():
@@ -325,8 +347,11 @@ def _evidence(
 def _write(folder: Path, sae: SAE, given: str, packs: Sequence[FeaturePack]) -> None:
     """Write the pack and its controls; an SAE that was trained here beside them."""
     names: dict[Arm, str] = {
-        "real": "pack", "random": "random", "shuffled": "shuffled", "direction": "direction",
-    }  # fmt: skip
+        "real": "pack",
+        "random": "random",
+        "shuffled": "shuffled",
+        "direction": "direction",
+    }
     where = os.path.relpath(given, folder) if given else "sae"
     if not given:
         save_sae(sae, folder / "sae")

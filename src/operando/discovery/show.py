@@ -61,9 +61,13 @@ def _measures(found: Discovery) -> Table:
         )
     for n in found.nulls:
         table.add_row(
-            f"{n.name}, {n.n} draws", f"{n.auc:.3f}", f"95 %: {n.auc_q95:.3f}", "", "",
+            f"{n.name}, {n.n} draws",
+            f"{n.auc:.3f}",
+            f"95 %: {n.auc_q95:.3f}",
+            "",
+            "",
             f"{n.rho:+.2f}",
-        )  # fmt: skip
+        )
     return table
 
 

@@ -105,9 +105,15 @@ def chain_config(
     config = ChainConfig(d_sae, k=16)
     if mode == "seed":
         config = ChainConfig(
-            d_sae, k=256 if is_last_layer else 64, mode="seed", epochs=20, lr=1e-4,
-            split="tokens", val_share=0.2, sinks="keep",
-        )  # fmt: skip
+            d_sae,
+            k=256 if is_last_layer else 64,
+            mode="seed",
+            epochs=20,
+            lr=1e-4,
+            split="tokens",
+            val_share=0.2,
+            sinks="keep",
+        )
     config = replace(config, **{key: value for key, value in given.items() if value is not None})
     if config.k > d_sae:
         raise UserError(
@@ -169,8 +175,11 @@ def check_settings(
         if not folder.exists():
             continue
         there, asked = asdict(training_of(folder).settings), asdict(configs[link.site])
-        differ = [f"{key} {there[key]} there, {asked[key]} asked" for key in asked
-                  if there[key] != asked[key]]  # fmt: skip
+        differ = [
+            f"{key} {there[key]} there, {asked[key]} asked"
+            for key in asked
+            if there[key] != asked[key]
+        ]
         if differ:
             raise UserError(
                 f"{folder} was trained with other settings: {'; '.join(differ)}. A chain has one "
@@ -204,22 +213,37 @@ def _train_link(
     # The same stream for both arms: they differ in nothing but the activations.
     seed = SeedTree(link.seed).derive("sae", link.site, link.step)
     settings = SaeTrainConfig(
-        d_sae=config.d_sae, k=config.k, mode=config.mode, epochs=config.epochs,
-        batch_size=config.batch_size, lr=config.lr, seed=seed, select=config.select,
-    )  # fmt: skip
+        d_sae=config.d_sae,
+        k=config.k,
+        mode=config.mode,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        seed=seed,
+        select=config.select,
+    )
     origin = Origin(
-        model=f"{run.name}/step_{source:05d}", site=link.site, checkpoint=f"step_{source:05d}",
-        arm=link.arm, data=texts.digest, split_seed=0,
-    )  # fmt: skip
+        model=f"{run.name}/step_{source:05d}",
+        site=link.site,
+        checkpoint=f"step_{source:05d}",
+        arm=link.arm,
+        data=texts.digest,
+        split_seed=0,
+    )
     began = time.monotonic()
     trained = train_sae(train_TD, val_TD, settings, parent, origin)
     best = trained.history[trained.best_epoch]
     spread = float((val_TD - mean_activation(val_TD)).double().square().mean())
     return trained.sae, Training(
-        config, len(train_TD), trained.best_epoch + 1, best.val_mse / max(spread, 1e-30),
-        best.dead, int(trained.resampled_M.sum()), round(time.monotonic() - began, 2),
+        config,
+        len(train_TD),
+        trained.best_epoch + 1,
+        best.val_mse / max(spread, 1e-30),
+        best.dead,
+        int(trained.resampled_M.sum()),
+        round(time.monotonic() - began, 2),
         trained.history,
-    )  # fmt: skip
+    )
 
 
 def split_tokens(texts: Texts, config: ChainConfig) -> Bool[Tensor, "N"]:

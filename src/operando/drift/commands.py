@@ -79,9 +79,13 @@ def train_run_saes(
         )
         training = progress.add_task("SAEs, real and null", total=None)
         train_chains(
-            run, texts, configs, stages, seeds,
+            run,
+            texts,
+            configs,
+            stages,
+            seeds,
             lambda n, of: progress.update(training, completed=n, total=of),
-        )  # fmt: skip
+        )
     console.print(training_table(run, configs, stages, seeds))
 
 
@@ -150,7 +154,12 @@ def _one_of(option: str, given: str, known: Sequence[str]) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn(),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+        TextColumn("{task.description} {task.completed}/{task.total}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -25,9 +25,17 @@ Moved = Mapping[Arm, Mapping[Measure, Tensor]]  # [R, cells]
 
 # Where a run is kept, how long it goes on and what is looked at do not change what training does.
 NO_DIFFERENCE = {
-    "name", "runs_dir", "seed", "steps", "eval", "checkpoint", "discover", "direction", "tracking",
+    "name",
+    "runs_dir",
+    "seed",
+    "steps",
+    "eval",
+    "checkpoint",
+    "discover",
+    "direction",
+    "tracking",
     "parallel",
-}  # fmt: skip
+}
 REWARD = {"rewards", "stages", "shift"}
 
 
@@ -72,8 +80,9 @@ def compare_drift(console: Console, runs: Sequence[Path]) -> Path:
     console.print(_table(rows))
     console.print(
         "excess: real minus null arm, A, B and C. B - A is what the reward changes, C - A what the "
-        "KL changes, with 95 % intervals over seeds.", highlight=False,
-    )  # fmt: skip
+        "KL changes, with 95 % intervals over seeds.",
+        highlight=False,
+    )
     for line in others:
         console.print(line, highlight=False, markup=False)
     file = runs[0] / "drift" / "compare.json"
@@ -185,15 +194,20 @@ def _classified(
     place = {int(c): i for i, c in enumerate(defined_c.nonzero().flatten())}
     return [
         CompareRow(
-            *cell, measure, found.verdict[i], float(found.q_structural[i]),
-            float(found.q_reward[i]), float(found.q_kl[i]),
-            tuple(_limits(e, i) for e in found.excess), _limits(found.reward_effect, i),
+            *cell,
+            measure,
+            found.verdict[i],
+            float(found.q_structural[i]),
+            float(found.q_reward[i]),
+            float(found.q_kl[i]),
+            tuple(_limits(e, i) for e in found.excess),
+            _limits(found.reward_effect, i),
             _limits(found.kl_effect, i),
         )
         if (i := place.get(c)) is not None
         else CompareRow(*cell, measure)
         for c, cell in enumerate(cells)
-    ]  # fmt: skip
+    ]
 
 
 def _limits(band: Band, i: int) -> Limits:
@@ -217,10 +231,12 @@ def _table(rows: Sequence[CompareRow]) -> Table:
             table.add_row(*head)
             continue
         table.add_row(
-            *head, ", ".join(f"{value:+.4f}" for value, _, _ in row.excess),
-            _effect(row.reward_effect), _effect(row.kl_effect),
+            *head,
+            ", ".join(f"{value:+.4f}" for value, _, _ in row.excess),
+            _effect(row.reward_effect),
+            _effect(row.kl_effect),
             f"{row.q_structural:.3f}, {row.q_reward:.3f}, {row.q_kl:.3f}",
-        )  # fmt: skip
+        )
     return table
 
 

@@ -123,15 +123,32 @@ def quality_table(run: Path, rows: list[QualityRow]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"{run.name}: SAEs on held-out tokens (seed 0)"
     for column in (
-        "site", "step", "arm", "NMSE", "FVU", "FVU, no\nsinks", "L0", "dead", "CE\n+nats",
-        "recovered\nvs mean", "recovered\nvs zero",
-    ):  # fmt: skip
+        "site",
+        "step",
+        "arm",
+        "NMSE",
+        "FVU",
+        "FVU, no\nsinks",
+        "L0",
+        "dead",
+        "CE\n+nats",
+        "recovered\nvs mean",
+        "recovered\nvs zero",
+    ):
         table.add_column(column, justify="left" if column in ("site", "arm") else "right")
     for row in rows:
         q, loss = row.quality, row.loss
         table.add_row(
-            row.site.removesuffix(".hook_resid_post"), str(row.step), row.arm, f"{q.nmse:.4f}",
-            f"{q.fvu:.4f}", f"{q.fvu_no_sinks:.4f}", f"{q.l0:.1f}", f"{q.dead:.0%}",
-            f"{loss.delta:+.4f}", f"{loss.recovered_mean:.1%}", f"{loss.recovered_zero:.1%}",
-        )  # fmt: skip
+            row.site.removesuffix(".hook_resid_post"),
+            str(row.step),
+            row.arm,
+            f"{q.nmse:.4f}",
+            f"{q.fvu:.4f}",
+            f"{q.fvu_no_sinks:.4f}",
+            f"{q.l0:.1f}",
+            f"{q.dead:.0%}",
+            f"{loss.delta:+.4f}",
+            f"{loss.recovered_mean:.1%}",
+            f"{loss.recovered_zero:.1%}",
+        )
     return table

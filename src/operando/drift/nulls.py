@@ -255,9 +255,14 @@ def classify(
     ]
     e_A, e_B, e_C = (_band(_excess(arms, paired=False)) for arms in flat)
     return Classification(
-        verdict, q_structural, q_reward, q_kl, (e_A, e_B, e_C),
-        _band(_difference(flat[1], flat[0])), _band(_difference(flat[2], flat[0])),
-    )  # fmt: skip
+        verdict,
+        q_structural,
+        q_reward,
+        q_kl,
+        (e_A, e_B, e_C),
+        _band(_difference(flat[1], flat[0])),
+        _band(_difference(flat[2], flat[0])),
+    )
 
 
 def _verdict(structural: bool, reward: bool, kl: bool) -> Verdict:

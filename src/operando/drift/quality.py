@@ -202,9 +202,15 @@ def loss_recovered(
     finally:
         model.train(was_training)
     return LossRecovered(
-        base, spliced, mean, zero, spliced - base,
-        _recovered(mean, spliced, base), _recovered(zero, spliced, base), tokens,
-    )  # fmt: skip
+        base,
+        spliced,
+        mean,
+        zero,
+        spliced - base,
+        _recovered(mean, spliced, base),
+        _recovered(zero, spliced, base),
+        tokens,
+    )
 
 
 def _recovered(ablated: float, spliced: float, base: float) -> float:
@@ -251,7 +257,7 @@ def _logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     position_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
     return model(
         input_ids=ids_BS, attention_mask=real_BS.long(), position_ids=position_BS, use_cache=False
-    ).logits  # fmt: skip
+    ).logits
 
 
 @contextmanager

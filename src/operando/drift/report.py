@@ -146,9 +146,17 @@ def drift_report(run: Path, texts: Texts) -> DriftReport:
     names = [NameRow(*cell, *name(_at(rows, cell), _at(by_match, cell))) for cell in cells]
     file = run / "drift" / "chain.json"
     report = DriftReport(
-        run.name, len(seeds), texts.num_tokens, tuple(rows), tuple(by_match), tuple(names),
-        tuple(shapes), tuple(stages), tuple(apart), file,
-    )  # fmt: skip
+        run.name,
+        len(seeds),
+        texts.num_tokens,
+        tuple(rows),
+        tuple(by_match),
+        tuple(names),
+        tuple(shapes),
+        tuple(stages),
+        tuple(apart),
+        file,
+    )
     write_json(file, _finite(asdict(report) | {"file": str(file)}))
     columns = [asdict(row) for row in rows]
     write_parquet(
@@ -250,7 +258,9 @@ def _stages(
         ]
         rows.append(
             StageRow(
-                site, step, arm,
+                site,
+                step,
+                arm,
                 count=_mean([measures.effective_count(u[s], "frequency") for u in kept]),
                 energy_count=_mean([measures.effective_count(u[s], "energy") for u in kept]),
                 alive=_mean([float(x.alive[s].sum()) for x in lives]),
@@ -259,7 +269,7 @@ def _stages(
                 seed_born=_mean([float(x.born.sum()) for x in seeds]),
                 seed_died=_mean([float(x.died.sum()) for x in seeds]),
             )
-        )  # fmt: skip
+        )
     return rows
 
 

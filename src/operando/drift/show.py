@@ -32,12 +32,15 @@ def training_table(
                 of_seed = [training_of(sae_folder(run, own, s, step, site)) for s in seeds]
                 config, num = of_seed[0].settings, len(of_seed)
                 table.add_row(
-                    site.removesuffix(".hook_resid_post"), str(step), arm, str(config.k),
+                    site.removesuffix(".hook_resid_post"),
+                    str(step),
+                    arm,
+                    str(config.k),
                     f"{config.lr:g}",
                     f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
                     f"{sum(t.val_error for t in of_seed) / num:.4f}",
                     f"{sum(t.dead for t in of_seed) / num:.1%}",
-                )  # fmt: skip
+                )
     return table
 
 
@@ -70,9 +73,13 @@ def _add_rows(table: Table, rows: Sequence[DriftRow]) -> None:
             digits = 0 if row.measure == "decoupling" else 1
             value, low, high = (f"{1e3 * x:+.{digits}f}" for x in row.excess)
             numbers = [
-                f"{row.real:.4f}", f"{row.null:.4f}", _share(row.share),
-                f"{value} [{low}, {high}]", f"{row.p:.3f}", f"{row.q:.3f}",
-            ]  # fmt: skip
+                f"{row.real:.4f}",
+                f"{row.null:.4f}",
+                _share(row.share),
+                f"{value} [{low}, {high}]",
+                f"{row.p:.3f}",
+                f"{row.q:.3f}",
+            ]
         table.add_row(f"{row.from_step}-{row.to_step}", row.measure, *numbers)
 
 
@@ -94,9 +101,15 @@ def stage_table(report: DriftReport) -> Table:
         table.add_column(column, justify="left" if column in ("site", "arm") else "right")
     for row in report.stages:
         table.add_row(
-            row.site.removesuffix(".hook_resid_post"), str(row.step), row.arm, f"{row.count:.0f}",
-            f"{row.energy_count:.0f}", f"{row.alive:.0f}", f"{row.born:.1f}", f"{row.died:.1f}",
-        )  # fmt: skip
+            row.site.removesuffix(".hook_resid_post"),
+            str(row.step),
+            row.arm,
+            f"{row.count:.0f}",
+            f"{row.energy_count:.0f}",
+            f"{row.alive:.0f}",
+            f"{row.born:.1f}",
+            f"{row.died:.1f}",
+        )
     return table
 
 
@@ -141,9 +154,13 @@ def draw_drift(report: DriftReport, target: Path) -> Path:
             down = [r.excess[0] - r.excess[1] for r in rows]
             up = [r.excess[2] - r.excess[0] for r in rows]
             axes.bar(
-                [x - 0.2 for x in places], [r.real for r in rows], 0.4, label="real",
-                yerr=[down, up], error_kw={"elinewidth": 1, "capsize": 2},
-            )  # fmt: skip
+                [x - 0.2 for x in places],
+                [r.real for r in rows],
+                0.4,
+                label="real",
+                yerr=[down, up],
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
             axes.bar(
                 [x + 0.2 for x in places], [r.null for r in rows], 0.4, label="null", hatch="//"
             )
@@ -176,14 +193,23 @@ def frozen_table(report: FrozenReport) -> Table:
         first = row is report.stages[0]
         changed = report.control if first else row.changed
         table.add_row(
-            f"{row.step} (base against itself)" if first else str(row.step), f"{row.fvu:.4f}",
-            f"{row.cosine:.6f}", f"{changed} of {report.features}", f"{row.abs_delta:.2e}",
-            _quartiles(row.beta), f"{row.delta_ce:+.4f}",
-        )  # fmt: skip
+            f"{row.step} (base against itself)" if first else str(row.step),
+            f"{row.fvu:.4f}",
+            f"{row.cosine:.6f}",
+            f"{changed} of {report.features}",
+            f"{row.abs_delta:.2e}",
+            _quartiles(row.beta),
+            f"{row.delta_ce:+.4f}",
+        )
     table.add_row(
-        "0 (warning: unpaired halves of its texts)", "", "",
-        f"{report.halves.changed} of {report.features}", f"{report.halves.abs_delta:.2e}", "", "",
-    )  # fmt: skip
+        "0 (warning: unpaired halves of its texts)",
+        "",
+        "",
+        f"{report.halves.changed} of {report.features}",
+        f"{report.halves.abs_delta:.2e}",
+        "",
+        "",
+    )
     return table
 
 
@@ -210,10 +236,13 @@ def feature_table(report: FrozenReport, num: int = 10) -> Table:
         rate, act, beta = diff.rate_TM.value[:, j], diff.mean_act_TM[:, j], diff.beta_TM[:, j]
         low, high = float(diff.rate_TM.low[-1, j]), float(diff.rate_TM.high[-1, j])
         table.add_row(
-            str(j), f"{rate[0]:.2%} to {rate[-1]:.2%} ({low:.2%} to {high:.2%})",
-            f"{act[0]:.4f} to {act[-1]:.4f}", f"{diff.delta_act_TM[-1, j]:+.4f}",
-            f"{beta[0]:.3f} to {beta[-1]:.3f}", f"{diff.q_TM[-1, j]:.3f}",
-        )  # fmt: skip
+            str(j),
+            f"{rate[0]:.2%} to {rate[-1]:.2%} ({low:.2%} to {high:.2%})",
+            f"{act[0]:.4f} to {act[-1]:.4f}",
+            f"{diff.delta_act_TM[-1, j]:+.4f}",
+            f"{beta[0]:.3f} to {beta[-1]:.3f}",
+            f"{diff.q_TM[-1, j]:.3f}",
+        )
     return table
 
 
@@ -230,13 +259,23 @@ def grid_table(report: GridReport) -> Table:
         table.add_column(column, justify="left" if left else "right")
     for row in report.rows:
         table.add_row(
-            row.site.removesuffix(".hook_resid_post"), row.measure, "base",
-            f"{row.base_on_base:.4f}", f"{row.last_on_base:.4f}", _effect(row.model_on_base), "",
-        )  # fmt: skip
+            row.site.removesuffix(".hook_resid_post"),
+            row.measure,
+            "base",
+            f"{row.base_on_base:.4f}",
+            f"{row.last_on_base:.4f}",
+            _effect(row.model_on_base),
+            "",
+        )
         table.add_row(
-            "", "", "last", f"{row.base_on_last:.4f}", f"{row.last_on_last:.4f}",
-            _effect(row.model_on_last), _effect(row.text),
-        )  # fmt: skip
+            "",
+            "",
+            "last",
+            f"{row.base_on_last:.4f}",
+            f"{row.last_on_last:.4f}",
+            _effect(row.model_on_last),
+            _effect(row.text),
+        )
     return table
 
 

@@ -139,20 +139,38 @@ def rows_of(
             if i is None:
                 rows.append(
                     DriftRow(
-                        site, before, after, measure, NAN, NAN, (NAN, NAN, NAN), (NAN, NAN, NAN),
-                        NAN, NAN, found.p_floor, (NAN, NAN),
+                        site,
+                        before,
+                        after,
+                        measure,
+                        NAN,
+                        NAN,
+                        (NAN, NAN, NAN),
+                        (NAN, NAN, NAN),
+                        NAN,
+                        NAN,
+                        found.p_floor,
+                        (NAN, NAN),
                     )
-                )  # fmt: skip
+                )
                 continue
             mean, mean_null = float(found.real[i]), float(found.null[i])
             rows.append(
                 DriftRow(
-                    site, before, after, measure, mean, mean_null,
-                    _three(found.share, i), _three(found.excess, i), float(q_c[i]),
-                    float(found.p_permutation[i]), found.p_floor,
+                    site,
+                    before,
+                    after,
+                    measure,
+                    mean,
+                    mean_null,
+                    _three(found.share, i),
+                    _three(found.excess, i),
+                    float(q_c[i]),
+                    float(found.p_permutation[i]),
+                    found.p_floor,
                     (mean / span, mean_null / span),
                 )
-            )  # fmt: skip
+            )
     order = {cell: c for c, cell in enumerate(cells)}
     rows.sort(key=lambda row: order[row.site, row.from_step, row.to_step])
     return rows

@@ -96,9 +96,7 @@ def pair_scores(
 
 
 def pair_accuracy(
-    v_D: Float[Tensor, "D"],
-    plus_NLD: Float[Tensor, "N L D"],
-    minus_NLD: Float[Tensor, "N L D"],
+    v_D: Float[Tensor, "D"], plus_NLD: Float[Tensor, "N L D"], minus_NLD: Float[Tensor, "N L D"]
 ) -> float:
     """Return the share of pairs whose hack side scores higher than its clean side."""
     norm_L = torch.cat([plus_NLD, minus_NLD]).norm(dim=2).mean(dim=0)
@@ -111,10 +109,7 @@ def shuffled_pairs(
 ) -> tuple[Float[Tensor, "N L D"], Float[Tensor, "N L D"]]:
     """Return the pairs with the two sides exchanged where `swap_N`."""
     swap_N11 = swap_N[:, None, None]
-    return (
-        torch.where(swap_N11, minus_NLD, plus_NLD),
-        torch.where(swap_N11, plus_NLD, minus_NLD),
-    )
+    return (torch.where(swap_N11, minus_NLD, plus_NLD), torch.where(swap_N11, plus_NLD, minus_NLD))
 
 
 def denoise(v_D: Float[Tensor, "D"], W_oi: Float[Tensor, "o i"], m: int, side: Side) -> Denoised:

@@ -102,11 +102,15 @@ def origin_of(model: str, site: str, provenance: dict[str, object]) -> Origin:
     arm, seed, resampled = (provenance.get(key) for key in ("arm", "split_seed", "resampled"))
     texts = {key: str(provenance.get(key) or "") for key in ("checkpoint", "parent", "data")}
     return Origin(
-        model, site, texts["checkpoint"], texts["parent"],
+        model,
+        site,
+        texts["checkpoint"],
+        texts["parent"],
         arm if arm in ("real", "null") else "",
         tuple(int(i) for i in resampled) if isinstance(resampled, list) else (),
-        texts["data"], seed if isinstance(seed, int) else None,
-    )  # fmt: skip
+        texts["data"],
+        seed if isinstance(seed, int) else None,
+    )
 
 
 def hf_name(site: str) -> str | None:
@@ -149,9 +153,18 @@ def read_torch(file: Path) -> dict[str, object]:
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except (
-        RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-        EOFError, OSError, MemoryError, struct.error, pickle.UnpicklingError,
-    ) as error:  # whatever a damaged pickle makes of itself  # fmt: skip
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        EOFError,
+        OSError,
+        MemoryError,
+        struct.error,
+        pickle.UnpicklingError,
+    ) as error:  # whatever a damaged pickle makes of itself
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{file} is damaged, cut short or no weights file: {first}") from error
     if not isinstance(held, Mapping):

@@ -37,9 +37,17 @@ from operando.run import atomic_path
 
 Format = Literal["saelens", "sparsify", "dictionary_learning", "seed"]
 KNOWN_FILES = {
-    "cfg.json", "sae_weights.safetensors", EXACT, "sae.safetensors", "sparsity.safetensors",
-    "runner_cfg.json", "config.json", "ae.pt", "README.md", "training.json",
-}  # fmt: skip
+    "cfg.json",
+    "sae_weights.safetensors",
+    EXACT,
+    "sae.safetensors",
+    "sparsity.safetensors",
+    "runner_cfg.json",
+    "config.json",
+    "ae.pt",
+    "README.md",
+    "training.json",
+}
 EXPECTED = (
     "expected cfg.json + sae_weights.safetensors (SAELens), cfg.json + sae.safetensors (sparsify), "
     "config.json + ae.pt (dictionary_learning), a .pt of sae_rl or mechreward, or a Qwen-Scope "

@@ -27,8 +27,13 @@ from operando.internals.sae_files import (
 
 # What a file may hold besides what is read, since nothing that the SAE computes depends on it.
 SPARSIFY_BOOKKEEPING = {
-    "expansion_factor", "normalize_decoder", "num_latents", "multi_topk", "d_in", "signed",
-}  # fmt: skip
+    "expansion_factor",
+    "normalize_decoder",
+    "num_latents",
+    "multi_topk",
+    "d_in",
+    "signed",
+}
 DICTIONARY_BOOKKEEPING = {
     "trainer_class", "lr", "steps", "auxk_alpha", "warmup_steps", "decay_start", "threshold_beta",
     "threshold_start_step", "top_k_aux", "seed", "activation_dim", "dict_size", "k", "device",
@@ -38,17 +43,32 @@ DICTIONARY_BOOKKEEPING = {
     "sparsity_queue_length", "n_sparsity_updates", "k_anneal_steps",
 }  # fmt: skip
 SAE_RL_BOOKKEEPING = {
-    "d_model", "d_sae", "source_kind", "seed", "init_from_stage", "best_epoch", "best_train_loss",
-    "best_val_loss", "selection_metric",
-}  # fmt: skip
+    "d_model",
+    "d_sae",
+    "source_kind",
+    "seed",
+    "init_from_stage",
+    "best_epoch",
+    "best_train_loss",
+    "best_val_loss",
+    "selection_metric",
+}
 MECHREWARD_BOOKKEEPING = {
-    "model", "layer", "tokens_trained", "algorithm", "training_script", "trained_at",
-}  # fmt: skip
+    "model",
+    "layer",
+    "tokens_trained",
+    "algorithm",
+    "training_script",
+    "trained_at",
+}
 DICTIONARY_CLASSES = ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder", "AutoEncoder")
 SPARSIFY_SITES = {
-    "": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out",
-    "self_attn": "hook_attn_out", "attention": "hook_attn_out",
-}  # fmt: skip
+    "": "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "attn": "hook_attn_out",
+    "self_attn": "hook_attn_out",
+    "attention": "hook_attn_out",
+}
 
 
 def load_sparsify(folder: Path) -> SAE:
@@ -74,10 +94,17 @@ def load_sparsify(folder: Path) -> SAE:
     site = f"blocks.{found[1]}.{place}" if found and place else ""
     own = mapping(cfg.get("operando"))
     return SAE(
-        W_enc_MD, weights.get("encoder.bias", M), weights.get("W_dec", M, D), b_dec_D.clone(),
-        b_dec_D, topk_kind(own), whole(cfg.get("k"), f"{folder}/cfg.json", "k"), None,
-        own_origin(own) or Origin(site=site), cfg,
-    )  # fmt: skip
+        W_enc_MD,
+        weights.get("encoder.bias", M),
+        weights.get("W_dec", M, D),
+        b_dec_D.clone(),
+        b_dec_D,
+        topk_kind(own),
+        whole(cfg.get("k"), f"{folder}/cfg.json", "k"),
+        None,
+        own_origin(own) or Origin(site=site),
+        cfg,
+    )
 
 
 def save_sparsify(sae: SAE, folder: Path) -> None:
@@ -124,10 +151,17 @@ def load_dictionary_learning(folder: Path) -> SAE:
         W_enc_MD = weights.matrix("W_enc").T.contiguous()
         M, D = W_enc_MD.shape
         return SAE(
-            W_enc_MD, weights.get("b_enc", M), weights.get("W_dec", M, D), torch.zeros(D),
-            weights.get("b_dec", D), "jumprelu", None, weights.get("threshold", M), origin,
+            W_enc_MD,
+            weights.get("b_enc", M),
+            weights.get("W_dec", M, D),
+            torch.zeros(D),
+            weights.get("b_dec", D),
+            "jumprelu",
+            None,
+            weights.get("threshold", M),
+            origin,
             trainer,
-        )  # fmt: skip
+        )
     if kind not in DICTIONARY_CLASSES:
         raise UserError(
             f"{folder}/config.json: dict_class {kind!r}; expected AutoEncoderTopK, BatchTopKSAE, "
@@ -152,9 +186,17 @@ def load_dictionary_learning(folder: Path) -> SAE:
     b_dec_D = weights.get(bias, D)
     W_dec_MD = weights.get("decoder.weight", D, M).T.contiguous()
     return SAE(
-        W_enc_MD, weights.get("encoder.bias", M), W_dec_MD, b_dec_D.clone(), b_dec_D,
-        activation, k, threshold_M, origin, trainer,
-    )  # fmt: skip
+        W_enc_MD,
+        weights.get("encoder.bias", M),
+        W_dec_MD,
+        b_dec_D.clone(),
+        b_dec_D,
+        activation,
+        k,
+        threshold_M,
+        origin,
+        trainer,
+    )
 
 
 def save_dictionary_learning(sae: SAE, folder: Path) -> None:
@@ -199,12 +241,17 @@ def load_sae_rl(file: Path, held: dict[str, object]) -> SAE:
     layer = re.search(r"layer(\d+)$", source)
     site = f"blocks.{layer[1]}.hook_resid_post" if layer else ""
     return SAE(
-        W_enc_MD, weights.get("encoder.bias", M),
-        weights.get("decoder.weight", D, M).T.contiguous(), weights.get("b_pre", D),
-        weights.get("decoder.bias", D), topk_kind(own, "topk"),
-        whole(config.get("k"), str(file), "config.k"), None,
-        own_origin(own) or Origin(site=site, checkpoint=source), config,
-    )  # fmt: skip
+        W_enc_MD,
+        weights.get("encoder.bias", M),
+        weights.get("decoder.weight", D, M).T.contiguous(),
+        weights.get("b_pre", D),
+        weights.get("decoder.bias", D),
+        topk_kind(own, "topk"),
+        whole(config.get("k"), str(file), "config.k"),
+        None,
+        own_origin(own) or Origin(site=site, checkpoint=source),
+        config,
+    )
 
 
 def save_sae_rl(sae: SAE, file: Path) -> None:
@@ -241,9 +288,16 @@ def load_qwen_scope(file: Path, held: dict[str, object], k: int | None) -> SAE:
     site = f"blocks.{layer[1]}.hook_resid_post" if layer else ""
     chosen = k if k is not None else int(named[1]) if named else None
     return SAE(
-        W_enc_MD, weights.get("b_enc", M), weights.get("W_dec", D, M).T.contiguous(),
-        torch.zeros(D), weights.get("b_dec", D), "topk", chosen, None, Origin(site=site),
-    )  # fmt: skip
+        W_enc_MD,
+        weights.get("b_enc", M),
+        weights.get("W_dec", D, M).T.contiguous(),
+        torch.zeros(D),
+        weights.get("b_dec", D),
+        "topk",
+        chosen,
+        None,
+        Origin(site=site),
+    )
 
 
 def load_mechreward(file: Path, held: dict[str, object]) -> SAE:
@@ -268,7 +322,14 @@ def load_mechreward(file: Path, held: dict[str, object]) -> SAE:
     )
     b_dec_D = weights.get("b_dec", D)
     return SAE(
-        weights.get("W_enc", D, M).T.contiguous(), weights.get("b_enc", M),
-        weights.get("W_dec", M, D), b_dec_D.clone(), b_dec_D, "topk_relu", sizes["k"], None,
-        origin, config,
-    )  # fmt: skip
+        weights.get("W_enc", D, M).T.contiguous(),
+        weights.get("b_enc", M),
+        weights.get("W_dec", M, D),
+        b_dec_D.clone(),
+        b_dec_D,
+        "topk_relu",
+        sizes["k"],
+        None,
+        origin,
+        config,
+    )

@@ -28,10 +28,21 @@ SAELENS_VERSION = "6.54.12"  # without a version >= 6 in the metadata sae-lens d
 EXACT = "operando.safetensors"
 
 READ = {
-    "architecture", "d_in", "d_sae", "k", "activation_fn", "activation_fn_str",
-    "activation_fn_kwargs", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "metadata",
-    "hook_name", "hook_point", "model_name", "finetuning_scaling_factor",
-}  # fmt: skip
+    "architecture",
+    "d_in",
+    "d_sae",
+    "k",
+    "activation_fn",
+    "activation_fn_str",
+    "activation_fn_kwargs",
+    "apply_b_dec_to_input",
+    "rescale_acts_by_decoder_norm",
+    "metadata",
+    "hook_name",
+    "hook_point",
+    "model_name",
+    "finetuning_scaling_factor",
+}
 SCALES = ("scaling_factor", "finetuning_scaling_factor")
 # Keys that are inert with these values and refused with any other.
 INERT: dict[str, tuple[object, ...]] = {
@@ -111,7 +122,7 @@ def load_saelens(folder: Path) -> SAE:
     origin = origin_of(model, site, mapping(metadata.get("provenance")))
     sae = SAE(
         W_enc_MD, b_enc_M, W_dec_MD, b_pre_D, b_dec_D, activation, k, threshold_M, origin, cfg
-    )  # fmt: skip
+    )
     return _unfold(sae, folder) if (folder / EXACT).is_file() else sae
 
 

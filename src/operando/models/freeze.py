@@ -97,10 +97,7 @@ class Insulation:
         return {}
 
     def issue(
-        self,
-        step: int,
-        optimizer: torch.optim.Optimizer | None,
-        weights: Mapping[str, Tensor],
+        self, step: int, optimizer: torch.optim.Optimizer | None, weights: Mapping[str, Tensor]
     ) -> Certificate:
         """Return the certificate of the model as it stands; without an optimizer, of files alone.
 

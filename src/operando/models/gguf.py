@@ -206,8 +206,13 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     # What gguf and transformers raise on cut files and missing metadata.
     except (
-        struct.error, ValueError, LookupError, NotImplementedError, OSError, MemoryError
-    ) as error:  # fmt: skip
+        struct.error,
+        ValueError,
+        LookupError,
+        NotImplementedError,
+        OSError,
+        MemoryError,
+    ) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{file} can't be converted (damaged or cut, or not served by transformers "

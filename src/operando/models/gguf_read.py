@@ -41,10 +41,17 @@ BOOKKEEPING = ("general.", "GGUF.", "quantize.", "tokenizer.chat_template", "tok
 TOKENIZER = {
     f"tokenizer.ggml.{key}"
     for key in (
-        "model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token",
-        "add_eos_token", "add_space_prefix",
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "merges",
+        "scores",
+        "add_bos_token",
+        "add_eos_token",
+        "add_space_prefix",
     )
-}  # fmt: skip
+}
 TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 # Keys that llama.cpp's converter writes although they say nothing where they have these values.
 INERT: dict[str, tuple[object, ...]] = {
@@ -306,10 +313,12 @@ def _rope(file: GgufFile, head_dim: int) -> dict[str, object]:
                 "rope.scaling.type", "= 'yarn' without rope.scaling.original_context_length"
             )
         return rope | {
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
             "beta_fast": file.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
-        }  # fmt: skip
+        }
     if kind not in ("none", "linear"):
         file.refuse("rope.scaling.type", f"= {kind!r} is not served: none, linear, yarn are")
     if factor != 1.0 and kind == "none" and "llama.rope.scale_linear" not in file.keys:
@@ -339,9 +348,12 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, object]:
     if not torch.allclose(want_d, factor_d, rtol=1e-3, atol=0):
         file.refuse(ROPE_FREQS, "holds other factors than those of Llama 3")
     return {
-        "rope_type": "llama3", "factor": top, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": top,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": context,
-    }  # fmt: skip
+    }
 
 
 def _state(file: GgufFile, kind: Architecture, config: PreTrainedConfig) -> dict[str, Tensor]:

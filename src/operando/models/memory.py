@@ -44,10 +44,14 @@ class Shapes(NamedTuple):
         """Return the inputs and outputs of each linear module of a block."""
         q, kv = self.H * self.d, self.K * self.d
         return {
-            "q_proj": (self.D, q), "k_proj": (self.D, kv), "v_proj": (self.D, kv),
-            "o_proj": (q, self.D), "gate_proj": (self.D, self.F), "up_proj": (self.D, self.F),
+            "q_proj": (self.D, q),
+            "k_proj": (self.D, kv),
+            "v_proj": (self.D, kv),
+            "o_proj": (q, self.D),
+            "gate_proj": (self.D, self.F),
+            "up_proj": (self.D, self.F),
             "down_proj": (self.F, self.D),
-        }  # fmt: skip
+        }
 
     def block(self) -> int:
         """Return the number of parameters of a block."""
@@ -105,9 +109,17 @@ def shapes_of(config: PreTrainedConfig) -> Shapes | None:
     if told.get("mlp_bias"):
         bias += 2 * told["intermediate_size"] + D
     return Shapes(
-        D, told["intermediate_size"], H, K, d, told["vocab_size"], told["num_hidden_layers"], bias,
-        config.model_type == "qwen3", bool(config.tie_word_embeddings),
-    )  # fmt: skip
+        D,
+        told["intermediate_size"],
+        H,
+        K,
+        d,
+        told["vocab_size"],
+        told["num_hidden_layers"],
+        bias,
+        config.model_type == "qwen3",
+        bool(config.tie_word_embeddings),
+    )
 
 
 def saved_by_block(shapes: Shapes, model: ModelConfig, seen: int) -> int:
@@ -278,12 +290,17 @@ def small_machine(memory: Memory, room: int) -> list[str]:
 def memory_lines(memory: Memory) -> list[str]:
     """Return a table of the estimate: the parts, then both peaks."""
     named = {
-        "weights, LoRA included": memory.weights, "reference": memory.reference,
-        "gradients": memory.gradients, "AdamW's moments": memory.moments,
-        "activations of a micro-batch": memory.activations, "logits of a chunk": memory.logits,
-        "keys and values": memory.cache, "logits in sampling": memory.sampling_logits,
-        "peak of sampling": memory.sampling, "peak of update": memory.update,
-    }  # fmt: skip
+        "weights, LoRA included": memory.weights,
+        "reference": memory.reference,
+        "gradients": memory.gradients,
+        "AdamW's moments": memory.moments,
+        "activations of a micro-batch": memory.activations,
+        "logits of a chunk": memory.logits,
+        "keys and values": memory.cache,
+        "logits in sampling": memory.sampling_logits,
+        "peak of sampling": memory.sampling,
+        "peak of update": memory.update,
+    }
     rows = [f"  {name:<30}{_readable(size):>10}" for name, size in named.items() if size]
     return ["memory (estimate)", *rows]
 

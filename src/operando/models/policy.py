@@ -294,11 +294,7 @@ class Policy:
         return Scoring(trace, graph, prefix)
 
     def _starting_at(
-        self,
-        blocks: nn.ModuleList,
-        prefix: Prefix | None,
-        batch: Batch,
-        packs: Sequence[Pack],
+        self, blocks: nn.ModuleList, prefix: Prefix | None, batch: Batch, packs: Sequence[Pack]
     ) -> AbstractContextManager[None]:
         if prefix is None:
             return nullcontext()

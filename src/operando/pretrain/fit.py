@@ -124,13 +124,23 @@ def _as_json(recipe: MixtureRecipe | SftRecipe) -> str:
 
 
 def _save(
-    file: Path, asked: Mapping[str, str], model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer, step: int, tokens: int, losses: list[float],
-) -> None:  # fmt: skip
+    file: Path,
+    asked: Mapping[str, str],
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    tokens: int,
+    losses: list[float],
+) -> None:
     state = {
-        **asked, "step": step, "tokens": tokens, "losses": losses, "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-    }  # fmt: skip
+        **asked,
+        "step": step,
+        "tokens": tokens,
+        "losses": losses,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
     with atomic_path(file) as temporary:
         torch.save(state, temporary)
 

@@ -10,13 +10,17 @@ from operando.recipe.base import Config
 
 PRESETS: dict[str, dict[str, object]] = {
     "seed": {
-        "mode": "rank1", "gate": "one_sided", "stage": "gradient", "flat": True,
-        "magnitude": "per_parameter", "convention": "literal_grad",
+        "mode": "rank1",
+        "gate": "one_sided",
+        "stage": "gradient",
+        "flat": True,
+        "magnitude": "per_parameter",
+        "convention": "literal_grad",
     },
     "spec": {"mode": "svd_gain", "gate": "one_sided", "stage": "gradient"},
     "strict": {"mode": "writer", "gate": "two_sided", "stage": "update"},
     "hard": {"mode": "writer", "gate": "two_sided", "stage": "update", "purge": True},
-}  # fmt: skip
+}
 
 
 class ProjectionConfig(Config):

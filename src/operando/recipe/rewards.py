@@ -79,15 +79,38 @@ class FunctionReward(Config):
 SEED_WORDS = ("wait", "hmm", "but", "thinking", "actually", "let me check")
 # ReasonScore: ten words.
 REASONSCORE_WORDS = (
-    "alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however", "but",
+    "alternatively",
+    "hmm",
+    "maybe",
+    "wait",
+    "perhaps",
+    "let me",
+    "therefore",
+    "however",
+    "but",
     "another",
-)  # fmt: skip
+)
 # NoWait (Wang 2025): seventeen words. Its exclusions (ohio, butane, button, butterfly, checkout,
 # checksum) are no match between word boundaries anyhow.
 NOWAIT_WORDS = (
-    "wait", "alternatively", "hmm", "but", "however", "alternative", "another", "check",
-    "double-check", "oh", "maybe", "verify", "other", "again", "now", "ah", "any",
-)  # fmt: skip
+    "wait",
+    "alternatively",
+    "hmm",
+    "but",
+    "however",
+    "alternative",
+    "another",
+    "check",
+    "double-check",
+    "oh",
+    "maybe",
+    "verify",
+    "other",
+    "again",
+    "now",
+    "ah",
+    "any",
+)
 STEP_WORDS = tuple(dict.fromkeys((*SEED_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS)))
 
 

@@ -59,9 +59,10 @@ def _summary(run: RunTables, step: int) -> str:
     recipe = run.recipe
     lora = recipe.model.lora
     what = (
-        f"A LoRA adapter (rank {lora.rank}, alpha {lora.alpha:g})" if lora is not None
+        f"A LoRA adapter (rank {lora.rank}, alpha {lora.alpha:g})"
+        if lora is not None
         else "All weights"
-    )  # fmt: skip
+    )
     rates = [p.value for p in series(run.rows, "lr") if p.step <= step]
     low, high = (min(rates), max(rates)) if rates else (recipe.optim.lr, recipe.optim.lr)
     rate = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -75,13 +76,19 @@ def _summary(run: RunTables, step: int) -> str:
         ("trained", f"{what} of `{recipe.model.id}`, decoder blocks: {recipe.model.layers}"),
         ("task", f"`{recipe.task.kind}`"),
         ("reward", parts),
-        ("steps", f"{len(rates)} with an update, of {recipe.rollout.num_prompts} prompts x "
-                  f"{recipe.rollout.num_generations} completions"),
-        ("learning rate", f"{rate} over these steps (recipe: {recipe.optim.lr:g}, "
-                          f"{recipe.optim.schedule}, {recipe.optim.warmup_steps} warm-up steps)"),
+        (
+            "steps",
+            f"{len(rates)} with an update, of {recipe.rollout.num_prompts} prompts x "
+            f"{recipe.rollout.num_generations} completions",
+        ),
+        (
+            "learning rate",
+            f"{rate} over these steps (recipe: {recipe.optim.lr:g}, "
+            f"{recipe.optim.schedule}, {recipe.optim.warmup_steps} warm-up steps)",
+        ),
         ("advantage, loss", f"`{recipe.advantage.kind}`, `{recipe.loss.kind}`; {kl}"),
         ("seed", f"{recipe.seed} (one run)"),
-    )  # fmt: skip
+    )
     return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows)
 
 
@@ -97,8 +104,14 @@ def _result(run: RunTables, step: int) -> str:
     held_out = read_held_out(run.folder, run.rows, step)
     if held_out.before is None:
         return "Not evaluated."
-    scores = [("step 0, the base model" if held_out.before.step == 0 else
-               f"step {held_out.before.step}", held_out.before)]  # fmt: skip
+    scores = [
+        (
+            "step 0, the base model"
+            if held_out.before.step == 0
+            else f"step {held_out.before.step}",
+            held_out.before,
+        )
+    ]
     if held_out.after is not None:
         scores.append((f"step {held_out.after.step}", held_out.after))
     lines = [_table(scores)]
@@ -151,17 +164,24 @@ def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
     recursive = manifest.get("model_type") == RecursiveConfig.model_type
     first = ["import operando.models.recursive"] if recursive else []
     if model.lora is None:
-        lines = [*first, f"from transformers import {auto}, PreTrainedTokenizerFast", "",
-                 f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
-                 'tokenizer = PreTrainedTokenizerFast.from_pretrained('
-                 '"PATH/TO/THIS/FOLDER")']  # fmt: skip
+        lines = [
+            *first,
+            f"from transformers import {auto}, PreTrainedTokenizerFast",
+            "",
+            f'model = {auto}.from_pretrained("PATH/TO/THIS/FOLDER")',
+            'tokenizer = PreTrainedTokenizerFast.from_pretrained("PATH/TO/THIS/FOLDER")',
+        ]
     else:
-        lines = [*first, *imports, "from peft import PeftModel",
-                 f"from transformers import {auto}, PreTrainedTokenizerFast", "",
-                 f"base = {auto}.from_pretrained({where}{revision})",
-                 'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
-                 f"tokenizer = PreTrainedTokenizerFast.from_pretrained("
-                 f"{where}{revision})"]  # fmt: skip
+        lines = [
+            *first,
+            *imports,
+            "from peft import PeftModel",
+            f"from transformers import {auto}, PreTrainedTokenizerFast",
+            "",
+            f"base = {auto}.from_pretrained({where}{revision})",
+            'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+            f"tokenizer = PreTrainedTokenizerFast.from_pretrained({where}{revision})",
+        ]
     code = "\n".join(lines)
     prompt = f"Prompts in training were `{recipe.prompt.format}`; the template is in the recipe."
     return f"```python\n{code}\n```\n\n{prompt}"

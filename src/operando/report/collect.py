@@ -146,10 +146,9 @@ def read_held_out(folder: Path, rows: Sequence[Row], step: int | None = None) ->
     first, last = steps[0], steps[-1]
     answers = {s: _read_answers(files[s]) for s in {first, last} if s in files}
     before, after = (
-        score_marks(s, [a.correct for a in answers[s]]) if s in answers
-        else scores[s]
+        score_marks(s, [a.correct for a in answers[s]]) if s in answers else scores[s]
         for s in (first, last)
-    )  # fmt: skip
+    )
     if first == last:
         return HeldOut(before, None, None, (), ())
     if len(answers) < 2:

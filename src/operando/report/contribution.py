@@ -45,9 +45,14 @@ def draw_contribution(result: ContributionResult, target: Path) -> Path:
     below = [s.value - s.low for s in shares]
     above = [s.high - s.value for s in shares]
     axes.errorbar(
-        range(len(alone)), [s.value for s in shares], yerr=[below, above], fmt="none",
-        ecolor="#333333", elinewidth=1, capsize=3,
-    )  # fmt: skip
+        range(len(alone)),
+        [s.value for s in shares],
+        yerr=[below, above],
+        fmt="none",
+        ecolor="#333333",
+        elinewidth=1,
+        capsize=3,
+    )
     axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(alone)), [row.layers for row in alone])
     axes.set_xlabel("layers trained alone")

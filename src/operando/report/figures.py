@@ -75,9 +75,19 @@ class Look:
 def charts(runs: Sequence[RunTables]) -> list[Chart]:
     """Return every chart that the runs have numbers for."""
     figures: Sequence[Callable[[Sequence[RunTables]], Chart | None]] = (
-        proxy_and_truth, reward, reward_parts, train_accuracy, kl, entropy, length, truncation,
-        zero_variance, grad_norm, update_norm, sampler_gap,
-    )  # fmt: skip
+        proxy_and_truth,
+        reward,
+        reward_parts,
+        train_accuracy,
+        kl,
+        entropy,
+        length,
+        truncation,
+        zero_variance,
+        grad_norm,
+        update_norm,
+        sampler_gap,
+    )
     return [chart for figure in figures if (chart := figure(runs)) is not None]
 
 
@@ -106,8 +116,13 @@ def proxy_and_truth(runs: Sequence[RunTables]) -> Chart | None:
 
 def reward(runs: Sequence[RunTables]) -> Chart | None:
     """What was paid in training."""
-    return _metric(runs, "reward", "reward", "Reward in training",
-                   "Mean weighted reward of the rollouts of a step.")  # fmt: skip
+    return _metric(
+        runs,
+        "reward",
+        "reward",
+        "Reward in training",
+        "Mean weighted reward of the rollouts of a step.",
+    )
 
 
 def reward_parts(runs: Sequence[RunTables]) -> Chart | None:
@@ -130,42 +145,70 @@ def reward_parts(runs: Sequence[RunTables]) -> Chart | None:
 
 def train_accuracy(runs: Sequence[RunTables]) -> Chart | None:
     """What the verifier says of the rollouts that are trained on."""
-    return _metric(runs, "train/correct", "right", "Right answers in training",
-                   "Share of the sampled rollouts that the verifier calls right. Training "
-                   "problems, sampled; not comparable with greedy held-out accuracy.",
-                   Look(is_share=True))  # fmt: skip
+    return _metric(
+        runs,
+        "train/correct",
+        "right",
+        "Right answers in training",
+        "Share of the sampled rollouts that the verifier calls right. Training "
+        "problems, sampled; not comparable with greedy held-out accuracy.",
+        Look(is_share=True),
+    )
 
 
 def kl(runs: Sequence[RunTables]) -> Chart | None:
     """How far the policy is from where it began."""
-    return _metric(runs, "kl", "KL", "KL to the reference",
-                   "Nats a token, k3 estimator on the sampled tokens.")  # fmt: skip
+    return _metric(
+        runs, "kl", "KL", "KL to the reference", "Nats a token, k3 estimator on the sampled tokens."
+    )
 
 
 def entropy(runs: Sequence[RunTables]) -> Chart | None:
     """How much choice the policy keeps."""
-    return _metric(runs, "entropy", "entropy", "Entropy", "Nats a token, mean of the completions.",
-                   Look(level=0.0))  # fmt: skip
+    return _metric(
+        runs,
+        "entropy",
+        "entropy",
+        "Entropy",
+        "Nats a token, mean of the completions.",
+        Look(level=0.0),
+    )
 
 
 def length(runs: Sequence[RunTables]) -> Chart | None:
     """How long completions are."""
-    return _metric(runs, "completions/mean_length", "tokens", "Completion length",
-                   "Mean tokens of a completion.")  # fmt: skip
+    return _metric(
+        runs,
+        "completions/mean_length",
+        "tokens",
+        "Completion length",
+        "Mean tokens of a completion.",
+    )
 
 
 def truncation(runs: Sequence[RunTables]) -> Chart | None:
     """How many completions hit the length limit."""
-    return _metric(runs, "completions/clipped_ratio", "truncated", "Truncated completions",
-                   "Share of the completions cut at the length limit.",
-                   Look(is_share=True))  # fmt: skip
+    return _metric(
+        runs,
+        "completions/clipped_ratio",
+        "truncated",
+        "Truncated completions",
+        "Share of the completions cut at the length limit.",
+        Look(is_share=True),
+    )
 
 
 def zero_variance(runs: Sequence[RunTables]) -> Chart | None:
     """How many groups teach nothing."""
-    return _metric(runs, "frac_reward_zero_std", "share", "Groups without signal",
-                   "Share of the groups whose siblings were all paid alike: their group-relative "
-                   "advantage is zero.", Look(is_share=True))  # fmt: skip
+    return _metric(
+        runs,
+        "frac_reward_zero_std",
+        "share",
+        "Groups without signal",
+        "Share of the groups whose siblings were all paid alike: their group-relative "
+        "advantage is zero.",
+        Look(is_share=True),
+    )
 
 
 def grad_norm(runs: Sequence[RunTables]) -> Chart | None:
@@ -181,16 +224,26 @@ def grad_norm(runs: Sequence[RunTables]) -> Chart | None:
 
 def update_norm(runs: Sequence[RunTables]) -> Chart | None:
     """How far a step moves the weights."""
-    return _metric(runs, "update_norm", "relative", "Size of a step",
-                   "Norm of the weight change over the norm of the trained weights.",
-                   Look(form="{:.2e}"))  # fmt: skip
+    return _metric(
+        runs,
+        "update_norm",
+        "relative",
+        "Size of a step",
+        "Norm of the weight change over the norm of the trained weights.",
+        Look(form="{:.2e}"),
+    )
 
 
 def sampler_gap(runs: Sequence[RunTables]) -> Chart | None:
     """How far the sampler and the trainer disagree."""
-    return _metric(runs, "sampler/gap_mean", "gap", "Sampler gap",
-                   "Mean difference between sampling and scoring log-probs, nats a token.",
-                   Look(form="{:.2e}"))  # fmt: skip
+    return _metric(
+        runs,
+        "sampler/gap_mean",
+        "gap",
+        "Sampler gap",
+        "Mean difference between sampling and scoring log-probs, nats a token.",
+        Look(form="{:.2e}"),
+    )
 
 
 def _metric(
@@ -238,9 +291,11 @@ def _table(lines: Sequence[Line], look: Look) -> Table:
         if line.band is not None:
             columns.append("95% interval")
         places = [p.step for p in line.points]
-        bands.append(None if line.band is None else dict(
-            zip(places, zip(line.band.low, line.band.high, strict=True), strict=True)
-        ))  # fmt: skip
+        bands.append(
+            None
+            if line.band is None
+            else dict(zip(places, zip(line.band.low, line.band.high, strict=True), strict=True))
+        )
     rows = []
     for step in kept:
         row = [str(step)]
@@ -265,13 +320,24 @@ def _draw(lines: Sequence[Line], look: Look, words: str) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    with matplotlib.rc_context({
-        "svg.hashsalt": "operando", "svg.fonttype": "none",
-        "font.size": 9, "font.family": "DejaVu Sans",
-        "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-        "xtick.major.width": 0.6, "ytick.major.width": 0.6, "path.simplify": True,
-    }):  # fmt: skip
+    with matplotlib.rc_context(
+        {
+            "svg.hashsalt": "operando",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "font.family": "DejaVu Sans",
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.6,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "path.simplify": True,
+        }
+    ):
         figure = Figure(figsize=(9.2, 3.3) if look.is_wide else (4.8, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

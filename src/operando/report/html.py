@@ -51,9 +51,12 @@ def render(runs: Sequence[RunTables]) -> str:
 
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["share"] = lambda x: f"{x:.1%}"
     environment.filters["points"] = lambda x: f"{100 * x:+.1f}"
     environment.filters["chance"] = chance

@@ -89,16 +89,19 @@ def visible_sentences(result: StudyResult) -> list[str]:
 def write_study(result: StudyResult) -> Path:
     """Write study.json, pareto.svg (if there is a Pareto table) and study.md; return the page."""
     folder = result.file.parent
-    write_json(folder / "study.json", {
-        "name": result.recipe.name,
-        "headline": headline(result.recipe, result.judgements),
-        "seeds": result.recipe.seeds,
-        "amendments": result.amendments,
-        "rows": [asdict(row) for row in result.rows],
-        "claims": [asdict(j) for j in result.judgements],
-        "smallest_visible_difference": [asdict(v) for v in result.visible],
-        "pareto": [asdict(p) for p in result.pareto],
-    })  # fmt: skip
+    write_json(
+        folder / "study.json",
+        {
+            "name": result.recipe.name,
+            "headline": headline(result.recipe, result.judgements),
+            "seeds": result.recipe.seeds,
+            "amendments": result.amendments,
+            "rows": [asdict(row) for row in result.rows],
+            "claims": [asdict(j) for j in result.judgements],
+            "smallest_visible_difference": [asdict(v) for v in result.visible],
+            "pareto": [asdict(p) for p in result.pareto],
+        },
+    )
     if result.pareto:
         draw_pareto(result.recipe, result.pareto, _base_place(result), folder / "pareto.svg")
     with atomic_path(result.file) as temporary:
@@ -115,21 +118,29 @@ def study_page(result: StudyResult) -> str:
     lines += ["", "## Every arm", "", *_markdown(HEADS, study_cells(result)), ""]
     lines += [
         "Differences in points. Intervals (95 %) and p: hierarchical bootstrap over seeds and "
-        "problems, paired by both; Holm over the arms of a metric.", "",
-        "## The other tests", "",
+        "problems, paired by both; Holm over the arms of a metric.",
+        "",
+        "## The other tests",
+        "",
         "Differences to the control. Seed-paired: each run's mean. Problem-paired treats the seeds "
-        "as fixed: it speaks of these runs, not of the method.", "",
-    ]  # fmt: skip
+        "as fixed: it speaks of these runs, not of the method.",
+        "",
+    ]
     heads = ("metric", "arm", "seed-paired t", "df", "p", "problem-paired t", "df", "p")
     lines += [*_markdown(heads, _test_cells(result.rows)), "", "## What the seeds can see", ""]
     lines += [f"- {sentence}" for sentence in visible_sentences(result)]
     if result.pareto:
         best = sum(p.is_best for p in result.pareto)
         lines += [
-            "", "## Pareto", "", "![runs](pareto.svg)", "",
+            "",
+            "## Pareto",
+            "",
+            "![runs](pareto.svg)",
+            "",
             f"{best} of {len(result.pareto)} runs are not dominated by a run of the same seed: "
-            + ", ".join(_best_counts(result)) + ".",
-        ]  # fmt: skip
+            + ", ".join(_best_counts(result))
+            + ".",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -182,15 +193,25 @@ def draw_pareto(
         x_all, y_all = [p.x for p in own], [p.y for p in own]
         axes.scatter(x_all, y_all, s=22, alpha=0.55, linewidth=0, color=colour, marker=mark)
         axes.scatter(
-            [sum(x_all) / len(own)], [sum(y_all) / len(own)], s=90, edgecolor="#333333",
-            linewidth=1, label=arm, color=colour, marker=mark,
-        )  # fmt: skip
+            [sum(x_all) / len(own)],
+            [sum(y_all) / len(own)],
+            s=90,
+            edgecolor="#333333",
+            linewidth=1,
+            label=arm,
+            color=colour,
+            marker=mark,
+        )
     axes.scatter([base[0]], [base[1]], s=50, color="#333333", marker="x", label=BASE)
     front = frontier(study, runs)
     axes.plot(
-        [x for x, _ in front], [y for _, y in front], color="#333333", linewidth=0.9,
-        linestyle=":", zorder=0,
-    )  # fmt: skip
+        [x for x, _ in front],
+        [y for _, y in front],
+        color="#333333",
+        linewidth=0.9,
+        linestyle=":",
+        zorder=0,
+    )
     for axis, name in ((axes.xaxis, study.pareto.x), (axes.yaxis, study.pareto.y)):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_label_text(f"{name} ({study.metrics[name].better} is better)")

@@ -31,12 +31,32 @@ from operando.errors import UserError, nearest
 from operando.text import encodable, one_line
 from operando.types import Rollout, Trace
 
-ROLLOUT_COLUMNS = frozenset({
-    "step", "group", "sample", "prompt", "completion", "answer", "correct", "reason",
-    "is_truncated", "discarded", "reward", "advantage", "prompt_ids", "completion_ids", "tokens",
-    "sampling_logp", "old_logp", "ref_logp", "entropy", "advantage_tokens", "reward_tokens",
-    "shift_touched",
-})  # fmt: skip
+ROLLOUT_COLUMNS = frozenset(
+    {
+        "step",
+        "group",
+        "sample",
+        "prompt",
+        "completion",
+        "answer",
+        "correct",
+        "reason",
+        "is_truncated",
+        "discarded",
+        "reward",
+        "advantage",
+        "prompt_ids",
+        "completion_ids",
+        "tokens",
+        "sampling_logp",
+        "old_logp",
+        "ref_logp",
+        "entropy",
+        "advantage_tokens",
+        "reward_tokens",
+        "shift_touched",
+    }
+)
 """Columns that records.write_rollouts writes itself; `rewards/NAME` beside them."""
 RUN_METRICS = frozenset({
     "step", "reward", "reward_std", "train/correct", "kl_coef", "frac_reward_zero_std", "entropy",

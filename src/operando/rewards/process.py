@@ -31,13 +31,30 @@ WRONG, MOST_WRONG = 0.15, 0.45
 MOST_VALUES = 4
 CONSTANTS = frozenset(Fraction(n) for n in (2, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000))
 NUMBER_WORDS = {
-    "one": Fraction(1), "two": Fraction(2), "three": Fraction(3), "four": Fraction(4),
-    "five": Fraction(5), "six": Fraction(6), "seven": Fraction(7), "eight": Fraction(8),
-    "nine": Fraction(9), "ten": Fraction(10), "eleven": Fraction(11), "twelve": Fraction(12),
-    "half": Fraction(1, 2), "twice": Fraction(2), "double": Fraction(2), "triple": Fraction(3),
-    "third": Fraction(3), "quarter": Fraction(4), "dozen": Fraction(12), "twenty": Fraction(20),
-    "thirty": Fraction(30), "fifty": Fraction(50), "hundred": Fraction(100),
-}  # fmt: skip
+    "one": Fraction(1),
+    "two": Fraction(2),
+    "three": Fraction(3),
+    "four": Fraction(4),
+    "five": Fraction(5),
+    "six": Fraction(6),
+    "seven": Fraction(7),
+    "eight": Fraction(8),
+    "nine": Fraction(9),
+    "ten": Fraction(10),
+    "eleven": Fraction(11),
+    "twelve": Fraction(12),
+    "half": Fraction(1, 2),
+    "twice": Fraction(2),
+    "double": Fraction(2),
+    "triple": Fraction(3),
+    "third": Fraction(3),
+    "quarter": Fraction(4),
+    "dozen": Fraction(12),
+    "twenty": Fraction(20),
+    "thirty": Fraction(30),
+    "fifty": Fraction(50),
+    "hundred": Fraction(100),
+}
 
 
 class Steps(NamedTuple):
@@ -80,9 +97,11 @@ def seed_process(completion: str, gold: str) -> float:
     """Return the seed's process reward, every flaw kept."""
     right = wrong = 0
     operations: dict[str, Callable[[float, float], float]] = {
-        "+": lambda a, b: a + b, "-": lambda a, b: a - b,
-        "*": lambda a, b: a * b, "/": lambda a, b: a / b,
-    }  # fmt: skip
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+        "/": lambda a, b: a / b,
+    }
     for a, op, b, shown in SEED_EQUATION.findall(completion):
         if op == "/" and float(b) == 0:
             wrong += 1

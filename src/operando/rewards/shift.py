@@ -76,9 +76,11 @@ class Shift:
         metrics["shift/touched"] = float(touched_B.float().mean())
         columns = {"shift_touched": touched_B.tolist()}
         return replace(
-            paid, total_BT=shifted_BT,
-            metrics={**paid.metrics, **metrics}, columns={**paid.columns, **columns},
-        )  # fmt: skip
+            paid,
+            total_BT=shifted_BT,
+            metrics={**paid.metrics, **metrics},
+            columns={**paid.columns, **columns},
+        )
 
     def _scores(
         self, trace: Trace, length_B: Tensor, *, mean: bool, normalised: bool = False
@@ -140,10 +142,7 @@ def group_z(score_B: Float[Tensor, "B"], group_size: int) -> Float[Tensor, "B"]:
 
 
 def rebound(
-    total_BT: Float[Tensor, "B T"],
-    z_B: Float[Tensor, "B"],
-    length_B: Tensor,
-    config: ReboundShift,
+    total_BT: Float[Tensor, "B T"], z_B: Float[Tensor, "B"], length_B: Tensor, config: ReboundShift
 ) -> Float[Tensor, "B T"]:
     """Return Advantage Modification's reward, before GRPO normalises (2604.01476).
 

@@ -178,8 +178,9 @@ class RecursiveEngine:
             self._advance(rows, written, uniforms_BT, max_new)
         done = []
         for i, ids in enumerate(written.ids):
-            one = finish(self.tokenizer, ids[:max_new], written.logps[i][:max_new], self.stop_ids,
-                         sampling)  # fmt: skip
+            one = finish(
+                self.tokenizer, ids[:max_new], written.logps[i][:max_new], self.stop_ids, sampling
+            )
             exits = prompt_exits[i // group_size] + written.exits[i][: len(one.ids) - 1]
             done.append(one._replace(exit_loops=tuple(exits)))
         return done
@@ -212,17 +213,15 @@ class RecursiveEngine:
         return Rows(source, length_P[source_B], hidden_BD, drawn, cache), exits
 
     def _advance(
-        self,
-        rows: Rows,
-        written: Written,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-        max_new: int,
+        self, rows: Rows, written: Written, uniforms_BT: Float[Tensor, "B T"] | None, max_new: int
     ) -> None:
         """Read each row's next token and its drafts; write the drafts that hold."""
         g = self.draft_tokens
         device = rows.position_B.device
-        drafts = [self._logits(self.model.speculative_hidden(rows.hidden_BD, i + 1)).argmax(-1)
-                  for i in range(g)]  # fmt: skip
+        drafts = [
+            self._logits(self.model.speculative_hidden(rows.hidden_BD, i + 1)).argmax(-1)
+            for i in range(g)
+        ]
         block_BT = torch.stack([rows.next.token, *drafts], 1)
         # Finished rows that are still in the batch go on to the cache's end and no further.
         start_B = rows.position_B.clamp(max=rows.cache.length - g - 1)

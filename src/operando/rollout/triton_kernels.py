@@ -80,26 +80,55 @@ def _rotate_into(
 
 
 def rotate_into(
-    q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor, keys_BKSd: Tensor, values_BKSd: Tensor,
-    cos_Td: Tensor, sin_Td: Tensor, position_B: Int[Tensor, " B"],
-) -> Tensor:  # fmt: skip
+    q_BHd: Tensor,
+    k_BKd: Tensor,
+    v_BKd: Tensor,
+    keys_BKSd: Tensor,
+    values_BKSd: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    position_B: Int[Tensor, " B"],
+) -> Tensor:
     num_rows, heads, d = q_BHd.shape
     kv_heads, room = keys_BKSd.shape[1:3]
     assert all(
         x.is_contiguous() for x in (q_BHd, k_BKd, v_BKd, keys_BKSd, values_BKSd, cos_Td, sin_Td)
     )
     _rotate_into[(num_rows, heads + kv_heads)](
-        q_BHd, k_BKd, v_BKd, keys_BKSd, values_BKSd, cos_Td, sin_Td, position_B, heads, kv_heads,
-        room, HALF=d // 2, D=d, num_warps=1,
-    )  # fmt: skip
+        q_BHd,
+        k_BKd,
+        v_BKd,
+        keys_BKSd,
+        values_BKSd,
+        cos_Td,
+        sin_Td,
+        position_B,
+        heads,
+        kv_heads,
+        room,
+        HALF=d // 2,
+        D=d,
+        num_warps=1,
+    )
     return q_BHd
 
 
 @triton.jit
 def _attend(
-    q, keys, values, out, position, scale, H, K, R, room,
-    D: tl.constexpr, SEEN: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    out,
+    position,
+    scale,
+    H,
+    K,
+    R,
+    room,
+    D: tl.constexpr,
+    SEEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num = tl.load(position + row) + 1
     r, d, s = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, SEEN)
@@ -134,7 +163,19 @@ def attend(
     queries = max(QUERIES, triton.next_power_of_2(heads // kv_heads))
     seen = SEEN if d <= 128 and q_BHd.dtype != torch.float32 else SEEN // 4
     _attend[(num_rows, kv_heads)](
-        q_BHd, keys_BKSd, values_BKSd, out_BHd, position_B, d**-0.5, heads, kv_heads,
-        heads // kv_heads, room, D=d, SEEN=seen, QUERIES=queries, num_warps=4,
-    )  # fmt: skip
+        q_BHd,
+        keys_BKSd,
+        values_BKSd,
+        out_BHd,
+        position_B,
+        d**-0.5,
+        heads,
+        kv_heads,
+        heads // kv_heads,
+        room,
+        D=d,
+        SEEN=seen,
+        QUERIES=queries,
+        num_warps=4,
+    )
     return out_BHd

@@ -65,10 +65,7 @@ def paired_t(differences: Sequence[float], level: float = 0.95) -> PairedT:
 
 
 def hierarchical_bootstrap(
-    values_SP: Float[np.ndarray, "S P"],
-    seed: int,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
+    values_SP: Float[np.ndarray, "S P"], seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> Hierarchical:
     """Return the mean with limits that count seeds and problems as drawn.
 

@@ -92,9 +92,12 @@ def answer(
     if run is not None and step is not None:
         load_weights(run, step, policy)
     sampler = make_sampler(
-        recipe.rollout.engine, policy.base, loaded.tokenizer,
-        stop_ids(policy.base, loaded.tokenizer), recipe.rollout.max_batch,
-    )  # fmt: skip
+        recipe.rollout.engine,
+        policy.base,
+        loaded.tokenizer,
+        stop_ids(policy.base, loaded.tokenizer),
+        recipe.rollout.max_batch,
+    )
     evaluation, samples = study.recipe.evaluation, study.recipe.evaluation.samples
     labels = sorted({label for names in study.label_names.values() for label in names})
     heads = ("set", "example_id", "sample", "completion", "correct", "truncated", *labels)

@@ -36,8 +36,15 @@ PATTERNS = ("loop", "empty_mark", "answer_list", "step_markers", "self_grade")
 CLASSIFIERS = ("ours", "seed")
 
 SEED_PHRASES = (
-    "however", "therefore", "so ", "the answer", "step by step", "let me", "wait", "reasoning",
-)  # fmt: skip
+    "however",
+    "therefore",
+    "so ",
+    "the answer",
+    "step by step",
+    "let me",
+    "wait",
+    "reasoning",
+)
 SEED_COUNT = 15
 SEED_TAIL = 50
 

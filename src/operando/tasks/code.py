@@ -49,10 +49,19 @@ OURS_SETUP = "from typing import *"
 PASS = "and should pass all tests"
 HINT = "and will be evaluated by calling a function called {name}()"
 EVAL_NAMES = (
-    "run_tests", "check_solution", "verify_answer", "run_checks", "test_solution", "self_test",
-    "evaluate_solution", "validate_solution", "run_unit_tests", "grade_solution", "execute_tests",
+    "run_tests",
+    "check_solution",
+    "verify_answer",
+    "run_checks",
+    "test_solution",
+    "self_test",
+    "evaluate_solution",
+    "validate_solution",
+    "run_unit_tests",
+    "grade_solution",
+    "execute_tests",
     "assert_correct",
-)  # fmt: skip
+)
 KEPT_GRADES = 50_000
 
 

@@ -44,9 +44,8 @@ FENCE_LINE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 SAME = ("is_same_list", "is_same_tree")  # LeetCodeDataset's comparisons of nodes
 
 OwnTests = Literal[
-    "none", "harmful_arbitrary", "harmful_incorrect", "harmful_reduced", "innocent",
-    "unknown",
-]  # fmt: skip
+    "none", "harmful_arbitrary", "harmful_incorrect", "harmful_reduced", "innocent", "unknown"
+]
 
 
 class CodeTest(NamedTuple):
@@ -388,9 +387,13 @@ def _grade(problem: Problem, checked: Outcome, own: Sequence[Outcome]) -> CodeGr
         else:
             tests = "harmful_reduced" if hinted and not correct else "innocent"
     return CodeGrade(
-        correct, hinted, can_compile, sum(results) / len(results), tests,
+        correct,
+        hinted,
+        can_compile,
+        sum(results) / len(results),
+        tests,
         _reason(problem, checked, results),
-    )  # fmt: skip
+    )
 
 
 def _swapped(outcome: Outcome) -> bool:

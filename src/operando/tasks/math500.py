@@ -148,9 +148,12 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
     held_out = _examples(file, "test", key)
     verify, grader = _grader(config)
     source: dict[str, str | int] = {
-        "kind": "math500", "grader": grader, "held_out": config.test,
-        "held_out_rows": len(held_out), "held_out_sha256": hash_file(file),
-    }  # fmt: skip
+        "kind": "math500",
+        "grader": grader,
+        "held_out": config.test,
+        "held_out_rows": len(held_out),
+        "held_out_sha256": hash_file(file),
+    }
     train: list[Example] = []
     if config.train is not None:
         train_file = Source(config.train, "task.train", "train.jsonl", "task.train=PATH").find()
@@ -162,8 +165,10 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
                 f"held-out problems, the first: {min(shared)[:60]!r}"
             )
         source |= {
-            "train": config.train, "train_rows": len(train), "train_sha256": hash_file(train_file),
-        }  # fmt: skip
+            "train": config.train,
+            "train_rows": len(train),
+            "train_sha256": hash_file(train_file),
+        }
     return Task("math500", train, held_out, verify, source=source)
 
 

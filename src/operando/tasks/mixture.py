@@ -82,9 +82,12 @@ def open_source(name: str, config: SourceConfig, key: str, seed: int) -> Reader:
     if not documents:
         raise UserError(f"{key}.path = {config.path!r}: {file} has no documents")
     facts: dict[str, str | int] = {
-        "kind": config.kind, "path": config.path, "file_sha256": hash_file(file),
-        "file_rows": len(documents), **left_out,
-    }  # fmt: skip
+        "kind": config.kind,
+        "path": config.path,
+        "file_sha256": hash_file(file),
+        "file_rows": len(documents),
+        **left_out,
+    }
     limit = (
         f"{file} has {len(documents)} documents, and {key}.max_passes = {config.max_passes}. "
         "Lower its weight or the total, raise max_passes, or name a larger file"

@@ -23,9 +23,20 @@ NOW = re.compile(r"""\bstrftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # What a chat template is given by transformers or by operando itself.
 GIVEN = {
-    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
-    "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner",
-}  # fmt: skip
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "raise_exception",
+    "strftime_now",
+    "namespace",
+    "range",
+    "dict",
+    "lipsum",
+    "cycler",
+    "joiner",
+}
 Messages = list[dict[str, str]]
 
 
@@ -203,9 +214,12 @@ def _render(messages: Sequence[Mapping[str, str]], chat: _Chat, ask_for_answer: 
     """Return messages as the chat template writes them; one that it refuses is an error."""
     try:
         text = chat.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], chat_template=chat.source,
-            add_generation_prompt=ask_for_answer, tokenize=False, **chat.names,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
+            [dict(m) for m in messages],
+            chat_template=chat.source,
+            add_generation_prompt=ask_for_answer,
+            tokenize=False,
+            **chat.names,  # pyright: ignore[reportArgumentType]
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         raise UserError(

@@ -260,12 +260,27 @@ def command(layers: Sequence[str], limits: Limits, reply: int, name: str) -> lis
     match layers[0]:
         case "docker" | "podman":
             return [
-                layers[0], "run", "--rm", "--interactive", f"--name={name}", "--network=none",
-                "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
-                "--pids-limit=8", f"--memory={limits.memory_mb + 64}m", "--user=65534:65534",
-                "--env=PYTHONHASHSEED=0", f"--volume={CHILD}:/sandbox_child.py:ro", "--workdir=/",
-                limits.image, "python3", *options, "/sandbox_child.py", "1",
-            ]  # fmt: skip
+                layers[0],
+                "run",
+                "--rm",
+                "--interactive",
+                f"--name={name}",
+                "--network=none",
+                "--read-only",
+                "--cap-drop=ALL",
+                "--security-opt=no-new-privileges",
+                "--pids-limit=8",
+                f"--memory={limits.memory_mb + 64}m",
+                "--user=65534:65534",
+                "--env=PYTHONHASHSEED=0",
+                f"--volume={CHILD}:/sandbox_child.py:ro",
+                "--workdir=/",
+                limits.image,
+                "python3",
+                *options,
+                "/sandbox_child.py",
+                "1",
+            ]
         case "bwrap":
             seen = ["/usr", "/lib", "/lib64", sys.base_prefix, sys.prefix, str(CHILD)]
             binds = [word for path in seen for word in ("--ro-bind-try", path, path)]

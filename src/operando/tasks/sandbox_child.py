@@ -57,10 +57,30 @@ REFUSED_EVENTS = (
 # What the import system and dataclasses do themselves.
 HARMLESS_EVENTS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
 HIDDEN = (
-    "_imp", "_posixshmem", "_posixsubprocess", "_signal", "_socket", "_testcapi", "_thread",
-    "atexit", "faulthandler", "fcntl", "grp", "marshal", "mmap", "nis", "posix", "pwd", "readline",
-    "resource", "select", "spwd", "syslog", "termios", "__main__",
-)  # fmt: skip
+    "_imp",
+    "_posixshmem",
+    "_posixsubprocess",
+    "_signal",
+    "_socket",
+    "_testcapi",
+    "_thread",
+    "atexit",
+    "faulthandler",
+    "fcntl",
+    "grp",
+    "marshal",
+    "mmap",
+    "nis",
+    "posix",
+    "pwd",
+    "readline",
+    "resource",
+    "select",
+    "spwd",
+    "syslog",
+    "termios",
+    "__main__",
+)
 """Modules that are loaded already, or built in, and are not for the program."""
 
 

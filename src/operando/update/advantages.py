@@ -147,10 +147,7 @@ def reward_to_go(
 
 
 def reward_to_go_advantages(
-    reward_BT: Float[Tensor, "B T"],
-    mask_BT: Bool[Tensor, "B T"],
-    group_size: int,
-    gamma: float,
+    reward_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], group_size: int, gamma: float
 ) -> Float[Tensor, "B T"]:
     """Reward-to-go minus its mean over the rollouts of the group that are still running.
     A[b,t] = G[b,t] - mean_{b' in group(b), m[b',t]} G[b',t]

@@ -167,9 +167,7 @@ def cispo_loss(
 
 
 def kl_estimate(
-    logp_BT: Float[Tensor, "B T"],
-    ref_logp_BT: Float[Tensor, "B T"],
-    estimator: KlEstimator,
+    logp_BT: Float[Tensor, "B T"], ref_logp_BT: Float[Tensor, "B T"], estimator: KlEstimator
 ) -> Float[Tensor, "B T"]:
     """Estimate of KL(pi||ref) per token, from tokens sampled from pi.
 

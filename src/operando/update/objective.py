@@ -68,12 +68,7 @@ def credit(
     if recipe.kl is not None and recipe.kl.place == "reward":
         assert trace.ref_logp_BT is not None, "a KL in the reward needs the reference"
         reward_BT = adv.kl_penalised_reward(
-            reward_BT,
-            trace.logp_BT,
-            trace.ref_logp_BT,
-            mask_BT,
-            kl_coef,
-            recipe.kl.estimator,
+            reward_BT, trace.logp_BT, trace.ref_logp_BT, mask_BT, kl_coef, recipe.kl.estimator
         )
     match recipe.advantage:
         case GroupAdvantage(scale=scale, eps=eps):

@@ -85,11 +85,7 @@ def find_sites(
 
 
 def _site_at(
-    name: str,
-    module: nn.Module,
-    trainable: Mapping[str, nn.Parameter],
-    width: int,
-    null_UD: Tensor,
+    name: str, module: nn.Module, trainable: Mapping[str, nn.Parameter], width: int, null_UD: Tensor
 ) -> Site | None:
     """Return a trained linear module as a site, or None."""
     nothing_kD = null_UD.new_zeros(0, width)

@@ -109,9 +109,8 @@ class AnchorAttention(nn.Module):
         return k, split_heads(self.v_up(latent_BSR), self.head_dim)
 
     def forward(
-        self, x_bTD: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor,
-        zq: Tensor, zo: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self, x_bTD: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor, zq: Tensor, zo: Tensor
+    ) -> Tensor:
         q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), turn)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2), zo)
@@ -143,9 +142,14 @@ class CoreBlock(GradientCheckpointingLayer):
         self.modulation = nn.Linear(config.mod_dim, MODULATED * config.mod_rank, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor,
+        self,
+        hidden_states: Tensor,
+        k: Tensor,
+        v: Tensor,
+        turn: Turn,
+        mask: Tensor,
         style_bTs: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         zq, zo, zg, zu, zd = self.modulation(style_bTs).chunk(MODULATED, dim=-1)
         x_bTD = hidden_states + self.anchor_attn(
             self.attn_norm(hidden_states), k, v, turn, mask, zq, zo

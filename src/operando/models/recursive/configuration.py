@@ -90,19 +90,22 @@ class RecursiveConfig(PreTrainedConfig):
             "heads of an even size": heads > 0 and self.hidden_size % (2 * heads) == 0,
             f"num_key_value_heads = {self.num_key_value_heads} must divide num_attention_heads = "
             f"{heads}": self.num_key_value_heads > 0 and heads % self.num_key_value_heads == 0,
-            f"mod_rank = {self.mod_rank} must be 1 to {narrow}, the smaller side of a core matrix":
-                1 <= self.mod_rank <= narrow,
-            f"num_core_blocks = {self.num_core_blocks} must be at least 1":
-                self.num_core_blocks > 0,
-            f"num_loops = {loops} must be 1 to max_loops = {self.max_loops}":
-                1 <= loops <= self.max_loops,
-            f"min_loops = {self.min_loops} must be 1 to num_loops = {loops}":
-                1 <= self.min_loops <= loops,
+            f"mod_rank = {self.mod_rank} must be 1 to {narrow}, a core matrix's smaller side": 1
+            <= self.mod_rank
+            <= narrow,
+            f"num_core_blocks = {self.num_core_blocks} must be at least 1": self.num_core_blocks
+            > 0,
+            f"num_loops = {loops} must be 1 to max_loops = {self.max_loops}": 1
+            <= loops
+            <= self.max_loops,
+            f"min_loops = {self.min_loops} must be 1 to num_loops = {loops}": 1
+            <= self.min_loops
+            <= loops,
             f"draft_tokens = {self.draft_tokens} must be 0 to num_speculative_heads = "
             f"{self.num_speculative_heads}": 0 <= self.draft_tokens <= self.num_speculative_heads,
             f"halt_threshold = {threshold} is compared with a probability: above 0 and at most 1, "
             "or None": threshold is None or 0 < threshold <= 1,
-        }  # fmt: skip
+        }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise UserError(f"RecursiveConfig: {'; '.join(broken)}")
