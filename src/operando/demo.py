@@ -16,7 +16,7 @@ from operando.report.cards import paired_sentence
 from operando.report.html import write_report
 from operando.run import free_name
 from operando.run_folder import read_metrics, read_recipe, read_rows
-from operando.study.stats import paired_difference, wilson
+from operando.stats.intervals import paired_difference, wilson
 from operando.tables import read_parquet
 
 

@@ -18,7 +18,7 @@ from operando.models.freeze import Certificate
 from operando.pretrain.lm import PretrainProgress
 from operando.report.cards import paired_sentence
 from operando.setup import StepReport
-from operando.study.stats import wilson
+from operando.stats.intervals import wilson
 from operando.text import shown
 
 SHOWN = (

@@ -49,9 +49,9 @@ from operando.recipe_io import (
     recipe_file,
 )
 from operando.run import atomic_path, differences, write_json
+from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
+from operando.stats.intervals import Interval, paired_difference
 from operando.study.arms import POLL_SECONDS, LocalRunner
-from operando.study.inference import hierarchical_bootstrap, rate_interval
-from operando.study.stats import Interval, paired_difference
 from operando.tables import read_parquet
 from operando.update.checkpoint import checkpoint_folder
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from operando.drift.collect import acts_file, load_acts, read_texts, text_logps
 from operando.drift.commands import show_frozen, show_grid
-from operando.drift.without_refit import frozen_diff, frozen_report, grid_report
+from operando.drift.frozen_sae import frozen_diff, frozen_report
+from operando.drift.model_diff import grid_report
 from operando.errors import UserError
 from operando.internals.sae import SAE, Origin
 from operando.internals.sae_formats import load_sae, save_sae
@@ -59,7 +60,7 @@ def saes(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 
 @pytest.fixture(autouse=True)
 def few_spliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("operando.drift.without_refit.SPLICE_TOKENS", 100)
+    monkeypatch.setattr("operando.drift.frozen_sae.SPLICE_TOKENS", 100)
 
 
 def test_below_the_trained_layers_nothing_changes(run: Path, saes: dict[str, Path]) -> None:
@@ -184,7 +185,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     acts = [torch.randn(60, 8, generator=generator) for _ in range(2)]
     text_N, sae = torch.arange(60) // 7, random_sae(8, "")
     whole = frozen_diff(sae, acts, text_N)
-    monkeypatch.setattr("operando.drift.without_refit.CHUNK_TOKENS", 10)
+    monkeypatch.setattr("operando.drift.frozen_sae.CHUNK_TOKENS", 10)
     torch.testing.assert_close(frozen_diff(sae, acts, text_N).p_TM, whole.p_TM)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
-    "text", "errors", "files", "owned", "stopping", "tables", "recipe", "recipe_io", "run_folder",
-    "types", "run", "parallel", "models", "internals", "tasks",
+    "text", "errors", "files", "owned", "stopping", "tables", "stats", "recipe",
+    "recipe_io", "run_folder", "types", "run", "parallel", "models", "internals", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
     "drift", "study", "calibrate", "discovery", "audit", "report", "display", "launch", "demo",
     "pipeline", "cli", "__main__",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from operando.drift.frozen import (
+from operando.drift.frozen_sums import (
     FrozenDiff,
     FrozenSums,
     _sign_flip_p,
@@ -20,7 +20,7 @@ from operando.drift.frozen import (
     scaling_sums,
 )
 from operando.errors import UserError
-from operando.study.stats import wilson
+from operando.stats.intervals import wilson
 
 M, D, K = 24, 12, 5
 

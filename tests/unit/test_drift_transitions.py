@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from operando.drift.nulls import classify
 from operando.drift.transitions import (
     MEASURES,
     NO_DRIFT,
@@ -22,6 +21,7 @@ from operando.drift.transitions import (
     rows_of,
 )
 from operando.internals.sae import SAE
+from operando.stats.null_arms import classify
 
 SEEDS, M, D = 3, 96, 48
 CELLS = [("blocks.4.hook_resid_post", 0, 10)]

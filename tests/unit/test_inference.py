@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp, ttest_rel
 
-from operando.study.inference import (
-    exact_share,
-    fisher,
-    hierarchical_bootstrap,
-    holm,
-    paired_t,
-    rate_interval,
-    smallest_difference,
-    tost,
-)
-from operando.study.stats import wilson
+from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
+from operando.stats.intervals import exact_share, wilson
+from operando.stats.tests import fisher, holm, paired_t, smallest_difference, tost
 
 # --- pairs ---------------------------------------------------------------------------------------
 

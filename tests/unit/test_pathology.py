@@ -32,7 +32,8 @@ from operando.audit.side_by_side import Question
 from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM, modeling
 from operando.recipe import PromptConfig
-from operando.study.stats import Interval
+from operando.stats.bootstrap import cluster_bootstrap
+from operando.stats.intervals import Interval
 from operando.tasks.base import Task
 from operando.types import Example, Verdict
 from tests.unit.recursive_models import random_recursive
@@ -100,12 +101,12 @@ def test_gradient_classes_and_what_fails() -> None:
 def test_bootstrap_is_of_the_mean_over_prompts_and_the_same_for_a_seed() -> None:
     value_PK = [[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]]
     spread = lambda x_bK: x_bK[:, 1] - x_bK[:, 0]  # noqa: E731
-    found = measures.bootstrap(value_PK, spread, [0, 1, 2], 0)
+    found = cluster_bootstrap(value_PK, spread, [0, 1, 2], 0)
     assert found.value == 2.0 and found.low == 1.0 and found.high == 3.0
-    assert measures.bootstrap(value_PK, spread, [0, 1, 2], 0) == found
-    copies = measures.bootstrap(value_PK * 50, spread, [0, 1, 2] * 50, 0)
+    assert cluster_bootstrap(value_PK, spread, [0, 1, 2], 0) == found
+    copies = cluster_bootstrap(value_PK * 50, spread, [0, 1, 2] * 50, 0)
     assert copies == found  # fifty copies of a problem are one problem
-    assert measures.bootstrap(value_PK * 50, spread, range(150), 0).low > 1.5
+    assert cluster_bootstrap(value_PK * 50, spread, range(150), 0).low > 1.5
 
 
 def test_a_depth_passes_fails_or_stays_open() -> None:

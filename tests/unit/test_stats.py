@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from operando.study.stats import bootstrap_mean, paired_difference, wilson
+from operando.stats.bootstrap import bootstrap_mean
+from operando.stats.intervals import paired_difference, wilson
 
 
 def paired(both: int, lost: int, gained: int, neither: int):

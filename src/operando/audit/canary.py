@@ -12,7 +12,7 @@ from rich.table import Table
 from operando.audit.arms import Asked, Contest, foreign_prompt
 from operando.rollout.sampler import Sampling
 from operando.run import write_parquet
-from operando.study.stats import PairedDifference, paired_difference, wilson
+from operando.stats.intervals import PairedDifference, paired_difference, wilson
 from operando.tasks.base import Task
 from operando.tasks.canary import FAMILIES, load_canary
 from operando.tasks.loops import NEXT_QUESTION_STOPS, cut_at_next_question

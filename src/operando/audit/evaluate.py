@@ -13,7 +13,7 @@ from operando.rollout.sampler import Sampling, make_sampler
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets
-from operando.study.stats import PairedDifference, paired_difference
+from operando.stats.intervals import PairedDifference, paired_difference
 from operando.tasks.load import load_task
 from operando.tasks.loops import find_loop
 from operando.update.checkpoint import load_weights, pick_step

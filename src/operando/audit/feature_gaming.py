@@ -28,7 +28,7 @@ from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, unifor
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets, make_taps
-from operando.study.stats import Interval, wilson
+from operando.stats.intervals import Interval, wilson
 from operando.tasks.load import load_task
 from operando.types import Batch, Rewards, Rollout, Trace, make_batch
 from operando.update.checkpoint import load_weights, pick_step

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple, TypeAlias
 
-from scipy.stats import hypergeom, mannwhitneyu
-
 from operando.recipe import Recipe
+from operando.stats.tests import fisher_greater, mann_whitney_greater
 
 Row: TypeAlias = Mapping[str, float | int | str | None]
 
@@ -155,16 +154,12 @@ def greater(high: Sequence[float], low: Sequence[float], level: float = LEVEL) -
     """Return whether `high` stands above `low`: Mann-Whitney, one-sided, at `level`."""
     if len(high) < 3 or len(low) < 3 or set(high) == set(low):
         return False
-    return bool(mannwhitneyu(high, low, alternative="greater").pvalue < level)
+    return mann_whitney_greater(high, low) < level
 
 
 def rise_chance(high: Count, low: Count) -> float:
-    """Return the one-sided p-value of Fisher's exact test that `high` has the larger share.
-
-    P(X >= k_high) with X the right ones among n_high drawn from both without replacement.
-    """
-    total, right = high.n + low.n, high.right + low.right
-    return float(hypergeom.sf(high.right - 1, total, right, high.n))
+    """Return the one-sided p-value of Fisher's exact test that `high` has the larger share."""
+    return fisher_greater(high.right, high.n, low.right, low.n)
 
 
 def share_words(count: Count) -> str:

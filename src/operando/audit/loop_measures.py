@@ -5,7 +5,7 @@ Dims: P prompts, N tokens, D d_model, T loops, K numbers a prompt, b resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,9 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from operando.study.stats import Interval
-
-RESAMPLES = 2000
 STARVED, FEEBLE, EXPLODED = 1e-3, 1e-2, 1e3
 
 Flow = Literal["detached", "zero", "tiny", "flows"]
@@ -136,26 +133,3 @@ def starvation(norms: Sequence[float | None]) -> tuple[bool | None, str]:
         return False, f"explodes backwards: {given[0] / given[-1]:.1e} times the last at loop 1"
     words = f"at least {least:.2g} of the largest in the late half"
     return (None if least < FEEBLE else True), words
-
-
-def bootstrap(
-    value_PK: Sequence[Sequence[float]],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    alike: Sequence[int],
-    seed: int,
-) -> Interval:
-    """Return a statistic of the mean over prompts, with its 95 % percentile interval.
-
-    Prompts are drawn with replacement (Efron 1979), 2000 times, and those with the same number in
-    `alike` together: the same sum about other apples is no new problem. `statistic` maps means
-    [b K] to b numbers.
-    """
-    data_PK = np.asarray(value_PK, dtype=np.float64)
-    _, group_P = np.unique(np.asarray(alike), return_inverse=True)
-    C = int(group_P.max()) + 1
-    sum_CK, size_C = np.zeros((C, data_PK.shape[1])), np.bincount(group_P)
-    np.add.at(sum_CK, group_P, data_PK)
-    counts_bC = np.random.default_rng(seed).multinomial(C, [1 / C] * C, size=RESAMPLES)
-    drawn_b = statistic(counts_bC @ sum_CK / (counts_bC @ size_C)[:, None])
-    low, high = np.quantile(drawn_b, [0.025, 0.975])
-    return Interval(float(statistic(data_PK.mean(0, keepdims=True))[0]), float(low), float(high))

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from operando.audit.loop_measures import bootstrap, flow, starvation
+from operando.audit.loop_measures import flow, starvation
 from operando.audit.loop_reading import CacheGap, Reading
-from operando.study.stats import Interval
+from operando.stats.bootstrap import cluster_bootstrap
+from operando.stats.intervals import Interval
 
 Verdict = Literal["PASS", "FAIL", "WARN", "SAYS NOTHING"]
 
@@ -76,7 +77,9 @@ class Read(NamedTuple):
         return [float(b) - float(a) for a, b in pairs]
 
     def mean(self, values: Sequence[float]) -> Interval:
-        return bootstrap([[v] for v in values], lambda x_bK: x_bK[:, 0], self.alike, self.seed)
+        return cluster_bootstrap(
+            [[v] for v in values], lambda x_bK: x_bK[:, 0], self.alike, self.seed
+        )
 
     def tells(self, reading: Reading, noise: Reading, loops: int) -> bool:
         """Return whether texts are told from their own tokens in random order."""
@@ -121,12 +124,12 @@ def judge_shock(r: Read) -> Test:
         r.number(
             f"jitter J, at most {MOST_JITTER}",
             lambda x: x.shock.jitter,
-            bootstrap(r.own.steps, jitter, r.alike, r.seed),
+            cluster_bootstrap(r.own.steps, jitter, r.alike, r.seed),
         ),
         r.number(
             f"spike S, at most {MOST_SPIKE:g}",
             lambda x: x.shock.spike,
-            bootstrap(r.own.steps, spike, r.alike, r.seed),
+            cluster_bootstrap(r.own.steps, spike, r.alike, r.seed),
         ),
         r.number(f"drift D, {DRIFT[0]:g} to {DRIFT[1]:g}", lambda x: x.shock.drift),
         r.number("bend a", lambda x: x.shock.bend),

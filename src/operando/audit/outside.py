@@ -17,7 +17,8 @@ from operando.recipe import Math500TaskConfig, MmluTaskConfig, PromptConfig, Rec
 from operando.rollout.held_out import Judged
 from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, hash_file, write_parquet
-from operando.study.stats import Interval, bootstrap_mean, paired_difference, wilson
+from operando.stats.bootstrap import bootstrap_mean
+from operando.stats.intervals import Interval, paired_difference, wilson
 from operando.tasks.base import Task
 from operando.tasks.gsm8k import gsm8k_examples, gsm8k_source, gsm8k_verifier
 from operando.tasks.load import load_task

@@ -37,7 +37,7 @@ from operando.rollout.held_out import Judged
 from operando.rollout.sampler import Sampling, as_rollouts, make_sampler
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import check_model_or_run, read_recipe, start_of
-from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
+from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
 from operando.tasks import clrs
 from operando.tasks.base import Task
 from operando.tasks.load import load_task

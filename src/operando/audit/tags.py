@@ -15,7 +15,7 @@ from operando.errors import UserError
 from operando.rewards.formats import find_tags, pair_tags
 from operando.run import write_json
 from operando.run_folder import read_manifest
-from operando.study.stats import PairedDifference, paired_difference
+from operando.stats.intervals import PairedDifference, paired_difference
 from operando.tables import read_parquet
 
 HELD_OUT = re.compile(r"held_out_step_(\d+)\.parquet")

@@ -31,7 +31,7 @@ from operando.calibrate.source import (
 )
 from operando.errors import UserError
 from operando.run import write_json
-from operando.study.stats import wilson
+from operando.stats.intervals import wilson
 
 HEADS = "speculative_projs"
 

@@ -40,7 +40,8 @@ from operando.models.recursive import RecursiveCausalLM
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled
 from operando.run import SeedTree, write_json
-from operando.study.stats import Interval, PairedDifference, bootstrap_mean, paired_difference
+from operando.stats.bootstrap import bootstrap_mean
+from operando.stats.intervals import Interval, PairedDifference, paired_difference
 from operando.types import Prompt
 
 HEAD = "model.halt_head"

@@ -11,7 +11,7 @@ from operando.calibrate.draft_heads import Drafted
 from operando.calibrate.drafting import Drafting
 from operando.calibrate.halting import Halting
 from operando.calibrate.source import Race
-from operando.study.stats import Interval, wilson
+from operando.stats.intervals import Interval, wilson
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -33,7 +33,7 @@ from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree, write_json
 from operando.setup import make_prompt_sets
-from operando.study.stats import Interval, wilson
+from operando.stats.intervals import Interval, wilson
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.types import Prompt

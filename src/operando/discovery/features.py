@@ -23,7 +23,6 @@ from operando.discovery.judging import Measured, Null, answer_scores, gate_of, m
 from operando.drift.quality import sink_tokens
 from operando.drift.sae_train import SaeTrainConfig, train_sae
 from operando.errors import UserError
-from operando.internals import contrast as ct
 from operando.internals.packs import (
     Arm,
     Feature,
@@ -42,6 +41,7 @@ from operando.models.load import Loaded, load_model
 from operando.recipe import DiscoverConfig, Recipe
 from operando.rewards.internal import pack_score
 from operando.run import SeedTree, write_json, write_parquet
+from operando.stats import contrast as ct
 
 RANDOM_DRAWS = 200
 SHUFFLED_DRAWS = 50

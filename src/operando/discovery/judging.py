@@ -11,12 +11,12 @@ from numpy.random import Generator
 from torch import Tensor
 
 from operando.discovery.answers import Answers
-from operando.internals import contrast as ct
 from operando.internals.packs import FeaturePack, Gate
 from operando.internals.readout import ChosenFeatures
 from operando.internals.sae import SAE
 from operando.recipe import DiscoverConfig
 from operando.rewards.internal import pack_score
+from operando.stats import contrast as ct
 
 
 @dataclass(frozen=True)

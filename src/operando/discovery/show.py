@@ -9,7 +9,7 @@ from rich.table import Table
 
 from operando.discovery.directions import Extracted, Steered
 from operando.discovery.features import Discovery
-from operando.study.stats import Interval
+from operando.stats.intervals import Interval
 
 
 def show_discovery(console: Console, found: Discovery) -> None:

@@ -12,6 +12,8 @@ from transformers import AutoConfig
 
 from operando.drift.chain import chain_config, check_settings, train_chains
 from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of, stages_of
+from operando.drift.frozen_sae import frozen_report
+from operando.drift.model_diff import grid_report
 from operando.drift.report import drift_report
 from operando.drift.show import (
     draw_drift,
@@ -24,7 +26,6 @@ from operando.drift.show import (
     training_table,
     verdict_lines,
 )
-from operando.drift.without_refit import frozen_report, grid_report
 from operando.errors import UserError, nearest
 from operando.internals.sae import SAE, check_fits
 from operando.internals.sae_formats import load_sae

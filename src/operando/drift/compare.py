@@ -12,12 +12,12 @@ from rich.table import Table
 from torch import Tensor
 
 from operando.drift.chain import ARMS, Arm, load_chain, trained_seeds, trained_sites
-from operando.drift.nulls import Band, Verdict, classify
 from operando.drift.transitions import MEASURES, Measure, cosines, numbers
 from operando.errors import UserError
 from operando.recipe import Recipe
 from operando.run import write_json
 from operando.run_folder import read_recipe
+from operando.stats.null_arms import Intervals, Verdict, classify
 
 Cell = tuple[str, int, int]
 Limits = tuple[float, float, float]  # value, low, high
@@ -210,7 +210,7 @@ def _classified(
     ]
 
 
-def _limits(band: Band, i: int) -> Limits:
+def _limits(band: Intervals, i: int) -> Limits:
     return float(band.value[i]), float(band.low[i]), float(band.high[i])
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import binom
 from torch import Tensor
 
-from operando.drift.nulls import benjamini_hochberg
+from operando.stats.tests import benjamini_hochberg
 
 ALIVE_DENSITY = 1e-4
 QUADRANTS = ("stable", "rotated", "reweighted", "redirected")
@@ -245,7 +245,9 @@ def lifecycle(
         # the smallest p of n firings is 2^(1-n); n itself says nothing about which stage has more
         tested_M = ~resampled_M & (torch.exp2(1.0 - (reference_M + count_M)) <= fdr)
         q_M = torch.full_like(density_M, torch.nan)
-        q_M[tested_M] = benjamini_hochberg(counting_p(reference_M[tested_M], count_M[tested_M]))
+        q_M[tested_M] = torch.from_numpy(
+            benjamini_hochberg(counting_p(reference_M[tested_M], count_M[tested_M]).numpy())
+        )
         counted_M = (up_M | down_M) & (q_M <= fdr)
         births.append(up_M & counted_M)
         deaths.append(down_M & counted_M)

@@ -13,7 +13,6 @@ from torch import Tensor
 from operando.drift import measures
 from operando.drift.chain import ARMS, Arm, decoders, load_chain, trained_seeds, trained_sites
 from operando.drift.collect import Texts, load_acts
-from operando.drift.nulls import separation
 from operando.drift.transitions import (
     MEASURES,
     Cosines,
@@ -30,6 +29,7 @@ from operando.drift.transitions import (
 from operando.errors import UserError
 from operando.internals.sae import SAE
 from operando.run import write_json, write_parquet
+from operando.stats.null_arms import separation
 
 MIN_SEEDS = 2
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.table import Table
 
 from operando.drift.chain import ARMS, Arm, ChainConfig, sae_folder, training_of
+from operando.drift.frozen_sae import FrozenReport
+from operando.drift.model_diff import Effect, GridReport
 from operando.drift.report import DriftReport
 from operando.drift.transitions import MEASURES, NO_DRIFT, DriftRow
-from operando.drift.without_refit import Effect, FrozenReport, GridReport
 from operando.run import atomic_path
 
 

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.drift import measures
-from operando.drift.nulls import benjamini_hochberg, drift_against_null
 from operando.internals.sae import SAE
+from operando.stats.null_arms import drift_against_null
+from operando.stats.tests import benjamini_hochberg
 
 Measure = Literal["decoder", "encoder", "decoupling"]
 MEASURES: tuple[Measure, ...] = ("decoder", "encoder", "decoupling")
@@ -132,7 +133,7 @@ def rows_of(
         tested = values.isfinite().all(0) & beside.isfinite().all(0)
         place = {int(c): i for i, c in enumerate(tested.nonzero().flatten())}
         found = drift_against_null(values[:, tested], beside[:, tested], paired=True)
-        q_c = (len(MEASURES) * benjamini_hochberg(found.p_t)).clamp(max=1.0)
+        q_c = torch.from_numpy(len(MEASURES) * benjamini_hochberg(found.p_t.numpy())).clamp(max=1.0)
         for c, (site, before, after) in enumerate(cells):
             span = max(after - before, 1)
             i = place.get(c)

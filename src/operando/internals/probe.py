@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize
 from torch import Tensor
 
-from operando.internals.contrast import contrast_weights
+from operando.stats.contrast import contrast_weights
 
 
 def mean_difference(

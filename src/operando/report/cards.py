@@ -11,7 +11,7 @@ from operando.models.recursive import RecursiveConfig
 from operando.recipe import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
 from operando.run import atomic_path
-from operando.study.stats import PairedDifference, paired_difference
+from operando.stats.intervals import PairedDifference, paired_difference
 from operando.tables import read_parquet
 
 

@@ -13,7 +13,7 @@ from operando.errors import UserError
 from operando.files import read_object, read_text
 from operando.recipe import Recipe
 from operando.run_folder import read_manifest, read_recipe, read_rows, step_of
-from operando.study.stats import Interval, PairedDifference, paired_difference, wilson
+from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
 from operando.tables import read_parquet
 from operando.text import shown
 

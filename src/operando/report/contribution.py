@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from operando.run import atomic_path
+from operando.stats.intervals import Interval
 from operando.study.contribution import ContributionResult
-from operando.study.stats import Interval
 
 
 def contribution_table(result: ContributionResult) -> Table:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from operando.audit.findings import Point, held_out_counts, series
 from operando.report.collect import RunTables
-from operando.study.stats import wilson
+from operando.stats.intervals import wilson
 
 INK, GRID = "#010a01", "#010a02"  # stand-ins: replaced by CSS variables
 HUES = 6
@@ -21,7 +21,7 @@ MAX_TABLE_ROWS = 25
 
 
 @dataclass(frozen=True)
-class Band:
+class Intervals:
     """An interval around a line, at the line's steps."""
 
     low: Sequence[float]
@@ -36,7 +36,7 @@ class Line:
     points: Sequence[Point]
     hue: int
     dash: str = ""  # SVG stroke-dasharray: empty, "6 3" or "2 2"
-    band: Band | None = None
+    band: Intervals | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def proxy_and_truth(runs: Sequence[RunTables]) -> Chart | None:
     for r, run in enumerate(runs):
         scores = {step: wilson(*count) for step, count in held_out_counts(run.rows).items()}
         right, around = [Point(s, i.value) for s, i in scores.items()], list(scores.values())
-        band = Band([i.low for i in around], [i.high for i in around])
+        band = Intervals([i.low for i in around], [i.high for i in around])
         lines.append(Line(_label(runs, run, "truly right"), right, r, band=band))
         for i, name in enumerate(run.recipe.rewards):
             part = series(run.rows, f"eval/rewards/{name}")

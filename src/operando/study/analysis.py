@@ -14,16 +14,9 @@ from jaxtyping import Float
 from operando.recipe import StudyRecipe
 from operando.recipe.study import BASE
 from operando.run import SeedTree
-from operando.study.inference import (
-    Hierarchical,
-    PairedT,
-    hierarchical_bootstrap,
-    holm,
-    paired_t,
-    rate_interval,
-    smallest_difference,
-)
-from operando.study.stats import Interval
+from operando.stats.bootstrap import Hierarchical, hierarchical_bootstrap, rate_interval
+from operando.stats.intervals import Interval
+from operando.stats.tests import PairedT, holm, paired_t, smallest_difference
 
 Values = Mapping[str, Mapping[str, Float[np.ndarray, "S P"]]]  # by arm, by metric
 

@@ -18,15 +18,10 @@ from operando.recipe import (
     StudyRecipe,
 )
 from operando.recipe.study import Bound
+from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
+from operando.stats.intervals import Interval, exact_share
+from operando.stats.tests import fisher, tost
 from operando.study.analysis import Values, bootstrap_seed, compare, values_of
-from operando.study.inference import (
-    exact_share,
-    fisher,
-    hierarchical_bootstrap,
-    rate_interval,
-    tost,
-)
-from operando.study.stats import Interval
 from operando.text import shown
 
 TWO_SEEDS = "two seeds find a difference where there is none in about 11 % of studies, not in 5 %"

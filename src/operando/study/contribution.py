@@ -15,7 +15,7 @@ from operando.files import read_object
 from operando.models.layers import parse_layer_set
 from operando.recipe import Recipe
 from operando.run import write_json
-from operando.study.stats import Interval, t_interval
+from operando.stats.intervals import Interval, t_interval
 
 ALL = "all"
 

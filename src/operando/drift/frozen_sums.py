@@ -19,8 +19,10 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from operando.drift.nulls import Band, benjamini_hochberg
 from operando.errors import UserError
+from operando.stats.intervals import wilson_limits
+from operando.stats.null_arms import Intervals
+from operando.stats.tests import benjamini_hochberg
 
 ROWS = 64
 """Tokens whose decoder rows are gathered at once: 64 * k * D floats."""
@@ -84,7 +86,7 @@ class FrozenDiff(NamedTuple):
     Example: diff = finish(sums, W_dec_MD); changed_TM = diff.q_TM <= 0.05
     """
 
-    rate_TM: Band
+    rate_TM: Intervals
     mean_act_TM: Float[Tensor, "T M"]
     delta_act_TM: Float[Tensor, "T M"]
     p_TM: Float[Tensor, "T M"]
@@ -186,7 +188,9 @@ def finish(sums: FrozenSums, W_dec_MD: Float[Tensor, "M D"], level: float = 0.95
     p_TM[ref] = 1.0
     others = torch.arange(len(p_TM)) != ref
     q_TM = torch.ones_like(p_TM)
-    q_TM[others] = benjamini_hochberg(p_TM[others].flatten()).reshape(-1, p_TM.shape[1])
+    q_TM[others] = torch.from_numpy(benjamini_hochberg(p_TM[others].flatten().numpy())).reshape(
+        -1, p_TM.shape[1]
+    )
     below_M = W_dec_MD.double().cpu().square().sum(1) * f.energy_TM[ref]
     mean_TD = sums.checkpoints.resid_TD / N
     spread_T = sums.checkpoints.resid2_T - N * mean_TD.square().sum(1)
@@ -283,18 +287,12 @@ def _sign_flip_p(
     return torch.maximum(normal_TM, floor_TM).clamp(max=1.0)
 
 
-def _rate(sums: FrozenSums, level: float) -> Band:
+def _rate(sums: FrozenSums, level: float) -> Intervals:
     N, G, f = sums.num_tokens, sums.num_texts, sums.features
     p = f.count_TM / N
     spread = f.count2_TM - 2 * p * f.count_x_length_TM + p * p * sums.length2
     var_text = spread.clamp(min=0.0) * (G / max(G - 1, 1)) / N**2
     var_binomial = p * (1 - p) / N
     effect = torch.where(var_binomial > 0, var_text / var_binomial, 1.0).clamp(min=1.0)
-    n = N / effect
-    z = float(norm.ppf((1 + level) / 2))
-    middle = p + z * z / (2 * n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)).sqrt()
-    scale = 1 + z * z / n
-    low = torch.where(p > 0, (middle - half) / scale, 0.0)
-    high = torch.where(p < 1, (middle + half) / scale, 1.0)
-    return Band(p, low, high)
+    low, high = wilson_limits(p.numpy(), (N / effect).numpy(), level)
+    return Intervals(p, torch.from_numpy(low), torch.from_numpy(high))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy.stats import binomtest, norm, t
-
-RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
@@ -44,14 +43,22 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """
     assert n > 0 and 0 <= successes <= n, f"{successes} successes of {n}"
     assert 0 < level < 1, f"level = {level}"
-    z, p = float(norm.ppf((1 + level) / 2)), successes / n
+    share = np.asarray(successes / n)
+    low, high = wilson_limits(share, np.asarray(float(n)), level)
+    return Interval(successes / n, float(low), float(high))
+
+
+def wilson_limits(
+    p: Float[np.ndarray, "*cells"], n: Float[np.ndarray, "*cells"], level: float = 0.95
+) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
+    """Return Wilson's limits of shares p of n each; n may be an effective number, not whole."""
+    z = float(norm.ppf((1 + level) / 2))
     middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # at 0 and n the limit is p itself; rounding would leave it 1e-17 beside
-    low = 0.0 if successes == 0 else (middle - half) / scale
-    high = 1.0 if successes == n else (middle + half) / scale
-    return Interval(p, low, high)
+    # at 0 and 1 the limit is p itself; rounding would leave it 1e-17 beside
+    low = np.where(p > 0, (middle - half) / scale, 0.0)
+    return low, np.where(p < 1, (middle + half) / scale, 1.0)
 
 
 def paired_difference(
@@ -107,11 +114,8 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def bootstrap_mean(values: Sequence[float], seed: int, level: float = 0.95) -> Interval:
-    """Return the mean with its percentile bootstrap interval (Efron 1979), 10,000 resamples."""
-    assert len(values) > 0, "no values"
-    data = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [data[generator.integers(len(data), size=len(data))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(data.mean()), float(low), float(high))
+def exact_share(count: int, n: int) -> Interval:
+    """Return a share with its exact 95 % limits (Clopper and Pearson 1934, Biometrika 26:404)."""
+    assert n > 0 and 0 <= count <= n, f"{count} of {n}"
+    limits = binomtest(count, n).proportion_ci(0.95, method="exact")
+    return Interval(count / n, float(limits.low), float(limits.high))

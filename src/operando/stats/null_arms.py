@@ -22,6 +22,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from operando.errors import UserError
+from operando.stats.tests import benjamini_hochberg
 
 MOST_ASSIGNMENTS = 200_000
 ROUNDING = 1e-12
@@ -29,8 +30,8 @@ ROUNDING = 1e-12
 Verdict = Literal["structural", "reward-driven", "KL-driven", "reward- and KL-driven", "undecided"]
 
 
-class Band(NamedTuple):
-    """An estimate for each cell, with its confidence limits. Example: compare(...).excess.low"""
+class Intervals(NamedTuple):
+    """An `Interval` for each cell. Example: drift_against_null(...).excess.low"""
 
     value: Float[Tensor, "*cells"]
     low: Float[Tensor, "*cells"]
@@ -48,8 +49,8 @@ class DriftAgainstNull(NamedTuple):
 
     real: Float[Tensor, "*cells"]
     null: Float[Tensor, "*cells"]
-    excess: Band
-    share: Band
+    excess: Intervals
+    share: Intervals
     p_t: Float[Tensor, "*cells"]
     q_t: Float[Tensor, "*cells"]
     p_permutation: Float[Tensor, "*cells"]
@@ -82,23 +83,9 @@ class Classification(NamedTuple):
     q_structural: Float[Tensor, "C"]
     q_reward: Float[Tensor, "C"]
     q_kl: Float[Tensor, "C"]
-    excess: tuple[Band, Band, Band]  # e_A, e_B, e_C
-    reward_effect: Band  # e_B - e_A
-    kl_effect: Band  # e_C - e_A
-
-
-def benjamini_hochberg(p_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-    """Return adjusted p-values: keeping those <= a holds the false discovery rate at a.
-
-    q_(i) = min_{j >= i} min(1, p_(j) K / j)   (Benjamini & Hochberg 1995, JRSS B 57:289)
-    It holds for independent tests and for positively dependent ones.
-    """
-    p_sorted, order = p_K.double().sort()
-    ranks = torch.arange(1, len(p_K) + 1, dtype=torch.float64, device=p_K.device)
-    q_sorted = (p_sorted * len(p_K) / ranks).flip(0)
-    if len(p_K):
-        q_sorted = q_sorted.cummin(0).values.flip(0).clamp(max=1.0)
-    return torch.empty_like(q_sorted).scatter_(0, order, q_sorted)
+    excess: tuple[Intervals, Intervals, Intervals]  # e_A, e_B, e_C
+    reward_effect: Intervals  # e_B - e_A
+    kl_effect: Intervals  # e_C - e_A
 
 
 def assignments(num_real: int, num_null: int, paired: bool) -> Bool[Tensor, "A S"]:
@@ -168,10 +155,12 @@ def drift_against_null(
     return DriftAgainstNull(
         real=shaped(arms.real_RC.mean(0)),
         null=shaped(arms.null_NC.mean(0)),
-        excess=Band(shaped(excess.value), shaped(excess.value - half), shaped(excess.value + half)),
-        share=Band(*(shaped(part) for part in _fieller(arms, paired, level))),
+        excess=Intervals(
+            shaped(excess.value), shaped(excess.value - half), shaped(excess.value + half)
+        ),
+        share=Intervals(*(shaped(part) for part in _fieller(arms, paired, level))),
         p_t=shaped(p_t),
-        q_t=benjamini_hochberg(torch.from_numpy(p_t)).reshape(cells),
+        q_t=shaped(benjamini_hochberg(p_t)),
         p_permutation=shaped(_permutation_p(arms, mask_AS)),
         p_floor=1 / len(mask_AS),
     )
@@ -246,7 +235,7 @@ def classify(
     p_kl = np.maximum(_p_differ(flat[0], flat[2]), np.minimum(1, 2 * np.minimum(p_A, p_C)))
     p_structural = np.maximum(np.maximum(p_A, p_B), p_C)
     q_structural, q_reward, q_kl = (
-        (families * benjamini_hochberg(torch.from_numpy(p))).clamp(max=1.0)
+        torch.from_numpy(families * benjamini_hochberg(p)).clamp(max=1.0)
         for p in (p_structural, p_reward, p_kl)
     )
     verdict: list[Verdict] = [
@@ -342,10 +331,12 @@ def _p_differ(a: _Arms, b: _Arms) -> np.ndarray:
     return np.minimum(1.0, 2 * _p_greater(found._replace(value=np.abs(found.value))))
 
 
-def _band(estimate: _Estimate, level: float = 0.95) -> Band:
+def _band(estimate: _Estimate, level: float = 0.95) -> Intervals:
     half = _quantile(estimate.df, level) * estimate.se
     value, low, high = estimate.value, estimate.value - half, estimate.value + half
-    return Band(*(torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (value, low, high)))
+    return Intervals(
+        *(torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (value, low, high))
+    )
 
 
 def _quantile(df: np.ndarray, level: float) -> np.ndarray:
