@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def read_object(file: Path, **needed: type) -> dict[str, Any]:
                 f"{file}: {key} is {brief(value[key])}, expected {NAMES.get(kind, kind.__name__)}"
             )
     return value
+
+
+def plain(value: object) -> object:
+    """Return a value as JSON holds it: NaN is null, infinities are the texts "inf" and "-inf"."""
+    match value:
+        case float():
+            if value != value:
+                return None
+            return str(value) if abs(value) == float("inf") else value
+        case Mapping():
+            return {str(key): plain(inner) for key, inner in value.items()}
+        case str() | bytes():
+            return value
+        case Sequence():
+            return [plain(inner) for inner in value]
+        case _:
+            return value
 
 
 def brief(value: object) -> str:

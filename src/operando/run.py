@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from operando.errors import UserError
+from operando.files import plain
 from operando.owned import FolderLock, part_of
 from operando.recipe import Recipe
 from operando.recipe_io import to_toml
@@ -128,9 +129,10 @@ def _is_refused(error: Exception) -> bool:
 
 
 def write_json(target: Path, value: object) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically; NaN is null, and infinities are texts."""
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(plain(value), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_parquet(target: Path, columns: Mapping[str, Sequence[object]]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from operando.records import batch_metrics, eval_metrics
 from operando.rollout.held_out import Judged
+from operando.run import write_json
+from operando.stats.intervals import Interval
 from operando.types import Rewards, Trace, Verdict
 from tests.unit.tiny import random_batch
 
@@ -23,3 +28,10 @@ def test_a_part_that_never_applied_has_no_mean() -> None:
     held_out = eval_metrics(judged, rewards)
     assert not [key for key in (*in_training, *held_out) if "never" in key]
     assert in_training["rewards/paid/mean"] > 0 and held_out["eval/rewards/paid"] > 0
+
+
+def test_json_has_one_word_for_what_is_no_number(tmp_path: Path) -> None:
+    value = {"a": float("nan"), 2: [float("inf"), (-float("inf"), 1.5)], "c": Interval(0, 1, 2)}
+    write_json(tmp_path / "x.json", value)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found == {"a": None, "2": ["inf", ["-inf", 1.5]], "c": [0, 1, 2]}

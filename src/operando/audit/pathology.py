@@ -11,7 +11,7 @@ does: a threshold that a random model meets says nothing about training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -155,19 +155,8 @@ def judge_model(
         folder / "audits" / "pathology.json",
     )
     document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}
-    write_json(result.file, _plain(document))
+    write_json(result.file, document)
     return result
-
-
-def _plain(value: object) -> object:
-    """Return a value as JSON can hold it: NaN and infinity as words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(x) for key, x in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(x) for x in value]
-    return value
 
 
 # --- what is read --------------------------------------------------------------------------------

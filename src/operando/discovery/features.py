@@ -234,7 +234,7 @@ def find_features(name: str, search: Search, folder: Path) -> Discovery:
             "support": found.support_M.tolist(),
         },
     )
-    write_json(folder / "discovery.json", _finite(asdict(result)))
+    write_json(folder / "discovery.json", asdict(result))
     return result
 
 
@@ -368,12 +368,3 @@ def _quantile(x_NF: Float[Tensor, "N F"], q: float) -> Float[Tensor, "F"]:
 
 def _number(q_value: Tensor) -> float:
     return 1.0 if bool(q_value.isnan()) else float(q_value)
-
-
-def _finite(value: object) -> object:
-    """Return the value with NaN as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value

@@ -157,7 +157,7 @@ def drift_report(run: Path, texts: Texts) -> DriftReport:
         tuple(apart),
         file,
     )
-    write_json(file, _finite(asdict(report) | {"file": str(file)}))
+    write_json(file, asdict(report) | {"file": str(file)})
     columns = [asdict(row) for row in rows]
     write_parquet(
         file.with_suffix(".parquet"), {key: [r[key] for r in columns] for key in columns[0]}
@@ -280,14 +280,3 @@ def _usage(acts_ND: Float[Tensor, "N D"], sae: SAE) -> measures.Usage:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _finite(value: object) -> object:
-    """Return the value with infinities and NaN as text: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return str(value)
-    return value
