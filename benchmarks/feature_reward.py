@@ -20,7 +20,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from operando.internals.packs import (
+from operando.launch import launch
+from operando.models.load import load_model
+from operando.recipe import ModelConfig, PromptConfig, Recipe
+from operando.recipe_io import check
+from operando.run_folder import read_metrics
+from operando.sae.feature_set import (
     Feature,
     FeaturePack,
     Gate,
@@ -29,13 +34,8 @@ from operando.internals.packs import (
     prompt_digest,
     save_pack,
 )
-from operando.internals.sae import SAE
-from operando.internals.sae_formats import save_sae
-from operando.launch import launch
-from operando.models.load import load_model
-from operando.recipe import ModelConfig, PromptConfig, Recipe
-from operando.recipe_io import check
-from operando.run_folder import read_metrics
+from operando.sae.formats import save_sae
+from operando.sae.sae import SAE
 
 
 def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from operando.internals.directions import DirectionSet, save_directions, unit
-from operando.internals.packs import model_digest
 from operando.launch import launch
+from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model
 from operando.recipe import ModelConfig, Recipe
 from operando.recipe_io import check
 from operando.run_folder import read_metrics
+from operando.sae.feature_set import model_digest
 
 ARMS: dict[str, dict[str, object]] = {
     "without": {},

@@ -16,8 +16,8 @@ import time
 import torch
 from sae_step import LR, SeedSae, data, seed_step
 
-from operando.drift.sae_train import SaeTrainConfig, Weights, _Trainer, fresh_weights
 from operando.run import SeedTree
+from operando.sae.train import SaeTrainConfig, Weights, _Trainer, fresh_weights
 
 SAES, TOKENS = 180, 2_000_000
 

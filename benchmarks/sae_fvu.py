@@ -19,9 +19,9 @@ import sae_step
 import torch
 from torch import Tensor
 
-from operando.drift.sae_train import SaeTrainConfig, Weights, _Trainer, fresh_weights
-from operando.internals.sae import SAE
 from operando.run import SeedTree
+from operando.sae.sae import SAE
+from operando.sae.train import SaeTrainConfig, Weights, _Trainer, fresh_weights
 
 
 def fvu(reconstruct: Callable[[Tensor], Tensor], x_ND: Tensor) -> float:

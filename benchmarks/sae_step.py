@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from operando.drift.sae_train import SaeTrainConfig, Weights, _Trainer, fresh_weights, sparse_step
 from operando.run import SeedTree
+from operando.sae.train import SaeTrainConfig, Weights, _Trainer, fresh_weights, sparse_step
 
 LR = 1e-4
 

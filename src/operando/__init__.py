@@ -7,7 +7,7 @@ def __getattr__(name: str) -> object:
     """Load what needs torch only when it is asked for, so that `import operando` stays light."""
     match name:
         case "load_sae":
-            from operando.internals.sae_formats import load_sae
+            from operando.sae.formats import load_sae
 
             return load_sae
         case "load_chain":

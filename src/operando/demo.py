@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from operando.audit.doctor import diagnose, show_finding
+from operando.doctor.doctor import diagnose, show_finding
 from operando.launch import launch
 from operando.recipe import Recipe
 from operando.recipe_io import load_recipe

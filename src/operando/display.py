@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from operando.audit.evaluate import Evaluation
+from operando.evals.evaluate import Evaluation
 from operando.models.freeze import Certificate
 from operando.pretrain.lm import PretrainProgress
 from operando.report.cards import paired_sentence

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from operando import parallel
-from operando.audit.doctor import diagnose, show_finding, shown_live
 from operando.discovery.directions import refresher
 from operando.display import RunDisplay, StudyDisplay
+from operando.doctor.doctor import diagnose, show_finding, shown_live
 from operando.files import read_object
 from operando.models.load import count_layers
 from operando.models.memory import memory_lines

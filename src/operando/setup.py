@@ -17,8 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from operando import parallel
 from operando.errors import UserError
 from operando.files import read_object
-from operando.internals.directions import DirectionSet, check_directions, load_directions
-from operando.internals.packs import model_digest
+from operando.models.directions import DirectionSet, check_directions, load_directions
 from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
@@ -44,6 +43,7 @@ from operando.rollout.sampler import Sampler, make_sampler
 from operando.rollout.steered import SteeredSampler
 from operando.run import Run
 from operando.run_folder import read_manifest, read_metrics, start_of
+from operando.sae.feature_set import model_digest
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start

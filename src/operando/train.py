@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operando import parallel
 from operando.integrations.tracking import Tracker, open_tracker
-from operando.internals.directions import DirectionSet
+from operando.models.directions import DirectionSet
 from operando.models.load import Loaded, float32_products
 from operando.models.policy import Policy, Scoring, flat_rows
 from operando.models.prefix import Prefix

@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from operando.drift.sae_train import SaeTrainConfig, train_sae
-from operando.internals.directions import DirectionSet, save_directions, unit
-from operando.internals.packs import model_digest
+from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model, pick_device
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.prefix import Prefix
@@ -25,6 +23,8 @@ from operando.rollout.engine import Engine
 from operando.rollout.kernels import attend, fuses, pick, rotate_into
 from operando.rollout.sampler import Sampled, Sampling, uniform_streams
 from operando.run import SeedTree
+from operando.sae.feature_set import model_digest
+from operando.sae.train import SaeTrainConfig, train_sae
 from tests.integration.runs import metric_rows, tiny, trained
 from tests.unit.tiny import byte_tokenizer, tiny_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from operando.audit.doctor import examine
+from operando.doctor.doctor import examine
 from operando.launch import launch
 from operando.recipe import Recipe
 from tests.integration.runs import tiny

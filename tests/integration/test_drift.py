@@ -29,11 +29,11 @@ from operando.drift.evaluate import evaluate_saes
 from operando.drift.report import drift_report
 from operando.drift.show import drift_table
 from operando.errors import UserError
-from operando.internals.sae_formats import load_sae, save_sae
 from operando.recipe.rewards import ScorerReward
 from operando.recipe.update import KlConfig, OptimConfig
 from operando.recipe_io import to_toml
 from operando.run_folder import read_recipe
+from operando.sae.formats import load_sae, save_sae
 from tests.integration.runs import tiny, trained
 
 QUIET = Console(quiet=True)

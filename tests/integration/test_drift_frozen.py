@@ -18,12 +18,12 @@ from operando.drift.commands import show_frozen, show_grid
 from operando.drift.frozen_sae import frozen_diff, frozen_report
 from operando.drift.model_diff import grid_report
 from operando.errors import UserError
-from operando.internals.sae import SAE, Origin
-from operando.internals.sae_formats import load_sae, save_sae
 from operando.models.load import load_model, width_of
 from operando.models.policy import Policy
 from operando.run import SeedTree
 from operando.run_folder import read_recipe
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.sae import SAE, Origin
 from tests.integration.runs import tiny, trained
 
 QUIET = Console(quiet=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from operando.audit.feature_gaming import best_spans, game_features
 from operando.discovery.features import Discovery, discover
 from operando.errors import UserError
+from operando.evals.feature_gaming import best_spans, game_features
 from operando.launch import launch
 from operando.recipe import Recipe
 from operando.run_folder import read_manifest

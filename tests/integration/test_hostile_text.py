@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from operando.audit.evaluate import evaluate_run
+from operando.evals.evaluate import evaluate_run
 from operando.models.tokens import completion_text
 from operando.recipe import CodeTaskConfig
 from operando.records import write_held_out

@@ -17,9 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from operando import cli, setup
-from operando.audit import evaluate
-from operando.audit.arms import Contest
 from operando.errors import UserError
+from operando.evals import evaluate
+from operando.evals.ask import Contest
 from operando.launch import launch
 from operando.models.load import STARTER
 from operando.recipe import PromptConfig

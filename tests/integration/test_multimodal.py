@@ -16,8 +16,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from operando.audit.certify import certify_run
 from operando.errors import UserError
+from operando.evals.certify import certify_run
 from operando.models.freeze import Insulation
 from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from operando import cli
-from operando.audit.outside import OutsideConfig, evaluate_outside
+from operando.evals.benchmarks import OutsideConfig, evaluate_outside
 from tests.integration.runs import tiny, trained
 
 

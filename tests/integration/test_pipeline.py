@@ -10,8 +10,8 @@ from rich.console import Console
 
 from operando.cli import main
 from operando.errors import GateFailed, UserError
-from operando.pipeline import Chain, load_pipeline, run_chain, stage_cells
 from operando.recipe import PipelineRecipe
+from operando.recursive.pipeline import Chain, load_pipeline, run_chain, stage_cells
 from operando.run_folder import read_recipe
 
 RECIPES = {

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet, save_directions, unit
-from operando.internals.packs import model_digest
+from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.recipe import ModelConfig
 from operando.recipe_io import to_toml
 from operando.run_folder import read_manifest
+from operando.sae.feature_set import model_digest
 from tests.integration.runs import adapter, metric_rows, python, rollout_rows, tiny, trained
 
 

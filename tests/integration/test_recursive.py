@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from operando.audit.certify import certify_run
+from operando.evals.certify import certify_run
 from operando.models.recursive import RecursiveCausalLM
 from operando.rewards.base import TrainerState
 from tests.integration.runs import captured_setups, metric_rows, tiny, trained

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from operando.audit.certify import certify_run
+from operando.evals.certify import certify_run
 from operando.models.load import STARTER
 from tests.integration.runs import adapter, metric_rows, tiny, trained
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from operando.internals.sae import SAE, Origin
-from operando.internals.sae_formats import load_sae, save_sae
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.sae import SAE, Origin
 
 pytestmark = pytest.mark.interop
 

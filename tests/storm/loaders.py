@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 
 from operando.errors import UserError
-from operando.internals.sae import SAE
-from operando.internals.sae_files import read_safetensors, read_torch
-from operando.internals.sae_formats import load_sae, save_sae
 from operando.launch import quieten_libraries
 from operando.models.gguf import import_gguf
+from operando.sae.files import read_safetensors, read_torch
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.sae import SAE
 from operando.tasks.files import read_rows
 from tests.unit.test_gguf import tiny_llama, write_gguf
 

@@ -8,10 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "src" / "operando"
 ROOMS = (
     "text", "errors", "files", "owned", "stopping", "tables", "stats", "recipe",
-    "recipe_io", "run_folder", "types", "run", "parallel", "models", "internals", "tasks",
+    "recipe_io", "run_folder", "types", "run", "parallel", "models", "sae", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
-    "drift", "study", "calibrate", "discovery", "audit", "report", "display", "launch", "demo",
-    "pipeline", "cli", "__main__",
+    "drift", "study", "discovery", "evals", "doctor", "report", "display", "launch", "recursive",
+    "demo", "cli", "__main__",
 )  # fmt: skip
 
 

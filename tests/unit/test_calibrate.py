@@ -8,22 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from operando.recursive import draft_heads, drafting, halt_head, halting
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from operando.calibrate import draft_heads, drafting, halt_head, halting
-from operando.calibrate.drafting import DraftingConfig, calibrate_drafting
-from operando.calibrate.halt_head import Rule, States, Trial
-from operando.calibrate.halting import HaltingConfig, calibrate_halting
-from operando.calibrate.source import (
-    Race,
-    SourceConfig,
-    Texts,
-    only_changing,
-    open_source,
-    write_folder,
-)
 from operando.cli import app
 from operando.errors import UserError
 from operando.models.freeze import digests
@@ -31,6 +20,17 @@ from operando.models.load import STARTER, Loaded, load_model
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
 from operando.recipe import ModelConfig, Recipe
+from operando.recursive.data import (
+    Race,
+    SourceConfig,
+    Texts,
+    only_changing,
+    open_source,
+    write_folder,
+)
+from operando.recursive.drafting import DraftingConfig, calibrate_drafting
+from operando.recursive.halt_head import Rule, States, Trial
+from operando.recursive.halting import HaltingConfig, calibrate_halting
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.run import Run, SeedTree

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from operando.audit.canary import (
+from operando.errors import UserError
+from operando.evals.canary import (
     CanaryResult,
     Labelled,
     _family,
@@ -17,7 +18,6 @@ from operando.audit.canary import (
     canary_table,
     label_all,
 )
-from operando.errors import UserError
 from operando.tasks.canary import (
     FAMILIES,
     PATTERNS,

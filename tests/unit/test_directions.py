@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from operando.errors import UserError
-from operando.internals import directions as dr
-from operando.internals.directions import DirectionSet
+from operando.models import directions as dr
+from operando.models.directions import DirectionSet
 
 
 def pairs(seed: int, effect: float, N: int = 40, D: int = 24):

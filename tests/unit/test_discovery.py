@@ -13,9 +13,9 @@ import torch
 from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
 from operando.discovery.judging import gate_of, measure
-from operando.internals.packs import FeaturePack, Gate, load_pack, pack_sae
-from operando.internals.sae import SAE
 from operando.recipe import DiscoverConfig
+from operando.sae.feature_set import FeaturePack, Gate, load_pack, pack_sae
+from operando.sae.sae import SAE
 from operando.stats.contrast import shuffle_within
 from operando.types import Example, Prompt, Rollout
 

@@ -18,8 +18,8 @@ import pytest
 import typer
 
 from operando.cli import app
-from operando.pipeline import load_pipeline
 from operando.recipe_io import load_pretrain_recipe, load_recipe, load_sft_recipe, shipped_recipes
+from operando.recursive.pipeline import load_pipeline
 from operando.study.arms import load_study
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,11 @@ import torch
 from scipy.stats import fisher_exact
 from typer.testing import CliRunner
 
-from operando.audit.doctor import RULES, diagnose, examine
-from operando.audit.findings import Count, always_under_clip, nulls, rise_chance, series
-from operando.audit.rules_policy import forecast
-from operando.audit.rules_reward import smallest_rise
 from operando.cli import app
+from operando.doctor.doctor import RULES, diagnose, examine
+from operando.doctor.findings import Count, always_under_clip, nulls, rise_chance, series
+from operando.doctor.rules_policy import forecast
+from operando.doctor.rules_reward import smallest_rise
 from operando.errors import UserError
 from operando.recipe import CispoLoss, GroupAdvantage, KlConfig, RewardToGoAdvantage
 from operando.run import Run

@@ -6,8 +6,8 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from operando.audit.doctor import diagnose, examine, shown_live
 from operando.cli import app
+from operando.doctor.doctor import diagnose, examine, shown_live
 from operando.recipe_io import load_recipe
 from operando.run import Run
 from tests.unit.doctor_runs import FLAT, SICK, falling, healthy, recipe, run, trained_runs

@@ -20,7 +20,7 @@ from operando.drift.transitions import (
     numbers,
     rows_of,
 )
-from operando.internals.sae import SAE
+from operando.sae.sae import SAE
 from operando.stats.null_arms import classify
 
 SEEDS, M, D = 3, 96, 48

@@ -11,8 +11,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from operando.audit.certify import certify_run
 from operando.errors import UserError
+from operando.evals.certify import certify_run
 from operando.models.freeze import Check, Insulation, check_count, expected_count, leaks
 from operando.models.load import Loaded
 from operando.models.policy import Policy

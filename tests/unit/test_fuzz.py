@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from operando.audit.answers import Answer, is_opened, split_at_answer
-from operando.audit.edits import EDITS
-from operando.audit.edits_answer import another, far_from, swap_final
-from operando.audit.edits_words import INNOCENT, NEUTRAL
-from operando.audit.fuzz import FuzzResult, Row, breach_at, fuzz_target
 from operando.cli import app
 from operando.errors import UserError
+from operando.evals.answers import Answer, is_opened, split_at_answer
+from operando.evals.fuzz import FuzzResult, Row, breach_at, fuzz_target
+from operando.evals.mutations import EDITS
+from operando.evals.mutations_answer import another, far_from, swap_final
+from operando.evals.mutations_words import INNOCENT, NEUTRAL
 from operando.recipe import STEP_WORDS, WordsTaskConfig
 from operando.recipe_io import load_recipe
 from operando.rewards.steps import count_words

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from operando.errors import UserError
-from operando.internals.packs import (
+from operando.models.load import Loaded
+from operando.models.policy import Policy
+from operando.recipe import FeatureReward, LoraConfig, ModelConfig, PromptConfig, Recipe
+from operando.rewards.base import RewardLog
+from operando.rewards.internal import InternalReward, open_reward, pack_score, shaped
+from operando.run import SeedTree
+from operando.sae.feature_set import (
     Feature,
     FeaturePack,
     Gate,
@@ -20,15 +26,9 @@ from operando.internals.packs import (
     prompt_digest,
     save_pack,
 )
-from operando.internals.readout import ChosenFeatures, relu_columns
-from operando.internals.sae import SAE
-from operando.internals.sae_formats import save_sae
-from operando.models.load import Loaded
-from operando.models.policy import Policy
-from operando.recipe import FeatureReward, LoraConfig, ModelConfig, PromptConfig, Recipe
-from operando.rewards.base import RewardLog
-from operando.rewards.internal import InternalReward, open_reward, pack_score, shaped
-from operando.run import SeedTree
+from operando.sae.formats import save_sae
+from operando.sae.sae import SAE
+from operando.sae.selected_features import ChosenFeatures, relu_columns
 from operando.types import Batch, Dense, Rewards, make_batch
 from operando.update import advantages as adv
 from operando.update.hygiene import check_range

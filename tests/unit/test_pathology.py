@@ -14,9 +14,14 @@ import pytest
 import torch
 
 from operando import cli
-from operando.audit import loop_measures as measures
-from operando.audit import loop_verdicts
-from operando.audit.loop_reading import (
+from operando.errors import UserError
+from operando.evals.compare import Question
+from operando.models.recursive import RecursiveCausalLM, modeling
+from operando.recipe import PromptConfig
+from operando.recursive import pathology_metrics as measures
+from operando.recursive import pathology_tests as loop_verdicts
+from operando.recursive.pathology import Pathology, Subject, audit_pathology, judge_model
+from operando.recursive.pathology_read import (
     Texts,
     at_depth,
     cache_gap,
@@ -26,12 +31,7 @@ from operando.audit.loop_reading import (
     shuffled,
     twin,
 )
-from operando.audit.loop_verdicts import depth_meets, verdict
-from operando.audit.pathology import Pathology, Subject, audit_pathology, judge_model
-from operando.audit.side_by_side import Question
-from operando.errors import UserError
-from operando.models.recursive import RecursiveCausalLM, modeling
-from operando.recipe import PromptConfig
+from operando.recursive.pathology_tests import depth_meets, verdict
 from operando.stats.bootstrap import cluster_bootstrap
 from operando.stats.intervals import Interval
 from operando.tasks.base import Task
@@ -396,5 +396,5 @@ def test_the_command_prints_the_file_and_says_failure_by_its_exit_code(
     assert "--depths 2,x" in capsys.readouterr().err
     failed = loop_verdicts.Test("x", "FAIL", "", [])
     bad = Pathology("m", "t", 2, 2, 4, (2,), (0,), 0.5, [failed], "", tmp_path)
-    monkeypatch.setattr("operando.audit.pathology.audit_pathology", lambda *_, **__: bad)
+    monkeypatch.setattr("operando.recursive.pathology.audit_pathology", lambda *_, **__: bad)
     assert run(*asked) == 3

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet, denoise, unit
+from operando.models.directions import DirectionSet, denoise, unit
 from operando.models.load import Loaded
 from operando.models.policy import Policy, recomputed_blocks
 from operando.recipe import LoraConfig, ModelConfig, OptimConfig, ProjectionConfig

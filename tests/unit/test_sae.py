@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from operando.drift.quality import (
+from operando.errors import UserError
+from operando.sae.quality import (
     TextBatch,
     firing_rates,
     loss_recovered,
@@ -19,8 +20,7 @@ from operando.drift.quality import (
     sink_tokens,
     splicing,
 )
-from operando.errors import UserError
-from operando.internals.sae import SAE, Origin, check_fits, row_products, top_codes
+from operando.sae.sae import SAE, Origin, check_fits, row_products, top_codes
 from tests.unit.tiny import tiny_model
 
 SITE = "blocks.1.hook_resid_post"
@@ -93,7 +93,7 @@ def test_sparse_codes_decode_as_the_dense_product_does_in_any_chunks(monkeypatch
         dense_ND = sae.encode_dense(x_ND) @ sae.W_dec_MD + sae.b_dec_D
         assert torch.allclose(sae.reconstruct(x_ND), dense_ND, atol=1e-5)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("operando.internals.sae.CHUNK_ELEMENTS", 24 * 7)
+            patch.setattr("operando.sae.sae.CHUNK_ELEMENTS", 24 * 7)
             assert torch.allclose(sae.reconstruct(x_ND), dense_ND, atol=1e-5)
 
 

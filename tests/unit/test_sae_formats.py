@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from operando.errors import UserError
-from operando.internals.sae import Origin
-from operando.internals.sae_formats import load_sae, save_sae
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.sae import Origin
 from tests.unit.test_sae import random_sae
 
 ORIGIN = Origin(
@@ -576,7 +576,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("operando.internals.saelens.save_file", fail)
+    monkeypatch.setattr("operando.sae.saelens.save_file", fail)
     with pytest.raises(UserError, match="no space left"):
         save_sae(random_sae(seed=1), tmp_path / "sae")
     assert load_sae(tmp_path / "sae").sha256() == random_sae().sha256()

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operando.drift.sae_train import (
+from operando.errors import UserError
+from operando.run import SeedTree
+from operando.sae.train import (
     Aux,
     EpochStats,
     SaeTrainConfig,
@@ -25,8 +27,6 @@ from operando.drift.sae_train import (
     sparse_step,
     train_sae,
 )
-from operando.errors import UserError
-from operando.run import SeedTree
 
 N, D, M, K = 48, 16, 64, 5
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet
+from operando.models.directions import DirectionSet
 from operando.recipe import PenaltyShift, ReboundShift, ScreeningShift
 from operando.rewards.shift import Shift, group_z, make_shift, rebound
 from operando.tasks.base import Task

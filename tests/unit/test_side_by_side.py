@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from operando.audit import side_by_side as sbs
-from operando.audit.outside import OutsideConfig
 from operando.cli import app
 from operando.errors import UserError
+from operando.evals import compare as sbs
+from operando.evals.benchmarks import OutsideConfig
 from operando.models.load import STARTER, load_model
 from operando.recipe import ModelConfig
 from operando.rollout.held_out import Judged

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from operando.audit.tags import Seen, TagRow, audit_tags, tag_rows
 from operando.cli import app
 from operando.errors import UserError
+from operando.evals.tags import Seen, TagRow, audit_tags, tag_rows
 from operando.recipe_io import load_recipe
 from operando.run import Run
 

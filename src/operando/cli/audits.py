@@ -43,20 +43,20 @@ def evaluate(
 ) -> None:
     """Answer held-out problems with the base and the trained model on the same prompts, paired."""
     own_if_run(run)
-    from operando.audit.evaluate import evaluate_run
-    from operando.audit.outside import (
+    from operando.display import make_console, show_evaluation
+    from operando.evals.benchmarks import (
         OutsideConfig,
         evaluate_outside,
         outside_config,
         outside_table,
     )
-    from operando.audit.side_by_side import (
+    from operando.evals.compare import (
         compare_models,
         graph_sizes,
         is_side_by_side,
         side_by_side_tables,
     )
-    from operando.display import make_console, show_evaluation
+    from operando.evals.evaluate import evaluate_run
     from operando.launch import quieten_libraries
 
     config = outside_config(
@@ -102,9 +102,9 @@ def canary(
 ) -> None:
     """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
     own_run(run)
-    from operando.audit.canary import canary_lines, canary_table, run_canary
-    from operando.audit.feature_gaming import game_features, gaming_lines
     from operando.display import make_console
+    from operando.evals.canary import canary_lines, canary_table, run_canary
+    from operando.evals.feature_gaming import game_features, gaming_lines
     from operando.launch import quieten_libraries
 
     quieten_libraries()
@@ -135,8 +135,8 @@ def certify(
 ) -> None:
     """Check from the files alone that training landed only in its layers; exit code 3 if not."""
     own_run(run)
-    from operando.audit.certify import certify_run
     from operando.display import make_console, show_certificate
+    from operando.evals.certify import certify_run
     from operando.launch import quieten_libraries
 
     quieten_libraries()
@@ -174,8 +174,8 @@ def doctor(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
 
     read_recipe(run)
 
-    from operando.audit.doctor import examine, show_diagnosis
     from operando.display import make_console
+    from operando.doctor.doctor import examine, show_diagnosis
 
     result = examine(run)
     make_console().print(show_diagnosis(result))
@@ -197,9 +197,9 @@ def fuzz(
     if target.endswith(".toml"):
         load_recipe(target, tuple(overrides or ()))  # its mistakes before torch is there
 
-    from operando.audit.fuzz import fuzz_target
-    from operando.audit.fuzz_show import show_fuzz
     from operando.display import make_console
+    from operando.evals.fuzz import fuzz_target
+    from operando.evals.fuzz_show import show_fuzz
 
     result = fuzz_target(target, reward=reward, num=num, overrides=tuple(overrides or ()))
     make_console().print(show_fuzz(result))
@@ -212,8 +212,8 @@ def fuzz(
 def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Show the tags a run's model writes, base beside trained on the same prompts."""
     own_run(run)
-    from operando.audit.tags import audit_tags, tags_table
     from operando.display import make_console
+    from operando.evals.tags import audit_tags, tags_table
 
     result = audit_tags(run)
     make_console().print(tags_table(result))
@@ -246,10 +246,10 @@ def pathology(
 ) -> None:
     """Audit the loops of a recursive model beside random twins; exit code 3 if a test fails."""
     own_if_run(run)
-    from operando.audit.pathology import audit_pathology
-    from operando.audit.pathology_show import pathology_tables
     from operando.display import make_console
     from operando.launch import quieten_libraries
+    from operando.recursive.pathology import audit_pathology
+    from operando.recursive.pathology_show import pathology_tables
 
     given = [part.strip() for part in (depths or "").split(",") if part.strip()]
     if not all(part.isdigit() for part in given):

@@ -58,13 +58,13 @@ def calibrate_halting(
 
     check_model_or_run(run)
     own(out or run)
-    from operando.calibrate.halt_head import Rule
-    from operando.calibrate.halting import HaltingConfig
-    from operando.calibrate.halting import calibrate_halting as calibrate
-    from operando.calibrate.show import halting_tables
-    from operando.calibrate.source import SourceConfig
     from operando.display import StageDisplay, make_console
     from operando.launch import quieten_libraries
+    from operando.recursive.data import SourceConfig
+    from operando.recursive.halt_head import Rule
+    from operando.recursive.halting import HaltingConfig
+    from operando.recursive.halting import calibrate_halting as calibrate
+    from operando.recursive.show import halting_tables
 
     quieten_libraries()
     console = make_console()
@@ -105,12 +105,12 @@ def calibrate_drafting(
 
     check_model_or_run(run)
     own(out or run)
-    from operando.calibrate.drafting import DraftingConfig
-    from operando.calibrate.drafting import calibrate_drafting as calibrate
-    from operando.calibrate.show import drafting_tables
-    from operando.calibrate.source import SourceConfig
     from operando.display import StageDisplay, make_console
     from operando.launch import quieten_libraries
+    from operando.recursive.data import SourceConfig
+    from operando.recursive.drafting import DraftingConfig
+    from operando.recursive.drafting import calibrate_drafting as calibrate
+    from operando.recursive.show import drafting_tables
 
     quieten_libraries()
     console = make_console()

@@ -226,7 +226,13 @@ def pipeline(
 
     from operando.display import make_console
     from operando.launch import quieten_libraries
-    from operando.pipeline import load_pipeline, run_chain, run_seeds, stage_cells, stages_table
+    from operando.recursive.pipeline import (
+        load_pipeline,
+        run_chain,
+        run_seeds,
+        stage_cells,
+        stages_table,
+    )
 
     given = tuple(overrides or ())
     checked, chains = load_pipeline(recipe, given)

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from operando.drift.collect import Texts, padded_batches, run_decoder
 from operando.errors import UserError
-from operando.internals import directions as dr
-from operando.internals.directions import DirectionArm, DirectionSet
-from operando.internals.packs import model_digest
+from operando.models import directions as dr
+from operando.models.directions import DirectionArm, DirectionSet
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, load_model, stop_ids
@@ -32,6 +31,7 @@ from operando.recipe import Recipe
 from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree, write_json
+from operando.sae.feature_set import model_digest
 from operando.setup import make_prompt_sets
 from operando.stats.intervals import Interval, wilson
 from operando.tasks.base import Task

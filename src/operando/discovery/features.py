@@ -20,10 +20,13 @@ from torch import Tensor
 
 from operando.discovery.answers import Answers, sample_answers
 from operando.discovery.judging import Measured, Null, answer_scores, gate_of, measure, null
-from operando.drift.quality import sink_tokens
-from operando.drift.sae_train import SaeTrainConfig, train_sae
+from operando.discovery.probe import logistic_probe, mean_difference
 from operando.errors import UserError
-from operando.internals.packs import (
+from operando.models.load import Loaded, load_model
+from operando.recipe import DiscoverConfig, Recipe
+from operando.rewards.internal import pack_score
+from operando.run import SeedTree, write_json, write_parquet
+from operando.sae.feature_set import (
     Arm,
     Feature,
     FeaturePack,
@@ -33,14 +36,11 @@ from operando.internals.packs import (
     prompt_digest,
     save_pack,
 )
-from operando.internals.probe import logistic_probe, mean_difference
-from operando.internals.readout import ChosenFeatures
-from operando.internals.sae import SAE, Origin, check_fits
-from operando.internals.sae_formats import load_sae, save_sae
-from operando.models.load import Loaded, load_model
-from operando.recipe import DiscoverConfig, Recipe
-from operando.rewards.internal import pack_score
-from operando.run import SeedTree, write_json, write_parquet
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.quality import sink_tokens
+from operando.sae.sae import SAE, Origin, check_fits
+from operando.sae.selected_features import ChosenFeatures
+from operando.sae.train import SaeTrainConfig, train_sae
 from operando.stats import contrast as ct
 
 RANDOM_DRAWS = 200

@@ -11,11 +11,11 @@ from numpy.random import Generator
 from torch import Tensor
 
 from operando.discovery.answers import Answers
-from operando.internals.packs import FeaturePack, Gate
-from operando.internals.readout import ChosenFeatures
-from operando.internals.sae import SAE
 from operando.recipe import DiscoverConfig
 from operando.rewards.internal import pack_score
+from operando.sae.feature_set import FeaturePack, Gate
+from operando.sae.sae import SAE
+from operando.sae.selected_features import ChosenFeatures
 from operando.stats import contrast as ct
 
 

@@ -23,13 +23,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.drift.collect import Texts, load_acts, stages_of
-from operando.drift.quality import mean_activation, sink_tokens
-from operando.drift.sae_train import EpochStats, SaeTrainConfig, train_sae
 from operando.errors import UserError
 from operando.files import read_object
-from operando.internals.sae import SAE, Origin
-from operando.internals.sae_formats import load_sae, save_sae
 from operando.run import SeedTree, atomic_path, write_json
+from operando.sae.formats import load_sae, save_sae
+from operando.sae.quality import mean_activation, sink_tokens
+from operando.sae.sae import SAE, Origin
+from operando.sae.train import EpochStats, SaeTrainConfig, train_sae
 
 Arm = Literal["real", "null"]
 Mode = Literal["default", "seed"]

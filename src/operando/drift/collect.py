@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from operando.drift.quality import splicing
 from operando.errors import UserError
 from operando.files import read_object
 from operando.models.hooks import ActivationReader
@@ -29,6 +28,7 @@ from operando.models.logprobs import token_logps
 from operando.models.policy import Policy
 from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_manifest, read_recipe
+from operando.sae.quality import splicing
 from operando.tables import read_parquet
 from operando.update.checkpoint import load_weights, weight_steps
 

@@ -27,12 +27,12 @@ from operando.drift.show import (
     verdict_lines,
 )
 from operando.errors import UserError, nearest
-from operando.internals.sae import SAE, check_fits
-from operando.internals.sae_formats import load_sae
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of
 from operando.recipe import Recipe
 from operando.run_folder import read_recipe
+from operando.sae.formats import load_sae
+from operando.sae.sae import SAE, check_fits
 
 WRITERS = ("base", "last", "both")
 CHOICES = {

@@ -21,25 +21,19 @@ from operando.drift.chain import (
     training_of,
 )
 from operando.drift.collect import Texts, chosen_texts, load_acts, padded_batches, stages_of
-from operando.drift.quality import (
-    LossRecovered,
-    Quality,
-    TextBatch,
-    loss_recovered,
-    measure_quality,
-)
 from operando.errors import UserError
-from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe
+from operando.sae.quality import LossRecovered, Quality, TextBatch, loss_recovered, measure_quality
+from operando.sae.sae import SAE
 from operando.update.checkpoint import load_weights
 
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One SAE of a chain. See drift/quality.py for what the numbers are."""
+    """One SAE of a chain. See sae/quality.py for what the numbers are."""
 
     site: str
     step: int

@@ -28,12 +28,12 @@ from operando.drift.collect import (
     text_logps,
 )
 from operando.drift.frozen_sums import FrozenDiff, add, empty_sums, finish
-from operando.drift.quality import sink_tokens
-from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.run import SeedTree, write_json, write_parquet
 from operando.run_folder import read_recipe
+from operando.sae.quality import sink_tokens
+from operando.sae.sae import SAE
 from operando.stats.tests import benjamini_hochberg
 from operando.update.checkpoint import load_weights
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from operando.drift.collect import Texts, read_acts, read_texts, stages_of, text_logps
 from operando.drift.frozen_sae import frozen_diff, num_changed, whole_texts
-from operando.drift.quality import sink_tokens
-from operando.internals.sae import SAE
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe
+from operando.sae.quality import sink_tokens
+from operando.sae.sae import SAE
 from operando.stats.tests import benjamini_hochberg
 from operando.update.checkpoint import load_weights
 

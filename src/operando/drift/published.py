@@ -11,8 +11,8 @@ import torch
 from operando.drift import chain
 from operando.drift.chain import Arm
 from operando.errors import UserError, nearest
-from operando.internals.sae import SAE
-from operando.internals.sae_formats import load_sae
+from operando.sae.formats import load_sae
+from operando.sae.sae import SAE
 
 
 @overload

@@ -27,8 +27,8 @@ from operando.drift.transitions import (
     shown,
 )
 from operando.errors import UserError
-from operando.internals.sae import SAE
 from operando.run import write_json, write_parquet
+from operando.sae.sae import SAE
 from operando.stats.null_arms import separation
 
 MIN_SEEDS = 2

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.drift import measures
-from operando.internals.sae import SAE
+from operando.sae.sae import SAE
 from operando.stats.null_arms import drift_against_null
 from operando.stats.tests import benjamini_hochberg
 

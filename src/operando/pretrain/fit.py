@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from operando.errors import UserError
-from operando.internals.sae_files import read_torch
 from operando.pretrain.lm import PretrainProgress, draw_loops
 from operando.recipe import MixtureRecipe, SftRecipe
 from operando.run import atomic_path, differences
+from operando.sae.files import read_torch
 from operando.stopping import Stopped, stops_after_step
 
 STATE = "training_state.pt"

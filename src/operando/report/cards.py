@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from operando.audit.findings import series
+from operando.doctor.findings import series
 from operando.errors import UserError
 from operando.models.recursive import RecursiveConfig
 from operando.recipe import Recipe

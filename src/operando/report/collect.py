@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from operando.audit.doctor import diagnose_folder, last_step
-from operando.audit.findings import Finding, Row, always_under_clip, held_out_counts, series
+from operando.doctor.doctor import diagnose_folder, last_step
+from operando.doctor.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
 from operando.files import read_object, read_text
 from operando.recipe import Recipe

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from operando.audit.findings import Point, held_out_counts, series
+from operando.doctor.findings import Point, held_out_counts, series
 from operando.report.collect import RunTables
 from operando.stats.intervals import wilson
 

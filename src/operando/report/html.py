@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from operando.audit.findings import series
+from operando.doctor.findings import series
 from operando.report.collect import Change, HeldOut, RunTables, Score, collect_all
 from operando.report.figures import Chart, Table, charts
 from operando.report.samples import MAX_TOKENS, SampleSet, choose_samples, pack

@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.errors import UserError
-from operando.internals.packs import FeaturePack, check_pack, load_pack, pack_sae
-from operando.internals.readout import ChosenFeatures, relu_columns
 from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
 from operando.recipe import FeatureReward, PromptConfig
 from operando.rewards.base import RewardLog, RewardValue
+from operando.sae.feature_set import FeaturePack, check_pack, load_pack, pack_sae
+from operando.sae.selected_features import ChosenFeatures, relu_columns
 from operando.types import Dense, Rollout, Trace
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet
+from operando.models.directions import DirectionSet
 from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
 from operando.recipe import PenaltyShift, ReboundShift, ScreeningShift

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from operando import parallel
 from operando.errors import UserError
-from operando.internals.sae_files import read_torch
 from operando.models.policy import Policy
 from operando.run import Run, atomic_path, remove
+from operando.sae.files import read_torch
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:

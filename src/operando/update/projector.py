@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet, load_directions, save_directions
+from operando.models.directions import DirectionSet, load_directions, save_directions
 from operando.models.freeze import layer_of
 from operando.models.policy import Policy
 from operando.recipe import ProjectionConfig

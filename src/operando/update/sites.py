@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from operando.errors import UserError
-from operando.internals.directions import DirectionSet
+from operando.models.directions import DirectionSet
 from operando.models.freeze import layer_of, plain_name
 from operando.models.layers import parse_layer_set
 from operando.models.policy import Policy

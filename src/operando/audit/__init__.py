@@ -1,1 +1,0 @@
-"""What is checked about a run after the fact; only run folders are read."""

@@ -1,1 +1,0 @@
-"""Halting and drafting heads of a recursive model: fitted, chosen and measured."""

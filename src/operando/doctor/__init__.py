@@ -1,0 +1,1 @@
+"""What ails a run: findings from its metrics, each with a remedy."""

@@ -1,0 +1,1 @@
+"""Checkpoints asked and compared: held-out problems, benchmarks, canaries, the reward fuzzer."""

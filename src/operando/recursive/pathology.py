@@ -1,0 +1,241 @@
+"""What ails a recursive model's loops, and what a random model would show: `audit pathology`.
+
+    operando audit pathology RUN
+    operando audit pathology FOLDER --task words task.num_steps=[1]
+
+Every number stands beside those of untrained models of the same config and of the trained model on
+the same tokens in random order. A test passes only where the model meets it and no untrained model
+does: a threshold that a random model meets says nothing about training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from operando.errors import UserError
+from operando.evals.benchmarks import TEMPLATES, WORKED
+from operando.evals.compare import ANSWERS, RAW, Question, token_limit
+from operando.models.load import pad_id, stop_ids
+from operando.models.recursive import RecursiveCausalLM
+from operando.models.tokens import text_ids
+from operando.recipe import PromptConfig, Recipe, TaskConfig
+from operando.recipe.base import Config
+from operando.recipe_io import apply_override, check
+from operando.recursive.data import day_of, is_run, open_recursive
+from operando.recursive.pathology_read import (
+    Texts,
+    at_depth,
+    cache_gap,
+    pack_texts,
+    read,
+    shuffled,
+    twin,
+)
+from operando.recursive.pathology_tests import (
+    Read,
+    Test,
+    judge_cache,
+    judge_depth,
+    judge_gain,
+    judge_shock,
+    judge_starvation,
+    only_if_used,
+    seeds_way,
+)
+from operando.rollout.held_out import answer_greedily
+from operando.rollout.recursive import RecursiveEngine
+from operando.rollout.sampler import Sampling
+from operando.run import write_json
+from operando.run_folder import read_recipe
+from operando.tasks.load import load_task
+from operando.tasks.loops import NEXT_QUESTION_STOPS
+from operando.tasks.prompts import make_prompts
+
+
+@dataclass(frozen=True)
+class Pathology:
+    """The whole audit. `seeds_way` is what three numbers without a control would have said."""
+
+    model: str
+    task: str
+    n: int
+    distinct: int
+    """Solutions; problems that share one are drawn together for the intervals."""
+    loops: int
+    depths: Sequence[int]
+    twin_seeds: Sequence[int]
+    halt_threshold: float
+    tests: Sequence[Test]
+    seeds_way: str
+    file: Path
+
+    @property
+    def failed(self) -> bool:
+        return any(test.verdict == "FAIL" for test in self.tests)
+
+
+class Asked(Config):
+    """The task of a model folder, as a recipe's table."""
+
+    task: TaskConfig
+
+
+class Subject(NamedTuple):
+    """The model that is audited, and the problems that it is read on."""
+
+    name: str
+    model: RecursiveCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    question: Question
+    day: datetime
+    """That a chat template prints: a run's own."""
+
+
+def audit_pathology(
+    folder: Path,
+    *,
+    task: str | None = None,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    num: int = 100,
+    twins: int = 5,
+    depths: Sequence[int] = (),
+    seed: int = 0,
+) -> Pathology:
+    """Audit a run's trained model or a model folder; write FOLDER/audits/pathology.json."""
+    subject = open_subject(folder, task, overrides, step, num)
+    R, most = subject.model.config.num_loops, subject.model.config.max_loops
+    chosen = sorted(set(depths or (max(1, R // 2), R * 3 // 2, 2 * R)) - {R})
+    if not chosen or chosen[0] < 1 or chosen[-1] > most:
+        raise UserError(
+            f"--depths {','.join(map(str, chosen))}: expected loops from 1 to {most}, other than "
+            f"{R}: the model has embeddings of {most} loops (max_loops) and runs {R}"
+        )
+    return judge_model(subject, chosen, list(range(seed, seed + twins)), folder)
+
+
+def judge_model(
+    subject: Subject, depths: Sequence[int], seeds: Sequence[int], folder: Path
+) -> Pathology:
+    """Read the model and its twins, and judge what was read."""
+    model, seed = subject.model, seeds[0]
+    texts = gold_texts(subject)
+    own = read(model, texts, depths, seed)
+    noise = read(model, shuffled(texts, seed), depths, seed)
+    others, sense, gaps = [], [], []
+    for one in (twin(model, s) for s in seeds):
+        others.append(read(one, texts, depths, seed))
+        sense.append(read(one, shuffled(texts, seed), depths, seed))
+        gaps.append(cache_gap(one, texts))
+    R, gap = model.config.num_loops, cache_gap(model, texts)
+    solutions = [(e.solution, e.answer) for e in subject.question.examples]
+    alike = [solutions.index(one) for one in solutions]
+    right = {t: greedy(subject, model, t) for t in sorted({1, R, *depths})}
+    twin_right = greedy(subject, twin(model, seed), R)
+    read_all = Read(own, noise, others, sense, right, twin_right, alike, R, seed)
+    gain = judge_gain(read_all)
+    depth_tests = [judge_depth(read_all, t) for t in depths]
+    tests = [
+        gain,
+        *[only_if_used(test, gain) for test in depth_tests],
+        judge_shock(read_all),
+        judge_starvation(read_all),
+        judge_cache(gap, gaps),
+    ]
+    result = Pathology(
+        subject.name,
+        subject.question.task.name,
+        len(alike),
+        len(set(alike)),
+        R,
+        tuple(depths),
+        tuple(seeds),
+        gap.threshold,
+        tests,
+        seeds_way(read_all),
+        folder / "audits" / "pathology.json",
+    )
+    document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}
+    write_json(result.file, document)
+    return result
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+
+def open_subject(
+    folder: Path, task: str | None, overrides: Sequence[str], step: int | None, num: int
+) -> Subject:
+    """Return the model of a run's step or of a model folder, in float32, with its problems."""
+    recipe = read_recipe(folder) if is_run(folder) else None
+    question = _question(recipe, task, overrides, num)
+    opened = open_recursive(folder, step)
+    model = opened.model.requires_grad_(True)  # gradients are read
+    return Subject(opened.name, model, opened.tokenizer, question, day_of(folder))
+
+
+def _question(
+    recipe: Recipe | None, task: str | None, overrides: Sequence[str], num: int
+) -> Question:
+    known = (*ANSWERS, *WORKED)
+    if task is None and overrides:
+        raise UserError(f"{' '.join(overrides)}: keys of a task need --task")
+    if recipe is None and task is None:
+        raise UserError(f"a model folder has no task of its own: --task {'|'.join(known)}")
+    own = recipe is not None and task is None
+    kind = recipe.task.kind if own and recipe is not None else str(task)
+    if kind not in known:
+        raise UserError(f"--task {kind}: its gold answers are no text; expected {'|'.join(known)}")
+    if own and recipe is not None:
+        loaded, prompt = load_task(recipe.task), recipe.prompt
+        prompt = prompt.model_copy(update={"few_shot": 0, "max_prompt_length": None})
+    else:
+        tables: dict[str, object] = {"task": {"kind": kind}}
+        if kind in RAW:
+            tables = {"task": {"kind": kind, "num_train": 1, "num_held_out": num}}
+        for override in overrides:
+            tables = apply_override(tables, override)
+        loaded = load_task(check(Asked, tables, "--task").task)
+        prompt = PromptConfig(template=RAW[kind] if kind in RAW else TEMPLATES[kind]["raw"])
+    examples = loaded.held_out[:num]
+    worked = ANSWERS[kind] if kind in ANSWERS else WORKED[kind]
+    return Question(loaded, examples, prompt, worked, kind != "clrs")
+
+
+def gold_texts(subject: Subject) -> Texts:
+    """Return the held-out prompts with their gold answers and end tokens."""
+    tokenizer, question = subject.tokenizer, subject.question
+    context = subject.model.config.max_position_embeddings
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int), end
+    worked = [
+        question.worked.replace("{solution}", e.solution).replace("{answer}", e.answer)
+        for e in question.examples
+    ]
+    answers = [[*ids, end] for ids in text_ids(tokenizer, worked, "a gold answer")]
+    room = context - max(map(len, answers))
+    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
+    pairs = [(p.ids, answer) for p, answer in zip(prompts, answers, strict=True)]
+    return pack_texts(pairs, pad_id(tokenizer))
+
+
+def greedy(subject: Subject, model: RecursiveCausalLM, loops: int) -> list[bool]:
+    """Return which held-out problems a model answers right with so many loops, exits off."""
+    tokenizer, question = subject.tokenizer, subject.question
+    limit = token_limit(question, tokenizer, None)
+    room = model.config.max_position_embeddings - limit
+    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
+    engine = RecursiveEngine(
+        model, tokenizer, stop_ids(model, tokenizer), draft_tokens=0, halt_threshold=math.inf
+    )
+    stop = NEXT_QUESTION_STOPS if question.is_cut else ()
+    with at_depth(model, loops):
+        judged = answer_greedily(engine, question.task, prompts, Sampling(limit, stop=stop))
+    return [j.verdict.correct for j in judged]

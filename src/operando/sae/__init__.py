@@ -1,0 +1,1 @@
+"""Sparse autoencoders: their formats, training, quality, and the features chosen from them."""
