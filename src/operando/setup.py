@@ -39,7 +39,8 @@ from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
 from operando.rewards.base import RewardFunction, refuse_run_metric
 from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift
-from operando.rollout.sampler import Sampler, make_sampler
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampler
 from operando.rollout.steered import SteeredSampler
 from operando.run import Run
 from operando.run_folder import read_manifest, read_metrics, start_of

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from operando.recursive import draft_heads, drafting, halt_head, halting
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from operando.models.load import STARTER, Loaded, load_model
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
 from operando.recipe import ModelConfig, Recipe
+from operando.recursive import draft_heads, drafting, halt_head, halting
 from operando.recursive.data import (
     Race,
     SourceConfig,

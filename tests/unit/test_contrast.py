@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from operando.stats import contrast as ct
 
 from operando.discovery.probe import logistic_probe, mean_difference
 from operando.errors import UserError
+from operando.stats import contrast as ct
 
 
 def planted(seed: int, *, effect: float, M: int = 400, prompts: int = 40, each: int = 8):

@@ -12,7 +12,8 @@ from operando.rollout import hf
 from operando.rollout.engine import Engine, Step
 from operando.rollout.hf import HfSampler
 from operando.rollout.kernels import pick
-from operando.rollout.sampler import Sampling, first_stop, make_sampler, uniform_streams
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling, first_stop, uniform_streams
 from operando.run import SeedTree
 from tests.unit.tiny import byte_tokenizer, tiny_model
 

@@ -16,7 +16,8 @@ from operando.models.load import Loaded, pad_id, stop_ids
 from operando.models.policy import Policy, whole_site
 from operando.recipe import Recipe
 from operando.rollout.held_out import judge
-from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.setup import make_prompt_sets
 from operando.tasks.load import load_task

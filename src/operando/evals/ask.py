@@ -11,7 +11,8 @@ from operando.errors import UserError
 from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import PromptConfig, Recipe
-from operando.rollout.sampler import Sampler, Sampling, as_rollouts, make_sampler, uniform_streams
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampler, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.run_folder import read_recipe, start_of
 from operando.tasks.prompts import make_prompts

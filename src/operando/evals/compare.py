@@ -34,7 +34,8 @@ from operando.recipe import (
     WordsTaskConfig,
 )
 from operando.rollout.held_out import Judged
-from operando.rollout.sampler import Sampling, as_rollouts, make_sampler
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import check_model_or_run, read_recipe, start_of
 from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson

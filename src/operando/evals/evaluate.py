@@ -9,7 +9,8 @@ from operando.errors import UserError
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
 from operando.rollout.held_out import Judged, answer_greedily
-from operando.rollout.sampler import Sampling, make_sampler
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets

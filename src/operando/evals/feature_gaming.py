@@ -24,7 +24,8 @@ from operando.recipe import FeatureReward, Recipe
 from operando.rewards.base import TrainerState
 from operando.rewards.compose import RewardPart, make_parts, pay
 from operando.rollout.held_out import judge
-from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets, make_taps

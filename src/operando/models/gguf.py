@@ -32,7 +32,7 @@ from operando.errors import UserError, nearest
 from operando.files import read_object
 from operando.models.folders import save_folder
 from operando.models.gguf_read import GgufFile, read_model
-from operando.models.load import cache_folder
+from operando.models.home import cache_folder
 from operando.run import atomic_path, hash_file, write_json
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from operando import parallel
 from operando.errors import UserError, nearest
 from operando.models import recursive  # noqa: F401  # registers RecursiveCausalLM
+from operando.models.home import cache_folder, imported_models
 from operando.models.layers import is_multimodal
 from operando.models.tokens import load_tokenizer
 from operando.recipe import ModelConfig
@@ -55,16 +55,6 @@ class Opened(NamedTuple):
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
-
-
-def cache_folder() -> Path:
-    """Return where imported models live: $OPERANDO_HOME, else ~/.cache/operando."""
-    return Path(os.environ.get("OPERANDO_HOME", Path.home() / ".cache" / "operando"))
-
-
-def imported_models() -> list[str]:
-    """Return the names that `operando import` has made."""
-    return sorted(f.parent.name for f in (cache_folder() / "models").glob("[!.]*/config.json"))
 
 
 def resolve(model_id: str) -> str:

@@ -8,11 +8,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from operando.errors import UserError
 from operando.models.prefix import Prefix
-from operando.models.recursive import RecursiveCausalLM
 from operando.models.tokens import completion_text
 from operando.run import SeedTree
 from operando.types import Prompt, Rollout
@@ -59,37 +57,6 @@ class Sampler(Protocol):
         uniforms_BT: Float[Tensor, "B T"] | None,
         prefix: Prefix | None = None,
     ) -> list[Sampled]: ...
-
-
-def make_sampler(
-    kind: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: tuple[int, ...],
-    max_batch: int,
-) -> Sampler:
-    """Return operando's engine where it serves the model, else HF generate (kind "auto")."""
-    from operando.models.load import LLAMA_LIKE
-    from operando.rollout.engine import Engine, serves
-    from operando.rollout.hf import HfSampler
-    from operando.rollout.recursive import RecursiveEngine
-
-    if isinstance(model, RecursiveCausalLM):
-        if kind == "hf" and (model.config.halt_threshold is not None or model.config.draft_tokens):
-            raise UserError(
-                'rollout.engine = "hf" keeps no exits and drafts nothing, but this recursive model '
-                'halts or drafts; use "auto"'
-            )
-        if kind != "hf":
-            return RecursiveEngine(model, tokenizer, stop_ids, max_batch)
-    if kind == "hf" or (kind == "auto" and not serves(model)):
-        return HfSampler(model, tokenizer, stop_ids, max_batch)
-    if not serves(model):
-        raise UserError(
-            f'rollout.engine = "operando" does not serve {model.config.model_type!r} '
-            f'(it serves {", ".join(LLAMA_LIKE)}); use "auto" or "hf"'
-        )
-    return Engine(model, tokenizer, stop_ids, max_batch)
 
 
 def uniform_streams(

@@ -18,7 +18,8 @@ from operando.files import read_object
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe import ModelConfig, Recipe
-from operando.rollout.sampler import Sampling, as_rollouts, make_sampler, uniform_streams
+from operando.rollout.make import make_sampler
+from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, hash_file, write_json, write_parquet
 from operando.setup import make_prompt_sets
 from operando.study.arms import Job, Study, start_of_study

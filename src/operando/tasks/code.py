@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from operando.errors import UserError
 from operando.files import read_object
-from operando.models.load import cache_folder
+from operando.models.home import cache_folder
 from operando.recipe import CodeTaskConfig
 from operando.run import hash_file, write_json
 from operando.tasks.base import Answered, Grade, Pair, Task

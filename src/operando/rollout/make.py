@@ -1,0 +1,39 @@
+"""Which sampler serves a model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from operando.errors import UserError
+from operando.models.load import LLAMA_LIKE
+from operando.models.recursive import RecursiveCausalLM
+from operando.rollout.engine import Engine, serves
+from operando.rollout.hf import HfSampler
+from operando.rollout.recursive import RecursiveEngine
+from operando.rollout.sampler import Sampler
+
+
+def make_sampler(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: tuple[int, ...],
+    max_batch: int,
+) -> Sampler:
+    """Return operando's engine where it serves the model, else HF generate (kind "auto")."""
+    if isinstance(model, RecursiveCausalLM):
+        if kind == "hf" and (model.config.halt_threshold is not None or model.config.draft_tokens):
+            raise UserError(
+                'rollout.engine = "hf" keeps no exits and drafts nothing, but this recursive model '
+                'halts or drafts; use "auto"'
+            )
+        if kind != "hf":
+            return RecursiveEngine(model, tokenizer, stop_ids, max_batch)
+    if kind == "hf" or (kind == "auto" and not serves(model)):
+        return HfSampler(model, tokenizer, stop_ids, max_batch)
+    if not serves(model):
+        raise UserError(
+            f'rollout.engine = "operando" does not serve {model.config.model_type!r} '
+            f'(it serves {", ".join(LLAMA_LIKE)}); use "auto" or "hf"'
+        )
+    return Engine(model, tokenizer, stop_ids, max_batch)
