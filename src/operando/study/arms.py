@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,17 @@ ASKED_ROLLOUT = ("max_completion_length", "stop")
 OWN_KEYS = ("name", "seed", "runs_dir")  # set by the study
 POLL_SECONDS = 0.2
 RAY_STOP_SECONDS = 60.0
+LOST = -1000  # in the place of an exit code: the machine is gone
+LOSSES = 3  # machines that a run may lose before its study gives up
+# A process that the kernel ends with SIGTERM when its parent dies (PR_SET_PDEATHSIG, which execv
+# keeps), so that the run saves its step. Not by preexec_fn, which may hang in a parent of threads.
+ENDING_WITH_PARENT = (
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys\n"
+    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 @dataclass(frozen=True)
@@ -215,13 +227,15 @@ def train_jobs(
 ) -> None:
     """Train what is not finished, `at_once` runs at a time; a run that fails stops them all.
 
-    What was interrupted goes on from its last checkpoint, so the same call takes up a study.
+    What was interrupted goes on from its last checkpoint, so the same call takes up a study. A run
+    whose machine is lost goes on on another, LOSSES times at most.
     """
     for job in jobs:
         if job.is_started:
             Run.resume(job.recipe).close()  # the very same recipe, or an error that says what not
     waiting = [job for job in jobs if not job.is_done]
     running: dict[str, tuple[Job, object]] = {}
+    lost: Counter[str] = Counter()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -233,6 +247,10 @@ def train_jobs(
                 if code is None:
                     continue
                 del running[name]
+                if code == LOST and lost[name] < LOSSES:
+                    lost[name] += 1
+                    waiting.append(job)
+                    continue
                 if code != 0 or not job.is_done:
                     raise UserError(_failure(job, code))
                 on_done(job)
@@ -256,13 +274,17 @@ def _command(job: Job) -> list[str]:
 
 def _failure(job: Job, code: int) -> str:
     text = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code == LOST:
+        return f"{job.name} lost its machine {LOSSES + 1} times; the same command goes on"
     return (
         f"{job.name} stopped with exit code {code}; what is finished stays, and the same command "
         f"goes on. The end of {_log(job)}:\n" + "\n".join(f"  {line}" for line in text[-8:])
     )
 
 
-def start_process(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
+def start_process(
+    command: Sequence[str], log: Path, threads: int, ends_with_parent: bool = False
+) -> subprocess.Popen[bytes]:
     """Start a run whose output goes to `log`; a run that is still going is an error.
 
     The log is locked for as long as the process that writes it lives, whoever started it.
@@ -276,7 +298,11 @@ def start_process(command: Sequence[str], log: Path, threads: int) -> subprocess
         stream.truncate(0)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+            [*(ENDING_WITH_PARENT if ends_with_parent else ()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
         )
 
 
@@ -318,7 +344,9 @@ class RayRunner:
             log_to_driver=False,
         )
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores = min(sum(n.get("CPU", 0) for n in nodes) / at_once, max(n["CPU"] for n in nodes))
+        cores = min(
+            sum(n.get("CPU", 0) for n in nodes) / at_once, max(n.get("CPU", 0) for n in nodes)
+        )
         gpus = min(1.0, sum(n.get("GPU", 0) for n in nodes) / at_once)
         self.threads = max(1, int(cores))
         self.task = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=0)(_train_on_node)
@@ -328,7 +356,13 @@ class RayRunner:
 
     def poll(self, handle: object) -> int | None:
         ready, _ = self.ray.wait([handle], timeout=0)
-        return int(self.ray.get(handle)) if ready else None
+        if not ready:
+            return None
+        gone = self.ray.exceptions
+        try:
+            return int(self.ray.get(handle))
+        except (gone.NodeDiedError, gone.WorkerCrashedError, gone.ObjectLostError):
+            return LOST
 
     def stop(self, handle: object) -> None:
         self.ray.cancel(handle)  # KeyboardInterrupt in the task, which ends its process
@@ -340,7 +374,7 @@ class RayRunner:
 
 def _train_on_node(command: list[str], log: str, threads: int, folder: str) -> int:
     os.chdir(folder)
-    process = start_process(command, Path(log), threads)
+    process = start_process(command, Path(log), threads, ends_with_parent=True)
     try:
         return process.wait()
     finally:
