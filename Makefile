@@ -93,6 +93,7 @@ test-lowest: .venv-lock/installed
 .venv-interop/installed: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install -q -c constraints.txt -r tests/interop/requirements.txt
+	.venv-interop/bin/python -m pip uninstall -q -y torchvision # of nnsight; its build on PyPI is for CUDA's torch
 	.venv-interop/bin/python -m pip install -q --no-deps verl==0.9.1
 	.venv-interop/bin/python -m pip install -q -c constraints.txt -e .
 	touch $@

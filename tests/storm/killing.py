@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -79,7 +79,10 @@ class Fork:
 
     def kill(self, leader: bool = False) -> None:
         """Kill the command with all its children, or its first process alone."""
-        (os.kill if leader else os.killpg)(self.pid, signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
+        if not leader:
+            with suppress(ProcessLookupError):  # killed before it had a session of its own
+                os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
