@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+import operando
 from operando.cli import app
 from operando.pipeline import load_pipeline
 from operando.recipe_io import load_pretrain_recipe, load_recipe, load_sft_recipe, shipped_recipes
@@ -117,6 +118,33 @@ def test_python_snippets_compile_and_import_what_exists(page: Path):
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     importlib.import_module(alias.name)
+
+
+def inner_imports(code: str) -> list[str]:
+    """Return the imports that take a public name from a room where `operando` itself has it."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("operando.")
+        for alias in node.names
+        if alias.name in operando.__all__
+    ]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*"))],
+    ids=lambda page: page.name,
+)
+def test_public_names_are_imported_from_operando_alone(page: Path):
+    for code in snippets(page) if page.suffix == ".md" else [page.read_text()]:
+        assert inner_imports(code) == []
+
+
+def test_an_import_from_a_room_would_be_noticed():
+    assert inner_imports("from operando.models.load import STARTER, load_model")
+    assert not inner_imports("from operando.models.load import STARTER")
+    assert not inner_imports("from operando import load_model")
 
 
 def test_reward_of_the_quickstart_pays_and_logs():
