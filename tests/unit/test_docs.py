@@ -30,6 +30,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "AGENTS.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -240,9 +241,15 @@ def test_named_functions_exist(page: Path):
 
 
 def names_in(file: Path) -> set[str]:
-    """Return functions, classes and Class.method of a source file."""
+    """Return functions, classes, Class.method, constants and imports of a source file."""
     found: set[str] = set()
     for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign):
+            found |= {ast.unparse(target) for target in node.targets}
+        if isinstance(node, ast.AnnAssign):
+            found.add(ast.unparse(node.target))
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
