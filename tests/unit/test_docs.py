@@ -90,6 +90,24 @@ def test_readme_shows_the_example_as_it_is():
     assert EXAMPLE.read_text() in snippets(ROOT / "README.md")
 
 
+def test_the_first_page_of_the_docs_shows_the_loop_as_it_is():
+    assert snippets(ROOT / "docs" / "index.md") == [(ROOT / "examples/loop.py").read_text()]
+
+
+def test_every_page_has_its_place_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    assert sorted(re.findall(r"- (\S+\.md)$", nav, re.MULTILINE)) == sorted(pages)
+
+
+def test_api_page_is_current():
+    """In a process of its own: the types here are checked, and the functions wrapped."""
+    code = (
+        "import make_api; assert make_api.PAGE.read_text() == make_api.api_page(), make_api.__doc__"
+    )
+    run_python(["-c", code], ROOT / "docs")
+
+
 def test_run_folder_snippet_reads_the_examples_run(example_folder: Path):
     for code in snippets(ROOT / "docs" / "run-folder.md"):
         assert "####" in run_python(["-c", code], example_folder)
