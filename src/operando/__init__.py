@@ -58,6 +58,15 @@ if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_ho
     from operando.tasks.load import load_task
     from operando.train import train
     from operando.types import Batch, Example, Rewards, Rollout, Trace
+else:  # hidden from them, so that a name which is not there is an error
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'operando' has no attribute {name!r}")
+        module, inside = _HOMES[name]
+        found = getattr(import_module(module), inside)
+        globals()[name] = found
+        return found
 
 
 def _homes() -> dict[str, tuple[str, str]]:
@@ -68,15 +77,6 @@ def _homes() -> dict[str, tuple[str, str]]:
 
 
 _HOMES = _homes()
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'operando' has no attribute {name!r}")
-    module, inside = _HOMES[name]
-    found = getattr(import_module(module), inside)
-    globals()[name] = found
-    return found
 
 
 def __dir__() -> list[str]:

@@ -38,6 +38,8 @@ def test_every_python_that_is_claimed_is_tried() -> None:
     assert minors == list(range(minors[0], minors[-1] + 1))
     tried = re.findall(r"python3\.(\d+)", (ROOT / "Makefile").read_text().partition("VENV")[0])
     assert minors == [int(one) for one in tried]
+    claimed = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if "Python" in text]
+    assert claimed == pythons
 
 
 def test_the_newest_versions_may_fail_but_are_tried_each_week() -> None:

@@ -68,6 +68,8 @@ def test_the_table_and_all_are_what_a_type_checker_can_read() -> None:
     assert ast.literal_eval(names) == operando.__all__
     (block,) = (n for n in tree.body if isinstance(n, ast.If))
     assert ast.unparse(block.test) == "TYPE_CHECKING"
+    (hidden,) = block.orelse  # where it could be seen, no misspelt name would be an error
+    assert isinstance(hidden, ast.FunctionDef) and hidden.name == "__getattr__"
 
 
 def _is_all(node: ast.Assign) -> bool:
