@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm gpu clean
+.PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm gpu docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/operando demo
@@ -44,6 +44,15 @@ storm: $(VENV)/installed
 # shapes, beside their peers; writes gpu.json. On a CPU: `python benchmarks/gpu.py --tiny`.
 gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu.py
+
+# The docs as a site, in build/site: an environment of its own with mkdocs-material. Any warning is an error.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -r docs/requirements.txt
+	touch $@
 
 # Every package from requirements.lock, by hash; then torch, which on a machine with CUDA brings its own.
 $(VENV)/installed: pyproject.toml requirements.lock constraints.txt
@@ -99,4 +108,4 @@ test-lowest: .venv-lock/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-interop .venv-lock .venv-newest .venv-lowest build dist
+	rm -rf $(VENV) .venv-interop .venv-docs .venv-lock .venv-newest .venv-lowest build dist

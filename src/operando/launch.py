@@ -62,7 +62,13 @@ def launch(
     resume: bool = False,
     functions: Mapping[str, RewardFunction] | None = None,
 ) -> Path | None:
-    """Train and return the run folder; ranks other than 0 return None."""
+    """Train with a display and return the run folder; ranks other than 0 return None.
+
+    The folder, runs_dir/name, must not exist, unless `resume` goes on with it. `functions` are the
+    rewards of `kind = "function"` without a path, by the name of their part.
+
+    Example: launch(make_console(), load_recipe("demo"))
+    """
     quieten_libraries()
     parallel.start()
     try:

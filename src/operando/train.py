@@ -71,7 +71,14 @@ def train(
     refresh: Callable[[Policy], DirectionSet] | None = None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> None:
-    """Train as the recipe says and leave everything in the run folder; resume where it stopped."""
+    """Train as the recipe says and leave everything in the run folder; resume where it stopped.
+
+    Transforms see the named trainable parameters before the clip, or before and after the
+    optimizer step, and may rewrite them; what they return goes into metrics.jsonl. `on_step` is
+    called after every step, and once with the base's evaluation.
+
+    Example: train(recipe, Run.create(recipe), functions={"mine": f})
+    """
     setup = set_up(recipe, run, functions or {}, loaded, refresh)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -113,7 +114,8 @@ def test_a_run_that_follows_its_policy_resumes_bit_equal(
         B_or = next(p for name, p in adapters if "o_proj.lora_B" in name)
         return replace(made, vector_D=unit(made.vector_D + 50 * B_or.detach().sum(1)))
 
-    monkeypatch.setattr("operando.launch.refresher", lambda *_: following)
+    module = importlib.import_module("operando.launch")
+    monkeypatch.setattr(module, "refresher", lambda *_: following)
     settings = (*with_directions("projection", file, "stage=momentum", "refresh=2"), "steps=6")
     whole = trained(tiny(tmp_path / "a", *settings))
     overlaps = [r["projection/overlap"] for r in metric_rows(whole)[1:]]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+import operando
 from operando.cli import app
 from operando.recipe_io import load_pretrain_recipe, load_recipe, load_sft_recipe, shipped_recipes
 from operando.recursive.pipeline import load_pipeline
@@ -29,6 +30,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "AGENTS.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -88,6 +90,24 @@ def test_readme_shows_the_example_as_it_is():
     assert EXAMPLE.read_text() in snippets(ROOT / "README.md")
 
 
+def test_the_first_page_of_the_docs_shows_the_loop_as_it_is():
+    assert snippets(ROOT / "docs" / "index.md") == [(ROOT / "examples/loop.py").read_text()]
+
+
+def test_every_page_has_its_place_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    assert sorted(re.findall(r"- (\S+\.md)$", nav, re.MULTILINE)) == sorted(pages)
+
+
+def test_api_page_is_current():
+    """In a process of its own: the types here are checked, and the functions wrapped."""
+    code = (
+        "import make_api; assert make_api.PAGE.read_text() == make_api.api_page(), make_api.__doc__"
+    )
+    run_python(["-c", code], ROOT / "docs")
+
+
 def test_run_folder_snippet_reads_the_examples_run(example_folder: Path):
     for code in snippets(ROOT / "docs" / "run-folder.md"):
         assert "####" in run_python(["-c", code], example_folder)
@@ -117,6 +137,33 @@ def test_python_snippets_compile_and_import_what_exists(page: Path):
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     importlib.import_module(alias.name)
+
+
+def inner_imports(code: str) -> list[str]:
+    """Return the imports that take a public name from a room where `operando` itself has it."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("operando.")
+        for alias in node.names
+        if alias.name in operando.__all__
+    ]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*"))],
+    ids=lambda page: page.name,
+)
+def test_public_names_are_imported_from_operando_alone(page: Path):
+    for code in snippets(page) if page.suffix == ".md" else [page.read_text()]:
+        assert inner_imports(code) == []
+
+
+def test_an_import_from_a_room_would_be_noticed():
+    assert inner_imports("from operando.models.load import STARTER, load_model")
+    assert not inner_imports("from operando.models.load import STARTER")
+    assert not inner_imports("from operando import load_model")
 
 
 def test_reward_of_the_quickstart_pays_and_logs():
@@ -212,9 +259,15 @@ def test_named_functions_exist(page: Path):
 
 
 def names_in(file: Path) -> set[str]:
-    """Return functions, classes and Class.method of a source file."""
+    """Return functions, classes, Class.method, constants and imports of a source file."""
     found: set[str] = set()
     for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign):
+            found |= {ast.unparse(target) for target in node.targets}
+        if isinstance(node, ast.AnnAssign):
+            found.add(ast.unparse(node.target))
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):

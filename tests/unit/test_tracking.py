@@ -84,9 +84,7 @@ def test_tensorboard_file_holds_the_numbers(
     tracker.log(1, {"reward": 0.5})
     tracker.log(2, {"reward": 0.75})
     tracker.finish()
-    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
 
     events = EventAccumulator(str(tmp_path / "tensorboard" / "p" / "run"))
     events.Reload()

@@ -149,7 +149,10 @@ def opened_of(loaded: Loaded) -> Opened:
 
 
 def load_model(config: ModelConfig, opened: Opened | None = None) -> Loaded:
-    """Return model and tokenizer as the recipe asks, in eval mode, on the device."""
+    """Return model and tokenizer as the recipe asks, in eval mode, on the device.
+
+    Example: model, tokenizer, identity = load_model(load_recipe("demo").model)
+    """
     where, device, tokenizer, published = opened or open_model(config)
     dtype = getattr(torch, config.dtype)
     try:

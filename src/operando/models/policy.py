@@ -148,6 +148,7 @@ class Policy:
         return everything and not is_multimodal(self.base.config)
 
     def value_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the value head; none without one."""
         return list(self.value_head.parameters()) if self.value_head is not None else []
 
     @contextmanager

@@ -61,7 +61,7 @@ class FunctionReward(Config):
     kind: Literal["function"]
     """A function with TRL's reward signature: "package.module:name" or "path/file.py:name"."""
     path: str = ""
-    """Empty: operando.launch.launch(functions={...}) gets the function, under the part name."""
+    """Empty: operando.launch(functions={...}) gets the function, under the part name."""
     sites: tuple[str, ...] = ()
     """What the function finds in trace.acts, e.g. "blocks.3.hook_resid_post"."""
     weight: float = 1.0

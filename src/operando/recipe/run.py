@@ -139,6 +139,15 @@ class ParallelConfig(Config):
 
 
 class Recipe(Config):
+    """Every setting of one run: one TOML file, one arm. The keys are on the page of recipe keys.
+
+    Frozen, and checked as a whole when it is made: an unknown key, a wrong type or settings that
+    exclude each other are an error (pydantic's ValidationError; from `load_recipe`, a UserError).
+
+    Example: Recipe.model_validate({"name": "a", "steps": 4, "task": {"kind": "words"},
+                                    "rewards": {"correct": {"kind": "correct"}}})
+    """
+
     name: FolderName
     """The run is written to runs/<name>."""
     steps: int = Field(ge=1)

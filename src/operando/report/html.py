@@ -36,7 +36,12 @@ class RunView:
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write one page about one or more runs; return its path."""
+    """Write one page about one or more runs; return its path.
+
+    The page needs nothing outside itself. `out` absent: report.html in the first run's folder.
+
+    Example: report([Path("runs/first"), Path("runs/second")], Path("both.html"))
+    """
     runs = collect_all(folders)
     target = out if out is not None else folders[0] / "report.html"
     page = render(runs)

@@ -20,7 +20,13 @@ def make_sampler(
     stop_ids: tuple[int, ...],
     max_batch: int,
 ) -> Sampler:
-    """Return operando's engine where it serves the model, else HF generate (kind "auto")."""
+    """Return operando's engine where it serves the model, else HF generate (kind "auto").
+
+    "operando" and "hf" ask for one of them. `stop_ids` end a completion; `max_batch` rows are
+    decoded at once. The sampler's `sample` gives ids, log-probs and text of every completion.
+
+    Example: make_sampler("auto", model, tokenizer, stop_ids(model, tokenizer), 128)
+    """
     if isinstance(model, RecursiveCausalLM):
         if kind == "hf" and (model.config.halt_threshold is not None or model.config.draft_tokens):
             raise UserError(

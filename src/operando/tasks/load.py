@@ -26,7 +26,10 @@ from operando.tasks.words import load_words
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Return the task with its training and held-out examples; an empty split is an error."""
+    """Return the task with its training and held-out examples; an empty split is an error.
+
+    Example: load_task(load_recipe("demo").task).held_out[0].question
+    """
     match config:
         case WordsTaskConfig():
             task = load_words(config)
