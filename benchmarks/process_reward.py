@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from operando.recipe import ProcessReward, WordsTaskConfig
-from operando.rewards.process import SEED_EQUATION, process, reached, steps_of
+from operando.rewards.process import RECURSIVE_LM_EQUATION, process, reached, steps_of
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt, Rollout
 
@@ -43,15 +43,15 @@ TEXTS = {
 }
 
 
-def seed_equations(text: str) -> tuple[int, int]:
-    """Return how many equations the seed's expression finds, and how many it calls wrong."""
+def recursive_lm_equations(text: str) -> tuple[int, int]:
+    """Return how many equations recursive_lm's expression finds, and how many it calls wrong."""
     compute: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
         "+": lambda a, b: a + b,
         "-": lambda a, b: a - b,
         "*": lambda a, b: a * b,
     }
     found = wrong = 0
-    for a, op, b, shown in SEED_EQUATION.findall(text):
+    for a, op, b, shown in RECURSIVE_LM_EQUATION.findall(text):
         left, right = Fraction(a), Fraction(b)
         if op == "/":
             is_right = right != 0 and abs(left / right - Fraction(shown)) < Fraction(1, 10**6)
@@ -76,7 +76,10 @@ def gold_table(file: Path) -> list[str]:
         "| checker | equations | called wrong | rows without one | rows with a wrong one |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, read in (("the seed's expression", seed_equations), ("ours", our_equations)):
+    for name, read in (
+        ("recursive_lm's expression", recursive_lm_equations),
+        ("ours", our_equations),
+    ):
         counts = [read(text) for text in texts]
         total, wrong = sum(c[0] for c in counts), sum(c[1] for c in counts)
         none = sum(c[0] == 0 for c in counts) / len(counts)
@@ -106,7 +109,7 @@ def farm_table() -> list[str]:
         rollout = Rollout(Prompt(example, "q", (1,)), 0, 0, text, (1,), (0.0,), False)
         paid = [
             process(ProcessReward(kind="process", scheme=scheme), task)([rollout])[0]
-            for scheme in ("seed", "milestone", "grounded")
+            for scheme in ("recursive_lm", "milestone", "grounded")
         ]
         rows.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in paid)} |")
     return rows

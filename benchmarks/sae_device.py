@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/sae_device.py --device cuda
 
-Both train in seed mode on the same batches; the losses of the first step are compared. The hours
+Both train in mode sae_rl on the same batches; the losses of the first step are compared. The hours
 are those of an epoch of the published size: 180 SAEs of 7168 features, 2,000,000 tokens.
 """
 
@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from sae_step import LR, SeedSae, data, seed_step
+from sae_step import LR, SaeRl, data, sae_rl_step
 
 from operando.run import SeedTree
 from operando.sae.train import SaeTrainConfig, Weights, _Trainer, fresh_weights
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     x_TD = data(2 * args.batch, args.d_in, torch.Generator().manual_seed(0)).to(args.device)
-    config = SaeTrainConfig(d_sae=args.d_sae, k=args.k, mode="seed")
+    config = SaeTrainConfig(d_sae=args.d_sae, k=args.k, mode="sae_rl")
     fresh = fresh_weights(x_TD, config, SeedTree(0))
-    model = SeedSae(fresh, args.k).to(args.device)
+    model = SaeRl(fresh, args.k).to(args.device)
     adam = torch.optim.Adam(model.parameters(), lr=LR)
     fired_M = torch.zeros(args.d_sae, device=args.device)
 
@@ -42,7 +42,7 @@ def main() -> None:
         some = SaeTrainConfig(
             d_sae=args.d_sae,
             k=args.k,
-            mode="seed",
+            mode="sae_rl",
             batch_size=args.batch,
             lr=LR,
             select=select,
@@ -60,7 +60,7 @@ def main() -> None:
             wait(args.device)
             started = time.perf_counter()
             if name == "dense":
-                loss = seed_step(model, adam, x_ND, fired_M)
+                loss = sae_rl_step(model, adam, x_ND, fired_M)
             else:
                 loss = float(trainers[name].step(x_ND).loss)
             wait(args.device)

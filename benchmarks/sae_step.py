@@ -1,9 +1,9 @@
-"""One SAE training step on the CPU: operando against the seed's dense autograd step, in one run.
+"""One SAE training step on the CPU: operando against sae_rl's dense autograd step, in one run.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/sae_step.py
 
-The seed's step: nn.Linear encoder and decoder, top-k by scatter, loss.backward(), clip_grad_norm_,
-torch.optim.Adam as it comes, decoder columns renormalised. Ours: the same step in seed mode, with
+sae_rl's step: nn.Linear encoder and decoder, top-k by scatter, loss.backward(), clip_grad_norm_,
+torch.optim.Adam as it comes, decoder columns renormalised. Ours: the same step in mode sae_rl, with
 float32 selection and with the bfloat16 preselection. First loss and gradients of all are compared
 on the same batch, and the weights after three steps; a relative gap above 1e-6 stops the benchmark.
 With --peers (in .venv-interop) the training steps of sae-lens and eai-sparsify are timed too, in
@@ -31,7 +31,7 @@ from operando.sae.train import SaeTrainConfig, Weights, _Trainer, fresh_weights,
 LR = 1e-4
 
 
-class SeedSae(nn.Module):
+class SaeRl(nn.Module):
     def __init__(self, weights: Weights, k: int) -> None:
         super().__init__()
         d_sae, d_in = weights.W_enc_MD.shape
@@ -71,7 +71,7 @@ class SeedSae(nn.Module):
         return [g.T if i == 2 else g for i, g in enumerate(grads)]
 
 
-def seed_step(model: SeedSae, adam: torch.optim.Adam, x_ND: Tensor, fired_M: Tensor) -> float:
+def sae_rl_step(model: SaeRl, adam: torch.optim.Adam, x_ND: Tensor, fired_M: Tensor) -> float:
     x_hat_ND, sparse_NM = model(x_ND)
     loss = (x_ND - x_hat_ND).square().mean()
     adam.zero_grad()
@@ -103,7 +103,7 @@ def trainer(
     config = SaeTrainConfig(
         d_sae=args.d_sae,
         k=args.k,
-        mode="seed",
+        mode="sae_rl",
         batch_size=batch,
         lr=LR,
         select=select,
@@ -150,9 +150,9 @@ def peer_models(
 
 
 def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, object]:
-    config = SaeTrainConfig(d_sae=args.d_sae, k=args.k, mode="seed")
+    config = SaeTrainConfig(d_sae=args.d_sae, k=args.k, mode="sae_rl")
     weights = fresh_weights(x_TD, config, SeedTree(0))
-    model = SeedSae(weights, args.k)
+    model = SaeRl(weights, args.k)
     x_ND = x_TD[:batch]
     x_hat_ND, _ = model(x_ND)
     loss = (x_ND - x_hat_ND).square().mean()
@@ -168,14 +168,14 @@ def compare(args: argparse.Namespace, batch: int, x_TD: Tensor) -> dict[str, obj
     adam, fired_M = torch.optim.Adam(model.parameters(), lr=LR), torch.zeros(args.d_sae)
     ours = {s: trainer(weights, args, batch, s, x_TD) for s in ("float32", "bfloat16")}
     for part in x_TD.split(batch)[:3]:
-        seed_step(model, adam, part, fired_M)
+        sae_rl_step(model, adam, part, fired_M)
         for one in ours.values():
             one.step(part)
     for select, one in ours.items():
         gaps[f"weights_after_3_{select}"] = gap(list(one.weights), model.as_weights())
     assert max(gaps["loss"], gaps["gradients"], gaps["weights_after_3_float32"]) < 1e-6, gaps
     paths: dict[str, Callable[[Tensor], object]] = {
-        "seed": lambda x: seed_step(model, adam, x, fired_M),
+        "sae_rl": lambda x: sae_rl_step(model, adam, x, fired_M),
         "operando float32": lambda x: ours["float32"].step(x),
         "operando bfloat16": lambda x: ours["bfloat16"].step(x),
     }

@@ -20,6 +20,7 @@ from operando.recipe import (
     SftRecipe,
     StudyRecipe,
 )
+from operando.recipe.renamed import with_new_names
 
 C = TypeVar("C", bound=Config)
 
@@ -153,16 +154,21 @@ def _load(kind: type[C], name: str, overrides: tuple[str, ...]) -> C:
 
 def check(kind: type[C], tables: dict[str, object], where: str) -> C:
     """Return the tables as a config, or raise one UserError that lists every mistake."""
+    tables, mistakes = with_new_names(tables)
     try:
         # JSON mode: TOML arrays become tuples, and 1 is a float where a float is expected.
-        return kind.model_validate_json(json.dumps(tables, default=str))
+        config = kind.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        lines = [
-            f"{where}: {_explain(kind, e['loc'], e['type'], e['msg'], e.get('input'))}"
+        config = None
+        mistakes += [
+            _explain(kind, e["loc"], e["type"], e["msg"], e.get("input"))
             for e in error.errors(include_url=False)
         ]
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError(f"{count} in the recipe\n" + "\n".join(lines)) from None
+    if config is None or mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        lines = "\n".join(f"{where}: {mistake}" for mistake in mistakes)
+        raise UserError(f"{count} in the recipe\n{lines}")
+    return config
 
 
 def _explain(

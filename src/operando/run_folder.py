@@ -10,6 +10,7 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.files import brief, is_file, parse_json, read_object, read_text
 from operando.recipe import Recipe
+from operando.recipe.renamed import with_new_names
 from operando.recipe_io import check, read_toml
 
 FORMAT = 1
@@ -17,10 +18,11 @@ STARTED = "%Y-%m-%dT%H:%M:%SZ"  # of the manifest, in UTC
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Return the recipe of a run folder of this format."""
+    """Return the recipe of a run folder of this format, renamed values by their names."""
     read_manifest(folder)
     file = folder / "recipe.toml"
-    return check(Recipe, read_toml(file), str(file))
+    tables, _ = with_new_names(read_toml(file))
+    return check(Recipe, tables, str(file))
 
 
 def read_manifest(folder: Path) -> dict[str, object]:

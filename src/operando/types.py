@@ -130,12 +130,12 @@ class Dense(NamedTuple):
     """Which tokens are credited for a per-token reward.
 
     own: the token that it stands on. to_go: that token and all before it, discounted by gamma.
-    seed: mechreward's G3, the mean in the return and a z-score on top (see update/advantages.py).
+    mechreward: its G3, the mean in the return and a z-score on top (see update/advantages.py).
 
     Example: Dense("to_go", gamma=0.95)
     """
 
-    credit: Literal["own", "to_go", "seed"]
+    credit: Literal["own", "to_go", "mechreward"]
     gamma: float = 1.0
 
 

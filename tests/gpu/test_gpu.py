@@ -216,7 +216,7 @@ def test_a_projected_run_leaves_the_direction_alone(tmp_path: Path) -> None:
         assert float((v_D @ change_OI).norm() / change_OI.norm()) < 1e-3, name
 
 
-@pytest.mark.parametrize("mode", ["seed", "default"])
+@pytest.mark.parametrize("mode", ["sae_rl", "default"])
 @pytest.mark.parametrize("select", ["float32", "bfloat16"])
 def test_an_sae_trains_as_on_the_cpu(mode: str, select: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -198,7 +198,7 @@ def test_runs_that_are_no_three_conditions_are_refused(run: Path, tmp_path: Path
             {"k": 8, "epochs": 2, "lr": 0.01},
             "other settings: k 4 there, 8 asked; epochs 1 there, 2 asked; lr 0.001 there, 0.01",
         ),
-        ({"mode": "seed"}, "mode default there, seed asked"),
+        ({"mode": "sae_rl"}, "mode default there, sae_rl asked"),
         ({"sinks": "keep"}, "sinks drop there, keep asked"),
         ({"sinks": "kept"}, "Did you mean 'keep'"),
         ({"expansion": 2}, "d_sae 128 there, 256 asked"),
@@ -297,21 +297,21 @@ def test_how_an_sae_was_trained_is_kept(run: Path) -> None:
     assert "error / variance" in text and "1.0 of 1" in text and "dead" in text
 
 
-def test_mode_seed_is_the_published_protocol_and_a_given_setting_counts() -> None:
-    middle, last = (chain_config("seed", 7168, is_last_layer=last) for last in (False, True))
+def test_mode_sae_rl_is_the_published_protocol_and_a_given_setting_counts() -> None:
+    middle, last = (chain_config("sae_rl", 7168, is_last_layer=last) for last in (False, True))
     assert (middle.k, last.k) == (64, 256)
     assert (middle.epochs, middle.lr, middle.batch_size) == (20, 1e-4, 512)
     assert (middle.split, middle.val_share, middle.sinks) == ("tokens", 0.2, "keep")
-    own = chain_config("seed", 7168, is_last_layer=True, k=32, lr=3e-4, epochs=None)
-    assert (own.k, own.lr, own.epochs, own.mode) == (32, 3e-4, 20, "seed")
+    own = chain_config("sae_rl", 7168, is_last_layer=True, k=32, lr=3e-4, epochs=None)
+    assert (own.k, own.lr, own.epochs, own.mode) == (32, 3e-4, 20, "sae_rl")
 
 
 def test_rows_or_texts_are_held_out_and_sinks_are_left_out(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = chosen_texts(run)
-    seeded, own = chain_config("seed", 768), chain_config("default", 768)
-    rows_N = split_tokens(texts, seeded)
+    published, own = chain_config("sae_rl", 768), chain_config("default", 768)
+    rows_N = split_tokens(texts, published)
     assert int((~rows_N).sum()) == round(0.2 * texts.num_tokens)
     assert len(texts.text_of_token()[~rows_N].unique()) > 0.5 * len(texts.completions)
     by_text_N = split_tokens(texts, own)
@@ -321,4 +321,4 @@ def test_rows_or_texts_are_held_out_and_sinks_are_left_out(
     acts_ND[17] *= 100
     monkeypatch.setattr("operando.drift.chain.load_acts", lambda *_: acts_ND)
     assert (~kept_tokens(run, texts, SITE, own)).nonzero().flatten().tolist() == [17]
-    assert kept_tokens(run, texts, SITE, seeded).all()
+    assert kept_tokens(run, texts, SITE, published).all()

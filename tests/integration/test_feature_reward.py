@@ -67,7 +67,7 @@ def test_a_run_that_pays_features_resumes_bit_equal(tmp_path: Path, found: Disco
 def test_every_mode_and_control_trains(tmp_path: Path, found: Discovery) -> None:
     packs = Path(found.pack).parent
     for name, changes in {
-        "seed": ["rewards.features.mode=seed", "rewards.features.read=policy"],
+        "mechreward": ["rewards.features.mode=mechreward", "rewards.features.read=policy"],
         "potential": ["rewards.features.mode=potential"],
         "trajectory": ["rewards.features.mode=trajectory", "rewards.features.read=min"],
         "random": [f'rewards.features.pack="{packs / "random.json"}"'],

@@ -184,7 +184,7 @@ def test_canary(
         said_of_base = table[place + 1].split()
         assert said_of_base[:4] == ["base,", "n", str(n), str(base.count("hack"))]
         assert said_of_base[-4] == str(base.count("degenerate"))
-    assert run_cli(monkeypatch, "canary", str(run), "--classifier", "seed") == 0
+    assert run_cli(monkeypatch, "canary", str(run), "--classifier", "mechreward") == 0
     other = capsys.readouterr().out.strip().splitlines()[-1]
     theirs = pq.read_table(other).to_pylist()
     # The same answers under another classifier.

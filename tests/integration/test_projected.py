@@ -101,7 +101,7 @@ def test_a_projected_run_resumes_bit_equal(
     assert not same_adapter(plain, whole, 4)
     manifest = read_manifest(whole)
     assert manifest["projection"]["arm"] == "random"  # pyright: ignore
-    assert ("literal_grad" in str(manifest["warnings"])) is ("seed" in settings[0])
+    assert ("literal_grad" in str(manifest["warnings"])) is ("projected_grpo" in settings[0])
 
 
 def test_a_run_that_follows_its_policy_resumes_bit_equal(

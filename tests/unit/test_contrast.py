@@ -113,7 +113,7 @@ def test_auc_equals_counting_pairs() -> None:
 
 
 def test_rho_of_a_binary_label_never_passes_its_bound() -> None:
-    # 89 right of 100, perfectly separated: the seed's 0.54 is all that rho can be
+    # 89 right of 100, perfectly separated: mechreward's 0.54 is all that rho can be
     correct_R = torch.arange(100) >= 11
     rho = ct.spearman(torch.arange(100).float(), correct_R)
     assert rho.bound == pytest.approx(0.542, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Measures of two SAEs: values by hand, the seed's numbers, planted permutations and births."""
+"""Measures of two SAEs: values by hand, sae_rl's numbers, planted permutations and births."""
 
 import math
 
@@ -21,8 +21,8 @@ from operando.drift.measures import (
     entropy_bits,
     lifecycle,
     pairwise_similarity,
+    published_lifecycle,
     quadrants,
-    seed_lifecycle,
     summarise,
     usage,
 )
@@ -99,7 +99,7 @@ def test_effective_counts_by_hand() -> None:
     assert effective_count(used, "energy") == pytest.approx(2**H)
 
 
-def test_effective_count_is_in_the_seeds_unit() -> None:
+def test_effective_count_is_in_the_published_unit() -> None:
     # L23 flexible, K = 256: H 12.5186 -> 12.1049 bits is the reported 5867.7 -> 4404.8
     for bits, count in ((12.5186, 5867.7), (12.1049, 4404.8)):
         assert 2**bits == pytest.approx(count, rel=5e-5)
@@ -108,9 +108,9 @@ def test_effective_count_is_in_the_seeds_unit() -> None:
     assert entropy_bits(even.energy_M) == pytest.approx(math.log2(5868))
 
 
-def test_seed_lifecycle_by_hand() -> None:
+def test_published_lifecycle_by_hand() -> None:
     a, b = f64(0.0, 1e-4, 2e-4, 2e-4), f64(2e-4, 1.1e-4, 1e-4, 3e-4)
-    life = seed_lifecycle(a, b)
+    life = published_lifecycle(a, b)
     assert life.alive_a.tolist() == [False, False, True, True]  # at the threshold is not alive
     assert life.born.tolist() == [True, True, False, False]
     assert life.died.tolist() == [False, False, True, False]
@@ -123,7 +123,7 @@ def test_counting_p_is_the_exact_binomial_test() -> None:
     assert float(counting_p(a, b)[0]) == pytest.approx(2 / 1024)
 
 
-def test_counting_noise_makes_births_for_the_seed_and_none_here() -> None:
+def test_counting_noise_makes_births_for_sae_rl_and_none_here() -> None:
     generator = torch.Generator().manual_seed(1)
     rate_M = torch.full((2, 3000), 4.5)
     rate_M[0, :20], rate_M[1, :20] = 0.0, 60.0  # planted births
@@ -133,7 +133,7 @@ def test_counting_noise_makes_births_for_the_seed_and_none_here() -> None:
     N = 44_574
     resampled_SM = torch.zeros(2, 3000, dtype=torch.bool)
     resampled_SM[1, 40:50] = True
-    seed = seed_lifecycle(count_SM[0] / N, count_SM[1] / N)
+    seed = published_lifecycle(count_SM[0] / N, count_SM[1] / N)
     assert int(seed.born[50:].sum()) > 500 and bool(seed.born[40:50].all())
     life = lifecycle(count_SM, N, resampled_SM)
     assert bool(life.born[0, :20].all()) and bool(life.died[0, 20:40].all())
@@ -150,7 +150,7 @@ def test_hysteresis_waits_for_a_plain_change() -> None:
     life = lifecycle(count_SM, N, torch.zeros(5, 4, dtype=torch.bool))
     assert life.alive.T.tolist() == [
         [False, False, False, True, True],  # a slow birth is counted once, and 9 is no death
-        [False] * 5,  # around the seed's threshold of 10: nothing
+        [False] * 5,  # around sae_rl's threshold of 10: nothing
         [True, True, True, False, True],
         [False, False, False, True, True],  # 21 is not much beside 15, but it is beside 0
     ]

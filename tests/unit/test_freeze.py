@@ -54,7 +54,7 @@ def failed(checks: tuple[Check, ...]) -> set[str]:
     return {check.name for check in checks if not check.passed}
 
 
-def test_expected_count_of_the_seeds_configuration() -> None:
+def test_expected_count_of_the_published_configuration() -> None:
     """28 layers, "24-27", rank 32, seven projections: 21.1 MB in float32."""
     with torch.device("meta"):
         model = Qwen2ForCausalLM(QWEN_1_5B)
@@ -68,7 +68,7 @@ def test_expected_count_of_the_seeds_configuration() -> None:
         )
     assert want == 5_275_648
     assert sum(p.numel() for p in peft.parameters() if p.requires_grad) == want
-    # What the seed's logged runs trained in fact (rank 64): the count gives it away.
+    # What lf_grpo's logged runs trained in fact (rank 64): the count gives it away.
     assert (
         expected_count(model, "model.layers", (24, 25, 26, 27), LoraConfig(rank=64)) == 10_551_296
     )
@@ -106,14 +106,14 @@ def test_a_changed_frozen_tensor_is_found(name: str) -> None:
 
 
 def test_an_adapter_outside_the_set_is_found() -> None:
-    """What seed 000's check of frozen gradients can't see: it passes with adapters everywhere."""
+    """What lf_grpo's check of frozen gradients can't see: it passes with adapters everywhere."""
     config = ModelConfig(layers="all", lora=LoraConfig(rank=4))
     policy = Policy(Loaded(tiny_model("qwen2"), byte_tokenizer(), {}), config, SeedTree(0))
     policy.layers = (2,)  # the recipe says 2, PEFT was told all
     insulation = Insulation(policy)
     optimizer = step(policy, insulation)
     frozen = [p for p in policy.model.parameters() if not p.requires_grad]
-    assert all(p.grad is None for p in frozen), "the seed's check passes"
+    assert all(p.grad is None for p in frozen), "lf_grpo's check passes"
     found = failed(insulation.issue(2, optimizer, policy.save_weights()).checks)
     assert {"layers", "count", "optimizer", "residual below", "adapter on and off"} <= found
 

@@ -125,8 +125,8 @@ def test_the_substring_bug_is_found(tmp_path: Path) -> None:
     assert "listed synonym" in rows and "invisible characters" in rows
 
 
-def test_the_free_region_of_the_seeds_fence_is_found(tmp_path: Path) -> None:
-    rows = found(fuzzed(tmp_path, '[rewards.f]\nkind = "tag_fence"\nscheme = "seed"\n'))
+def test_the_free_region_of_the_fence_of_lf_grpo_is_found(tmp_path: Path) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.f]\nkind = "tag_fence"\nscheme = "lf_grpo"\n'))
     assert set(rows) == {"flood of tags"}
     example = rows["flood of tags"].smallest
     assert example is not None and example.times == 6
@@ -313,7 +313,7 @@ def test_the_command_ends_with_3_on_a_finding_and_0_on_none(tmp_path: Path) -> N
     good = CliRunner().invoke(app, ["fuzz", write(tmp_path, OURS), "--num", "2"])
     assert good.exit_code == 0 and good.stdout.splitlines()[-1] == "fuzz_r.json"
     assert "nothing found" in good.output
-    bad = write(tmp_path, HEAD + '[rewards.f]\nkind = "tag_fence"\nscheme = "seed"\n')
+    bad = write(tmp_path, HEAD + '[rewards.f]\nkind = "tag_fence"\nscheme = "lf_grpo"\n')
     result = CliRunner().invoke(app, ["fuzz", bad, "--num", "2"])
     assert result.exit_code == 3 and result.stdout.splitlines()[-1] == "fuzz_r.json"
     assert "flood of tags" in result.output and "free" in result.output
@@ -326,7 +326,7 @@ def test_the_page_shows_what_the_command_prints(
     page = (Path(__file__).parents[2] / "docs" / "fuzzing.md").read_text()
     recipes = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    for name, recipe, text in zip(("seed", "ours"), recipes, shown, strict=True):
+    for name, recipe, text in zip(("lf_grpo", "ours"), recipes, shown, strict=True):
         (tmp_path / f"{name}.toml").write_text(recipe)
         result = CliRunner().invoke(app, ["fuzz", f"{name}.toml", "--num", "4"])
         assert [line.rstrip() for line in result.stderr.splitlines()] == text.splitlines()
@@ -344,8 +344,10 @@ FARMS = {
 }
 
 
-def test_the_seeds_process_reward_is_farmed_by_every_needless_equation(tmp_path: Path) -> None:
-    rows = found(fuzzed(tmp_path, '[rewards.p]\nkind = "process"\nscheme = "seed"\n'))
+def test_the_process_reward_of_recursive_lm_is_farmed_by_every_needless_equation(
+    tmp_path: Path,
+) -> None:
+    rows = found(fuzzed(tmp_path, '[rewards.p]\nkind = "process"\nscheme = "recursive_lm"\n'))
     assert set(rows) >= FARMS | {"list of numbers"}
     assert rows["trivial equation"].largest_gain == pytest.approx(0.75), (
         "three times, up to the cap"

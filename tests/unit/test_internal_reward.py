@@ -275,19 +275,21 @@ def test_lambda_acts_once_and_outside_the_outcome(tmp_path: Path) -> None:
         assert torch.allclose(credit(recipe(), batch, scaled, trace).adv_BT, both_BT, atol=1e-3)
 
 
-def test_the_seeds_lambda_acts_twice() -> None:
+def test_the_published_lambda_acts_twice() -> None:
     batch, policy = random_batch(4, 4), make_policy()
     trace = policy.score(batch).trace
     part_BT = (
         torch.rand(batch.mask_BT.shape, generator=torch.Generator().manual_seed(2)) * batch.mask_BT
     )
-    adv_BT = credit(recipe(), batch, make_rewards(batch, part_BT, Dense("seed"), 0.5), trace).adv_BT
+    adv_BT = credit(
+        recipe(), batch, make_rewards(batch, part_BT, Dense("mechreward"), 0.5), trace
+    ).adv_BT
     G = batch.group_size
     for group in range(len(batch) // G):
         rows = range(group * G, (group + 1) * G)
         length = {b: int(batch.mask_BT[b].sum()) for b in rows}
         returns = [
-            float(make_rewards(batch, part_BT, Dense("seed"), 0.5).parts["correct"][b].sum())
+            float(make_rewards(batch, part_BT, Dense("mechreward"), 0.5).parts["correct"][b].sum())
             + 0.5 * float(part_BT[b].sum()) / length[b]
             for b in rows
         ]
@@ -303,7 +305,7 @@ def test_the_seeds_lambda_acts_twice() -> None:
             assert torch.allclose(adv_BT[b, : length[b]], expected, atol=1e-4)
 
 
-def test_length_is_paid_by_the_seeds_score_and_not_by_ours() -> None:
+def test_length_is_paid_by_the_published_score_and_not_by_ours() -> None:
     # every token scores the same; one completion is four times as long
     mask_BT = torch.arange(40)[None] < torch.tensor([[10], [40]])
     part_BT = 0.58 * mask_BT.float()
@@ -407,6 +409,6 @@ def test_recipes_that_contradict_themselves() -> None:
         FeatureReward(kind="features", pack="x", dual=False)
     with pytest.raises(ValueError, match=r"needs advantage\.kind"):
         recipe(
-            rewards={"f": {"kind": "features", "pack": "x", "mode": "seed"}},
+            rewards={"f": {"kind": "features", "pack": "x", "mode": "mechreward"}},
             advantage={"kind": "rloo"},
         )

@@ -181,7 +181,7 @@ def test_a_closed_gate_gives_exact_zeros_and_a_cut_graph_none(
     monkeypatch.setattr(modeling, "GATE_LIMIT", 1e3)
     grads, carry = gradients(model, texts)
     assert grads == [0.0] * R
-    assert min(carry) > 0  # what the seed looked at sees nothing of it
+    assert min(carry) > 0  # what recursive_lm looked at sees nothing of it
     assert measures.starvation(grads)[0] is False
     gate = modeling.RecursiveModel._gate
     monkeypatch.setattr(modeling.RecursiveModel, "_gate", lambda m, h, u: gate(m, h, u.detach()))
@@ -269,7 +269,7 @@ def test_a_random_model_passes_nothing(tmp_path: Path) -> None:
         result = audited(random_recursive(seed, num_loops=R), tmp_path / str(seed))
         assert set(by_name(result).values()) == {"SAYS NOTHING"}, by_name(result)
         assert not result.failed
-        assert result.seeds_way.endswith("2 of 2 random models pass all three")
+        assert result.without_control.endswith("2 of 2 random models pass all three")
 
 
 def test_a_trained_model_passes_what_a_random_one_cannot(
@@ -302,7 +302,9 @@ def test_a_depth_that_breaks_the_answers_fails_though_the_states_look_alike(
     test = next(t for t in result.tests if t.name == "6 loops for 4")
     cosine = next(n for n in test.numbers if n.name.startswith("cosine"))
     assert test.verdict == "FAIL" and result.failed
-    assert cosine.value is not None and cosine.value > 0.735  # all that the seed's test asked for
+    assert (
+        cosine.value is not None and cosine.value > 0.735
+    )  # all that recursive_lm's test asked for
 
 
 def test_loops_that_do_nothing_are_found(echo: RecursiveCausalLM, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Equations in exact fractions; process rewards, and the farms that only the seed's pays for."""
+"""Equations in exact fractions; process rewards, and the farms that recursive_lm's pays for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from operando.recipe import ProcessReward, WordsTaskConfig
 from operando.rewards.equations import equations
 from operando.rewards.process import (
-    SEED_EQUATION,
+    RECURSIVE_LM_EQUATION,
     grounded,
     milestones,
     process,
     reached,
-    seed_process,
+    recursive_lm_process,
 )
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt, Rollout
@@ -35,7 +35,7 @@ def verdicts(text: str) -> list[str]:
     [
         ("2 + 3 = 5", ["right"]),
         ("2 + 3 = 6", ["wrong"]),
-        ("2 + 8 + 5 + 9 = 24", ["right"]),  # the seed's reads 5 + 9 = 24
+        ("2 + 8 + 5 + 9 = 24", ["right"]),  # recursive_lm's reads 5 + 9 = 24
         ("50/100 * 20 = 10", ["right"]),
         ("2 + 3 * 4 = 14", ["right"]),
         ("(2 + 3) * 4 = 20", ["right"]),
@@ -87,10 +87,10 @@ FARMS = {
 }
 
 
-def test_the_seeds_scheme_pays_every_farm_and_milestones_none() -> None:
+def test_the_published_scheme_pays_every_farm_and_milestones_none() -> None:
     assert milestones(SOLUTION) == GOLD
     for name, farm in FARMS.items():
-        assert seed_process(farm, "72") > 0.5, name
+        assert recursive_lm_process(farm, "72") > 0.5, name
         assert reached(farm, GOLD).credited == 0, name
     assert reached(SOLUTION, GOLD) == (2, 0, 2)
     assert reached("48 + 24 = 72\n24 + 48 = 72\n72 - 48 = 24", GOLD).credited == 2  # both are real
@@ -119,8 +119,8 @@ def test_values_worked_by_hand() -> None:
     assert paid("milestone", " 48/2=24; 48+24=72 #### 70 #### 72") == pytest.approx(
         0.5
     )  # two marks
-    assert paid("seed", " #### 70 #### 72") == 1.0  # the seed's check takes any
-    assert paid("seed", " 1+1=2; 2+2=4; 3+3=6; 4+4=8 #### 1") == 0.75
+    assert paid("recursive_lm", " #### 70 #### 72") == 1.0  # recursive_lm's check takes any
+    assert paid("recursive_lm", " 1+1=2; 2+2=4; 3+3=6; 4+4=8 #### 1") == 0.75
 
 
 def test_no_farm_beats_an_honest_wrong_answer_by_milestones() -> None:
@@ -133,7 +133,7 @@ def test_no_farm_beats_an_honest_wrong_answer_by_milestones() -> None:
 def test_gold_solutions_are_almost_never_called_wrong() -> None:
     with gzip.open(GSM8K, "rt") as lines:
         answers = [json.loads(line)["answer"] for line in lines]
-    right = wrong = seed_right = seed_wrong = recovered = possible = 0
+    right = wrong = published_right = published_wrong = recovered = possible = 0
     for answer in answers:
         plain = re.sub(r"<<.*?>>", "", answer).split("####")[0]
         found = verdicts(plain)
@@ -141,14 +141,14 @@ def test_gold_solutions_are_almost_never_called_wrong() -> None:
         values = re.findall(r"<<.*?=([^=<>]*)>>", answer)
         gold = {Fraction(value.replace(",", "")) for value in values}
         recovered, possible = recovered + reached(plain, gold).credited, possible + len(gold)
-        for a, op, b, shown in SEED_EQUATION.findall(plain):
-            seed = Fraction(a), Fraction(b), Fraction(shown)
-            value = {"+": seed[0] + seed[1], "-": seed[0] - seed[1], "*": seed[0] * seed[1]}
-            value["/"] = seed[0] / seed[1] if seed[1] else Fraction(-1)
-            seed_right += abs(value[op] - seed[2]) < Fraction(1, 10**6)
-            seed_wrong += abs(value[op] - seed[2]) >= Fraction(1, 10**6)
+        for a, op, b, shown in RECURSIVE_LM_EQUATION.findall(plain):
+            given = Fraction(a), Fraction(b), Fraction(shown)
+            value = {"+": given[0] + given[1], "-": given[0] - given[1], "*": given[0] * given[1]}
+            value["/"] = given[0] / given[1] if given[1] else Fraction(-1)
+            published_right += abs(value[op] - given[2]) < Fraction(1, 10**6)
+            published_wrong += abs(value[op] - given[2]) >= Fraction(1, 10**6)
     assert wrong / (right + wrong) < 0.01 and right > 22_000
-    assert seed_wrong / (seed_right + seed_wrong) > 0.14
+    assert published_wrong / (published_right + published_wrong) > 0.14
     assert recovered / possible > 0.89
 
 

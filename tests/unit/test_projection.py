@@ -444,10 +444,10 @@ def test_settings_that_contradict_each_other(settings: dict[str, object], messag
 
 
 def test_presets_fill_what_the_table_leaves_open() -> None:
-    seed = ProjectionConfig(directions="d", preset="seed", convention="hackward")
+    seed = ProjectionConfig(directions="d", preset="projected_grpo", convention="hackward")
     assert (seed.mode, seed.gate, seed.stage, seed.flat) == ("rank1", "one_sided", "gradient", True)
     assert seed.magnitude == "per_parameter" and seed.convention == "hackward"
-    assert ProjectionConfig(directions="d", preset="seed").convention == "literal_grad"
+    assert ProjectionConfig(directions="d", preset="projected_grpo").convention == "literal_grad"
     assert ProjectionConfig(directions="d", preset="spec").mode == "svd_gain"
     strict = ProjectionConfig(directions="d", preset="strict")
     assert ProjectionConfig.model_validate(strict.model_dump()) == strict

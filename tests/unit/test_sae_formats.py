@@ -30,15 +30,15 @@ X_ND = torch.randn(200, 8, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("activation", ["topk", "topk_relu"])
-@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "seed"])
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "sae_rl"])
 def test_top_k_there_and_back(tmp_path: Path, format: str, activation: str) -> None:
     sae = random_sae(activation=activation, origin=ORIGIN)
-    path = tmp_path / ("sae.pt" if format == "seed" else "sae")
+    path = tmp_path / ("sae.pt" if format == "sae_rl" else "sae")
     save_sae(sae, path, format)  # pyright: ignore[reportArgumentType]
     back = load_sae(path)
     assert (back.activation, back.k, back.origin) == (activation, 3, ORIGIN)
     assert float((back.reconstruct(X_ND) - sae.reconstruct(X_ND)).abs().max()) < 3e-6
-    if format in ("saelens", "seed"):  # a chain goes on from exactly these weights
+    if format in ("saelens", "sae_rl"):  # a chain goes on from exactly these weights
         assert back.sha256() == sae.sha256()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -51,7 +51,7 @@ def test_the_other_activations_there_and_back(tmp_path: Path, activation: str) -
     back = load_sae(tmp_path / "sae")
     assert back.activation == activation
     assert float((back.reconstruct(X_ND) - sae.reconstruct(X_ND)).abs().max()) < 3e-6
-    for format in ("sparsify", "dictionary_learning", "seed"):
+    for format in ("sparsify", "dictionary_learning", "sae_rl"):
         with pytest.raises(UserError, match="for top-k SAEs only"):
             save_sae(sae, tmp_path / "other", format)
 
@@ -150,8 +150,8 @@ def test_foreign_dictionary_learning_classes(tmp_path: Path) -> None:
         assert torch.allclose(back.reconstruct(X_ND), expected, atol=1e-5), kind
 
 
-def test_the_seeds_own_checkpoint(tmp_path: Path) -> None:
-    """decode(topk(encoder(x - b_pre))) with nn.Linear, as the seed's module computes it."""
+def test_the_published_checkpoint_of_sae_rl(tmp_path: Path) -> None:
+    """decode(topk(encoder(x - b_pre))) with nn.Linear, as sae_rl's module computes it."""
     encoder, decoder = torch.nn.Linear(8, 24), torch.nn.Linear(24, 8)
     b_pre_D = torch.randn(8)
     state = {"b_pre": b_pre_D}
@@ -198,7 +198,7 @@ def test_what_a_sae_rl_file_says_is_kept(tmp_path: Path) -> None:
         "blocks.12.hook_resid_post",
         "ppo_step100_layer12",
     )
-    save_sae(back, tmp_path / "b.pt", "seed")
+    save_sae(back, tmp_path / "b.pt", "sae_rl")
     again = torch.load(tmp_path / "b.pt", weights_only=True)["config"]
     assert {key: again[key] for key in config} == config
     assert load_sae(tmp_path / "b.pt").origin == back.origin
@@ -524,9 +524,9 @@ def test_what_is_no_sae_is_named(tmp_path: Path) -> None:
         load_sae(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "seed"])
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "sae_rl"])
 def test_a_truncated_file_is_named(tmp_path: Path, format: str) -> None:
-    path = tmp_path / ("sae.pt" if format == "seed" else "sae")
+    path = tmp_path / ("sae.pt" if format == "sae_rl" else "sae")
     save_sae(random_sae(), path, format)  # pyright: ignore[reportArgumentType]
     names = {
         "saelens": "sae_weights.safetensors",

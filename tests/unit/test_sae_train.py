@@ -1,4 +1,4 @@
-"""SAE training: gradients against autograd, the seed's formulas literally, a planted dictionary."""
+"""SAE training: gradients against autograd, sae_rl's formulas literally, a planted dictionary."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_gradients_equal_autograd(aux: Aux | None, relu: bool) -> None:
 
 
 def test_signed_values_below_zero_have_gradients_too() -> None:
-    """With k near M some of the kept values are negative; the seed keeps them."""
+    """With k near M some of the kept values are negative; sae_rl keeps them."""
     weights, x_ND = random_weights(), draw(N, D, seed=6)
     codes = active(weights, x_ND - weights.b_pre_D, 60)
     assert bool((codes.value_Nk < 0).any())
@@ -142,8 +142,8 @@ def test_bfloat16_preselection_keeps_exact_values() -> None:
     assert torch.allclose(*by_value, atol=1e-5)
 
 
-class SeedModel(nn.Module):
-    """The seed's SAE, written out as section 1.1 of the reference says."""
+class SaeRlModel(nn.Module):
+    """sae_rl's SAE, written out as section 1.1 of the reference says."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -162,8 +162,10 @@ class SeedModel(nn.Module):
         return self.decoder(zs_NM), z_NM, zs_NM
 
 
-def seed_training(model: SeedModel, x_TD: Tensor, orders: list[Tensor], batch: int) -> list[float]:
-    """The seed's loop, literally: DataLoader order given, no resampling."""
+def sae_rl_training(
+    model: SaeRlModel, x_TD: Tensor, orders: list[Tensor], batch: int
+) -> list[float]:
+    """sae_rl's loop, literally: DataLoader order given, no resampling."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     steps = len(orders) * math.ceil(len(x_TD) / batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-4)
@@ -208,19 +210,19 @@ def planted(
     return x_TD + 0.5, dictionary_FD
 
 
-def test_seed_mode_is_the_seeds_loop() -> None:
+def test_mode_sae_rl_is_the_published_loop() -> None:
     """Four epochs with dead features, an incomplete last batch, clipping: the same weights."""
     x_TD, _ = planted(150)
     x_TD = 4 * x_TD
-    config = SaeTrainConfig(d_sae=M, k=K, mode="seed", epochs=4, batch_size=32, lr=1e-3, seed=3)
+    config = SaeTrainConfig(d_sae=M, k=K, mode="sae_rl", epochs=4, batch_size=32, lr=1e-3, seed=3)
     streams = SeedTree(3)
     weights = fresh_weights(x_TD, config, streams)
     weights.b_enc_M[:20] -= 30  # dead from the start
-    model = SeedModel(weights)
+    model = SaeRlModel(weights)
     orders = [
         torch.randperm(150, generator=streams.generator("sae/order", epoch)) for epoch in range(4)
     ]
-    expected = seed_training(model, x_TD, orders, 32)
+    expected = sae_rl_training(model, x_TD, orders, 32)
     trainer = _Trainer(Weights(*(t.clone() for t in weights)), config, x_TD)
     got = [trainer.epoch(x_TD, order) for order in orders]
     assert int(trainer.dead_before_M.sum()) >= 10
@@ -253,15 +255,15 @@ def test_clip_and_schedule_equal_torchs() -> None:
 
 def test_fresh_weights() -> None:
     x_TD, _ = planted(100)
-    seeded = fresh_weights(x_TD, SaeTrainConfig(M, K, "seed"), SeedTree(0))
+    published = fresh_weights(x_TD, SaeTrainConfig(M, K, "sae_rl"), SeedTree(0))
     tied = fresh_weights(x_TD, SaeTrainConfig(M, K, "default"), SeedTree(0))
-    for weights in (seeded, tied):
+    for weights in (published, tied):
         assert torch.allclose(weights.b_pre_D, x_TD.mean(dim=0), atol=1e-6)
         assert torch.allclose(weights.W_dec_MD.norm(dim=1), torch.ones(M), atol=1e-6)
     assert torch.equal(tied.W_enc_MD, tied.W_dec_MD) and not tied.b_enc_M.any()
-    assert float(seeded.W_enc_MD.abs().max()) <= 1 / math.sqrt(D)  # nn.Linear's bound
-    assert math.isclose(float(seeded.W_enc_MD.std()), 1 / math.sqrt(3 * D), rel_tol=0.1)
-    assert float(F.cosine_similarity(seeded.W_enc_MD, seeded.W_dec_MD).abs().mean()) < 0.5
+    assert float(published.W_enc_MD.abs().max()) <= 1 / math.sqrt(D)  # nn.Linear's bound
+    assert math.isclose(float(published.W_enc_MD.std()), 1 / math.sqrt(3 * D), rel_tol=0.1)
+    assert float(F.cosine_similarity(published.W_enc_MD, published.W_dec_MD).abs().mean()) < 0.5
 
 
 def quick(mode: str = "default", **changes: object) -> SaeTrainConfig:
@@ -269,7 +271,7 @@ def quick(mode: str = "default", **changes: object) -> SaeTrainConfig:
     return replace(base, **changes)  # pyright: ignore
 
 
-@pytest.mark.parametrize(("mode", "select"), [("default", "bfloat16"), ("seed", "float32")])
+@pytest.mark.parametrize(("mode", "select"), [("default", "bfloat16"), ("sae_rl", "float32")])
 def test_a_planted_dictionary_is_recovered(mode: str, select: str) -> None:
     """24 hidden directions in 16 dimensions; nearly every one has a decoder row on it."""
     x_TD, dictionary_FD = planted(4000)
@@ -279,7 +281,7 @@ def test_a_planted_dictionary_is_recovered(mode: str, select: str) -> None:
     assert int((found > 0.95).sum()) >= 20, found
     val = [stats.val_mse for stats in trained.history]
     assert trained.best_epoch == val.index(min(val)) and min(val) < 0.15 * float(x_TD.var())
-    assert trained.sae.activation == ("topk" if mode == "seed" else "topk_relu")
+    assert trained.sae.activation == ("topk" if mode == "sae_rl" else "topk_relu")
     random_FM = dictionary_FD @ F.normalize(draw(48, D, seed=8), dim=1).T
     assert int((random_FM.max(dim=1).values > 0.95).sum()) == 0
 
@@ -310,10 +312,10 @@ def test_a_warm_start_goes_on_from_its_parent() -> None:
     assert before == warm.sae.origin.parent == parent.sha256()  # the parent is left as it was
 
 
-def test_the_seed_resamples_once_and_says_which() -> None:
+def test_sae_rl_resamples_once_and_says_which() -> None:
     """20 epochs: after the 10th; the mask is of the SAE that is returned."""
     x_TD, val_TD = planted(300, features=6)[0], planted(100, seed=1, features=6)[0]
-    trained = train_sae(x_TD, val_TD, quick("seed", d_sae=200, epochs=20, lr=1e-3))
+    trained = train_sae(x_TD, val_TD, quick("sae_rl", d_sae=200, epochs=20, lr=1e-3))
     resampled = [stats.resampled for stats in trained.history]
     assert resampled[9] > 0 and sum(resampled) == resampled[9]
     after = trained.best_epoch > 9
@@ -329,7 +331,7 @@ def test_resampling_points_dead_features_at_the_worst_tokens() -> None:
     x_TD = draw(400, D, seed=6)
     dead_M = torch.zeros(M, dtype=torch.bool)
     dead_M[[2, 40]] = True
-    config = SaeTrainConfig(M, K, "seed")
+    config = SaeTrainConfig(M, K, "sae_rl")
     resample(weights, x_TD, dead_M, config, torch.Generator().manual_seed(0))
     codes = active(before, x_TD - before.b_pre_D, K)
     x_hat = (

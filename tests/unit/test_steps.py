@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from operando.recipe import (
+    LF_GRPO_WORDS,
     NOWAIT_WORDS,
     REASONSCORE_WORDS,
-    SEED_WORDS,
     STEP_WORDS,
     CorrectReward,
     Recipe,
@@ -30,13 +30,13 @@ from operando.types import Example, Prompt, Rollout
 
 TASK = load_words(WordsTaskConfig(kind="words", num_train=1, num_held_out=1))
 PENALTY = StepPenaltyReward(kind="step_penalty")
-SEED_PENALTY = StepPenaltyReward(
-    kind="step_penalty", count="last_block", match="substring", words=SEED_WORDS
+LF_GRPO_PENALTY = StepPenaltyReward(
+    kind="step_penalty", count="last_block", match="substring", words=LF_GRPO_WORDS
 )
 STRICT = think_format(ThinkFormatReward(kind="think_format"))
-SEED_FORMAT = think_format(ThinkFormatReward(kind="think_format", scheme="seed"))
+LF_GRPO_FORMAT = think_format(ThinkFormatReward(kind="think_format", scheme="lf_grpo"))
 FENCE = tag_fence(TagFenceReward(kind="tag_fence"))
-SEED_FENCE = tag_fence(TagFenceReward(kind="tag_fence", scheme="seed"))
+LF_GRPO_FENCE = tag_fence(TagFenceReward(kind="tag_fence", scheme="lf_grpo"))
 INNOCENT = "The waiter buttered the attributes; factually he awaits butterflies."
 
 
@@ -61,8 +61,8 @@ def penalty(text: str, config: StepPenaltyReward = PENALTY, prefill: str = "\nA:
 
 
 def test_the_lists_are_as_long_as_published() -> None:
-    assert [len(set(w)) for w in (SEED_WORDS, REASONSCORE_WORDS, NOWAIT_WORDS)] == [6, 10, 17]
-    assert set(STEP_WORDS) == {*SEED_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS}
+    assert [len(set(w)) for w in (LF_GRPO_WORDS, REASONSCORE_WORDS, NOWAIT_WORDS)] == [6, 10, 17]
+    assert set(STEP_WORDS) == {*LF_GRPO_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS}
 
 
 def test_penalty_is_gamma_to_the_number_of_words_and_only_for_right_answers() -> None:
@@ -79,13 +79,13 @@ def test_every_block_and_the_prefill_count() -> None:
     assert penalty(text, prefill="\nA: Wait,") == pytest.approx(0.99**5)
 
 
-def test_the_seeds_counter_sees_the_last_block_and_substrings() -> None:
-    assert penalty("<think>wait wait</think> but #### 5", SEED_PENALTY) == pytest.approx(0.99**2)
+def test_the_published_counter_sees_the_last_block_and_substrings() -> None:
+    assert penalty("<think>wait wait</think> but #### 5", LF_GRPO_PENALTY) == pytest.approx(0.99**2)
     hidden = "<think>wait wait</think><think>hmm</think> but #### 5"
-    assert penalty(hidden, SEED_PENALTY) == pytest.approx(0.99), "earlier blocks are free"
+    assert penalty(hidden, LF_GRPO_PENALTY) == pytest.approx(0.99), "earlier blocks are free"
     counted = f"<think>{INNOCENT}</think> #### 5"
     # waiter, awaits; buttered, attributes, butterflies; factually
-    assert penalty(counted, SEED_PENALTY) == pytest.approx(0.99**6)
+    assert penalty(counted, LF_GRPO_PENALTY) == pytest.approx(0.99**6)
     assert penalty(counted) == 1.0
 
 
@@ -165,8 +165,8 @@ def test_step_grpo_triggers_have_case_and_letter_boundaries() -> None:
         ("<Think>a</Think> b", 0.0),
     ],
 )
-def test_seed_format(text: str, paid: float) -> None:
-    assert value(SEED_FORMAT, text) == paid
+def test_lf_grpo_format(text: str, paid: float) -> None:
+    assert value(LF_GRPO_FORMAT, text) == paid
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_tags_are_paired_by_a_stack() -> None:
 
 
 @pytest.mark.parametrize(("n", "paid"), [(0, 0.0), (1, -0.3), (5, -1.5), (6, -1.5), (50, -1.5)])
-def test_seed_fence(n: int, paid: float) -> None:
-    assert value(SEED_FENCE, "<think>a</think>" + "<x>" * n) == pytest.approx(paid)
+def test_lf_grpo_fence(n: int, paid: float) -> None:
+    assert value(LF_GRPO_FENCE, "<think>a</think>" + "<x>" * n) == pytest.approx(paid)
 
 
 def test_fence_by_hand_and_what_it_counts() -> None:

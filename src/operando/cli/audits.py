@@ -97,7 +97,7 @@ def canary(
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
     classifier: Annotated[
-        str, typer.Option(help="ours, or seed: mechreward's, to compare with.")
+        str, typer.Option(help="ours, or mechreward: that project's, to compare with.")
     ] = "ours",
 ) -> None:
     """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""

@@ -126,8 +126,8 @@ def sae_train(
     mode: Annotated[
         str,
         typer.Option(
-            help='"default", or "seed": as sae_rl (k 64, after the last layer 256; 20 epochs at '
-            "1e-4; 20 % of the rows held out; sinks kept). Options given beside it count."
+            help='"default", or "sae_rl": as published (k 64, after the last layer 256; 20 epochs '
+            "at 1e-4; 20 % of the rows held out; sinks kept). Options given beside it count."
         ),
     ] = "default",
     select: Annotated[

@@ -61,7 +61,7 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
 
 
 def no_learning(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
-    """There is a signal, but the steps are too small to follow it: the seed's 232 steps.
+    """There is a signal, but the steps are too small to follow it: mechreward's 232 steps.
 
     Its learning rate was the cause, and clipping was blamed: the norm was always under the clip.
     """

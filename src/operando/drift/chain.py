@@ -25,6 +25,7 @@ from torch import Tensor
 from operando.drift.collect import Texts, load_acts, stages_of
 from operando.errors import UserError
 from operando.files import read_object
+from operando.recipe.renamed import RENAMED
 from operando.run import SeedTree, atomic_path, write_json
 from operando.sae.formats import load_sae, save_sae
 from operando.sae.quality import mean_activation, sink_tokens
@@ -32,7 +33,7 @@ from operando.sae.sae import SAE, Origin
 from operando.sae.train import EpochStats, SaeTrainConfig, train_sae
 
 Arm = Literal["real", "null"]
-Mode = Literal["default", "seed"]
+Mode = Literal["default", "sae_rl"]
 ARMS: tuple[Arm, Arm] = ("real", "null")
 RECORD = "training.json"
 
@@ -98,16 +99,16 @@ def chain_config(
 ) -> ChainConfig:
     """Return the settings of a mode with those given beside it.
 
-    seed is the published protocol of sae_rl (model card of OhhMoo/sae-rl-qwen05b-layers): k 64 and
-    256 after the last layer, 20 epochs at 1e-4, batches of 512, 20 % of the rows held out, sinks
-    kept. Its texts are not a setting: here they are the run's completions.
+    sae_rl is the published protocol (model card of OhhMoo/sae-rl-qwen05b-layers): k 64, and 256
+    after the last layer, 20 epochs at 1e-4, batches of 512, 20 % of the rows held out, sinks kept.
+    Its texts are not a setting: here they are the run's completions.
     """
     config = ChainConfig(d_sae, k=16)
-    if mode == "seed":
+    if mode == "sae_rl":
         config = ChainConfig(
             d_sae,
             k=256 if is_last_layer else 64,
-            mode="seed",
+            mode="sae_rl",
             epochs=20,
             lr=1e-4,
             split="tokens",
@@ -197,7 +198,10 @@ def training_of(folder: Path) -> Training:
         )
     value = read_object(file, history=list, settings=dict)
     history = tuple(EpochStats(**line) for line in value.pop("history"))
-    return Training(ChainConfig(**value.pop("settings")), history=history, **value)
+    settings = value.pop("settings")
+    mode = str(settings["mode"])
+    settings["mode"] = RENAMED.get(("sae train", "--mode", mode), mode)
+    return Training(ChainConfig(**settings), history=history, **value)
 
 
 def _train_link(

@@ -30,13 +30,14 @@ from operando.errors import UserError, nearest
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of
 from operando.recipe import Recipe
+from operando.recipe.renamed import refuse_renamed
 from operando.run_folder import read_recipe
 from operando.sae.formats import load_sae
 from operando.sae.sae import SAE, check_fits
 
 WRITERS = ("base", "last", "both")
 CHOICES = {
-    "mode": ("default", "seed"),
+    "mode": ("default", "sae_rl"),
     "select": ("float32", "bfloat16"),
     "sinks": ("drop", "keep"),
 }
@@ -59,6 +60,7 @@ def train_run_saes(
     """
     recipe = read_recipe(run)
     writer = _one_of("--texts", writer, WRITERS)
+    refuse_renamed("sae train", "--mode", mode)
     for key, known in CHOICES.items():
         value = {"mode": mode, **given}.get(key)
         if value is not None:

@@ -1,6 +1,6 @@
 """Measures of two SAEs of a chain: how far each feature turned, how many features are in use.
 
-The formulas are those of OhhMoo/SAE-RL (scripts/topk/06*.py at d919128), called the seed here;
+The formulas are those of OhhMoo/SAE-RL (scripts/topk/06*.py at d919128);
 what deviates says so. Features are compared by index: a warm start keeps the index of a feature,
 a resampled feature has lost it and is masked.
 
@@ -28,7 +28,7 @@ Kind = Literal["frequency", "energy"]
 
 
 class Summary(NamedTuple):
-    """The columns of the seed's heatmap. Example: summarise(cosine_M).q25"""
+    """The columns of sae_rl's heatmap. Example: summarise(cosine_M).q25"""
 
     mean: float
     median: float
@@ -50,8 +50,8 @@ class Usage(NamedTuple):
     num_tokens: int
 
 
-class SeedLifecycle(NamedTuple):
-    """Births and deaths by one threshold. Example: seed_lifecycle(density_a_M, density_b_M).born"""
+class PublishedLifecycle(NamedTuple):
+    """Births and deaths by one threshold. Example: published_lifecycle(before_M, after_M).born"""
 
     alive_a: Bool[Tensor, "M"]
     alive_b: Bool[Tensor, "M"]
@@ -77,7 +77,7 @@ class Lifecycle(NamedTuple):
 class BestMatch(NamedTuple):
     """For each feature of a, its partner in b. `gap` = cosine of the partner - cosine by index.
 
-    Example: best_match(W_dec_a_MD, W_dec_b_MD).gap_M.mean(), the seed's renaming gap
+    Example: best_match(W_dec_a_MD, W_dec_b_MD).gap_M.mean(), sae_rl's renaming gap
     """
 
     index_M: Int[Tensor, "M"]
@@ -92,7 +92,7 @@ def cosine_by_index(
 ) -> Float[Tensor, "M"]:
     """Return the cosine of row i of a with row i of b, for decoder or encoder; nan if resampled.
 
-    cos_i = <a_i, b_i> / (||a_i|| ||b_i||). With None no feature is masked, as in the seed, where
+    cos_i = <a_i, b_i> / (||a_i|| ||b_i||). With None no feature is masked, as in sae_rl, where
     a resampled index counts as a feature that turned. A row of zeros gives 0.
     """
     a_MD, b_MD = W_a_MD.double(), W_b_MD.double()
@@ -167,7 +167,7 @@ def density(used: Usage) -> Float[Tensor, "M"]:
 
 
 def alive(density_M: Float[Tensor, "M"]) -> Bool[Tensor, "M"]:
-    """Return density > 1e-4, the seed's threshold."""
+    """Return density > 1e-4, sae_rl's threshold."""
     return density_M > ALIVE_DENSITY
 
 
@@ -180,21 +180,21 @@ def entropy_bits(weight_M: Float[Tensor, "M"]) -> float:
 def effective_count(used: Usage, kind: Kind) -> float:
     """Return 2^H, the number of equally used features with the same entropy.
 
-    frequency: p ~ density, as the seed. energy: p ~ sum of squared activations (ours), which a
+    frequency: p ~ density, as sae_rl. energy: p ~ sum of squared activations (ours), which a
     feature that fires often but faintly does not fill.
     """
     return 2.0 ** entropy_bits(_weight(used, kind))
 
 
-def seed_lifecycle(
+def published_lifecycle(
     density_a_M: Float[Tensor, "M"], density_b_M: Float[Tensor, "M"]
-) -> SeedLifecycle:
-    """Return births and deaths as the seed counts them: alive is density > 1e-4, nothing tested.
+) -> PublishedLifecycle:
+    """Return births and deaths as sae_rl counts them: alive is density > 1e-4, nothing tested.
 
     On 44,574 tokens the threshold is 4.5 firings, so that counting noise alone makes both.
     """
     alive_a, alive_b = alive(density_a_M), alive(density_b_M)
-    return SeedLifecycle(alive_a, alive_b, ~alive_a & alive_b, alive_a & ~alive_b)
+    return PublishedLifecycle(alive_a, alive_b, ~alive_a & alive_b, alive_a & ~alive_b)
 
 
 def counting_p(
@@ -224,7 +224,7 @@ def lifecycle(
     """Return births and deaths that are more than counting noise, from counts on the same tokens.
 
     A living feature dies when its density falls to `low` or below; a dead one is born when it
-    rises to `high` or above; in between it stays what it was (the seed: one threshold). At the
+    rises to `high` or above; in between it stays what it was (sae_rl: one threshold). At the
     first stage and after resampling the geometric mean of both decides, and that is no event.
     A crossing counts if its q <= fdr: counting_p against the last stage that showed the old state
     plainly (above `high` or below `low`; failing that, the first stage), then Benjamini-Hochberg

@@ -67,8 +67,8 @@ class StageRow:
     """One stage of one site: how many features are in use, mean over seeds.
 
     `count` is 2^H by frequency, `energy_count` by squared activation; `born` and `died` since the
-    stage before, by two thresholds and a counting test, `seed_born` and `seed_died` by the seed's
-    one threshold.
+    stage before, by two thresholds and a counting test, `published_born` and `published_died`
+    by sae_rl's one threshold.
     """
 
     site: str
@@ -79,8 +79,8 @@ class StageRow:
     alive: float
     born: float
     died: float
-    seed_born: float
-    seed_died: float
+    published_born: float
+    published_died: float
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _stages(
         lives.append(measures.lifecycle(counts_SM, used[0].num_tokens, gone_SM))
     for s, step in enumerate(steps):
         seeds = [
-            measures.seed_lifecycle(measures.density(u[max(s - 1, 0)]), measures.density(u[s]))
+            measures.published_lifecycle(measures.density(u[max(s - 1, 0)]), measures.density(u[s]))
             for u in kept
         ]
         rows.append(
@@ -266,8 +266,8 @@ def _stages(
                 alive=_mean([float(x.alive[s].sum()) for x in lives]),
                 born=_mean([float(x.born[s - 1].sum()) if s else 0.0 for x in lives]),
                 died=_mean([float(x.died[s - 1].sum()) if s else 0.0 for x in lives]),
-                seed_born=_mean([float(x.born.sum()) for x in seeds]),
-                seed_died=_mean([float(x.died.sum()) for x in seeds]),
+                published_born=_mean([float(x.born.sum()) for x in seeds]),
+                published_died=_mean([float(x.died.sum()) for x in seeds]),
             )
         )
     return rows

@@ -1,6 +1,6 @@
 """The insulation certificate: what training may change, and proof of what it did change.
 
-Seed 000 froze layers 0-23 and "verified" that frozen parameters have no gradient. That is true of
+lf_grpo froze layers 0-23 and "verified" that frozen parameters have no gradient. That is true of
 every frozen parameter by definition and would also hold with adapters in all layers. What is
 checked here can fail, and each check is shown a planted leak that it must find.
 """

@@ -41,9 +41,9 @@ from operando.recipe.projection import ReboundShift as ReboundShift
 from operando.recipe.projection import ScreeningShift as ScreeningShift
 from operando.recipe.projection import ShiftConfig as ShiftConfig
 from operando.recipe.projection import SuppressIntervention as SuppressIntervention
+from operando.recipe.rewards import LF_GRPO_WORDS as LF_GRPO_WORDS
 from operando.recipe.rewards import NOWAIT_WORDS as NOWAIT_WORDS
 from operando.recipe.rewards import REASONSCORE_WORDS as REASONSCORE_WORDS
-from operando.recipe.rewards import SEED_WORDS as SEED_WORDS
 from operando.recipe.rewards import STEP_WORDS as STEP_WORDS
 from operando.recipe.rewards import CodeReward as CodeReward
 from operando.recipe.rewards import ContainsAnswerReward as ContainsAnswerReward

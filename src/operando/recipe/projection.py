@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from operando.recipe.base import Config
 
 PRESETS: dict[str, dict[str, object]] = {
-    "seed": {
+    "projected_grpo": {
         "mode": "rank1",
         "gate": "one_sided",
         "stage": "gradient",
@@ -28,9 +28,9 @@ class ProjectionConfig(Config):
 
     directions: str
     """File made by `operando direction extract`."""
-    preset: Literal["seed", "spec", "strict", "hard"] | None = None
-    """Fills in what the table does not say. strict is the recommended one; seed is what the seed
-    wrote, with its sign."""
+    preset: Literal["projected_grpo", "spec", "strict", "hard"] | None = None
+    """Fills in what the table does not say. strict is the recommended one;
+    projected_grpo is that project's own, with its sign."""
     mode: Literal["writer", "reader", "rank1", "token", "svd_gain"] = "writer"
     """What is constrained: what a module writes along v, what it reads of v, its output along v at
     the mean hack input, each token's gradient, or the gains of its singular values."""
@@ -45,7 +45,7 @@ class ProjectionConfig(Config):
     doubled."""
     convention: Literal["hackward", "literal_grad"] = "hackward"
     """When a one-sided gate fires: hackward, if the step pushes along v; literal_grad, if the
-    gradient does, as the seed wrote it, which strips the steps that lead away from v."""
+    gradient does, as in projected_grpo, which strips the steps that lead away from v."""
     layers: str = ""
     """Layer set whose modules are constrained; empty: the direction's own band."""
     flat: bool = False

@@ -75,8 +75,8 @@ class FunctionReward(Config):
         return self
 
 
-# LF-GRPO, src/phase4/all_in_one_grpo.py: the six words of the seed.
-SEED_WORDS = ("wait", "hmm", "but", "thinking", "actually", "let me check")
+# lf_grpo, src/phase4/all_in_one_grpo.py: six words.
+LF_GRPO_WORDS = ("wait", "hmm", "but", "thinking", "actually", "let me check")
 # ReasonScore: ten words.
 REASONSCORE_WORDS = (
     "alternatively",
@@ -111,7 +111,7 @@ NOWAIT_WORDS = (
     "ah",
     "any",
 )
-STEP_WORDS = tuple(dict.fromkeys((*SEED_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS)))
+STEP_WORDS = tuple(dict.fromkeys((*LF_GRPO_WORDS, *REASONSCORE_WORDS, *NOWAIT_WORDS)))
 
 
 class StepPenaltyReward(Config):
@@ -156,18 +156,18 @@ class StepGrpoReward(Config):
 class ThinkFormatReward(Config):
     kind: Literal["think_format"]
     """Pays for one think block and an answer after it, counted over the answer's whole text."""
-    scheme: Literal["strict", "seed"] = "strict"
-    """strict: 1 for exactly one well-formed block in a finished completion, else 0. seed: LF-GRPO's
-    1, .5, .3, .2, 0."""
+    scheme: Literal["strict", "lf_grpo"] = "strict"
+    """strict: 1 for exactly one well-formed block in a finished completion, else 0. lf_grpo: 1, .5,
+    .3, .2, 0."""
     weight: float = 1.0
 
 
 class TagFenceReward(Config):
     kind: Literal["tag_fence"]
     """A penalty for tags outside the whitelist, n of them."""
-    scheme: Literal["default", "seed"] = "default"
-    """default: -n / (n + 2), so that every further tag costs. seed: LF-GRPO's max(-1.5, -0.3 n),
-    free after five."""
+    scheme: Literal["default", "lf_grpo"] = "default"
+    """default: -n / (n + 2), so that every further tag costs. lf_grpo: max(-1.5, -0.3 n), free
+    after five."""
     whitelist: tuple[str, ...] = ("think",)
     weight: float = 1.0
 
@@ -175,10 +175,10 @@ class TagFenceReward(Config):
 class ProcessReward(Config):
     kind: Literal["process"]
     """Pays for right steps of arithmetic beside a right answer (rewards/process.py)."""
-    scheme: Literal["milestone", "grounded", "seed"] = "milestone"
+    scheme: Literal["milestone", "grounded", "recursive_lm"] = "milestone"
     """milestone: the share of the gold solution's intermediate values that are reached; an example
     without gold steps is paid as grounded. grounded: steps on which the answer's own final number
-    rests. seed: 0.25 a right equation up to 0.75; it can be farmed."""
+    rests. recursive_lm: 0.25 a right equation up to 0.75; it can be farmed."""
     weight: float = 1.0
 
 
@@ -187,10 +187,10 @@ class FeatureReward(Config):
     """Pays for SAE features (or a direction) inside the model, read in the scoring pass."""
     pack: str
     """File made by `operando features discover`."""
-    mode: Literal["immediate", "to_go", "potential", "trajectory", "seed"] = "to_go"
+    mode: Literal["immediate", "to_go", "potential", "trajectory", "mechreward"] = "to_go"
     """immediate: a token is credited for its own score. to_go: for all scores from it on.
     potential: for the change of the score; no completion's return changes. trajectory: the mean
-    score, paid once (mechreward's G2). seed: mechreward's G3, with its flaws."""
+    score, paid once (mechreward's G2). mechreward: its G3, with its flaws."""
     gamma: float = Field(default=0.95, gt=0, le=1)
     """Discount a token, of to_go and potential."""
     read: Literal["base", "policy", "min"] = "base"

@@ -90,7 +90,7 @@ class DiscoverConfig(Config):
     num_generations: int = Field(default=8, ge=2)
     """Answers a prompt."""
     contrast: Literal["within", "across"] = "within"
-    """within: right against wrong answers of the same prompt. across: of all, as the seed."""
+    """within: right against wrong answers of the same prompt. across: of all, as in mechreward."""
     adjust: Literal["none", "length"] = "length"
     """length: what is linear in the answer's length, its square and truncation is taken out of a
     feature before it is compared."""
@@ -105,7 +105,7 @@ class DiscoverConfig(Config):
     measure: Literal["auc", "rho"] = "auc"
     """What the gate tests, on the prompts held out."""
     minimum: float = Field(default=0.6, gt=0, lt=1)
-    """The gate: the measure must reach this (the seed: rho 0.30) and beat the nulls."""
+    """The gate: the measure must reach this (mechreward: rho 0.30) and beat the nulls."""
 
 
 class DirectionConfig(Config):
@@ -125,7 +125,8 @@ class DirectionConfig(Config):
     min_accuracy: float = Field(default=0.9, ge=0.5, le=1)
     """The gate: share of held-out pairs whose hack side must score higher, or training refuses."""
     denoise: int = Field(default=0, ge=0)
-    """Keep what lies in each module's first m singular vectors (the seed: 16); 0: the vector."""
+    """Keep what lies in each module's first m singular vectors (projected_grpo: 16); 0: the whole
+    vector."""
 
 
 class TrackingConfig(Config):
@@ -233,11 +234,11 @@ class Recipe(Config):
 
     def _check_features(self) -> list[str]:
         return [
-            f'rewards.{name}: mode = "seed" is a z-score in a group and needs advantage.kind = '
-            f'"group", got {self.advantage.kind!r}'
+            f'rewards.{name}: mode = "mechreward" is a z-score in a group and needs '
+            f'advantage.kind = "group", got {self.advantage.kind!r}'
             for name, part in self.rewards.items()
             if isinstance(part, FeatureReward)
-            and part.mode == "seed"
+            and part.mode == "mechreward"
             and not isinstance(self.advantage, GroupAdvantage)
         ]
 

@@ -47,7 +47,7 @@ from operando.recursive.pathology_tests import (
     judge_shock,
     judge_starvation,
     only_if_used,
-    seeds_way,
+    without_control,
 )
 from operando.rollout.held_out import answer_greedily
 from operando.rollout.recursive import RecursiveEngine
@@ -61,7 +61,7 @@ from operando.tasks.prompts import make_prompts
 
 @dataclass(frozen=True)
 class Pathology:
-    """The whole audit. `seeds_way` is what three numbers without a control would have said."""
+    """The whole audit. `without_control` is what three numbers say without a control."""
 
     model: str
     task: str
@@ -73,7 +73,7 @@ class Pathology:
     twin_seeds: Sequence[int]
     halt_threshold: float
     tests: Sequence[Test]
-    seeds_way: str
+    without_control: str
     file: Path
 
     @property
@@ -159,7 +159,7 @@ def judge_model(
         tuple(seeds),
         gap.threshold,
         tests,
-        seeds_way(read_all),
+        without_control(read_all),
         folder / "audits" / "pathology.json",
     )
     document = {"format": 1, **asdict(result), "file": result.file.name, "right": right}

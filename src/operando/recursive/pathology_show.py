@@ -33,7 +33,7 @@ def pathology_tables(result: Pathology) -> Group:
         for number in test.numbers:
             table.add_row(*_row(number))
         parts += [line, table]
-    return Group(*parts, Text(f"\nwithout a control: {result.seeds_way}", style="dim"))
+    return Group(*parts, Text(f"\nwithout a control: {result.without_control}", style="dim"))
 
 
 def _row(number: Number) -> tuple[str, ...]:

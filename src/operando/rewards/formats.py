@@ -18,7 +18,7 @@ from operando.types import Rollout
 OPEN, CLOSE = "<think>", "</think>"
 
 TAG = re.compile(r"<\s*(?P<slash>/?)\s*(?P<name>\w[\w\-.:]*)(?P<rest>\s[^<>]*|\s*/)?>")
-SEED_TAG = re.compile(r"</?([a-zA-Z0-9_\-.:]+)>")
+LF_GRPO_TAG = re.compile(r"</?([a-zA-Z0-9_\-.:]+)>")
 INVISIBLE = ("Cf", "Mn", "Me")  # zero-width and other format characters, combining marks
 
 
@@ -147,19 +147,19 @@ def think_format(config: ThinkFormatReward) -> OutcomeReward:
 
     strict: 1 for exactly one well-formed block with an answer after it in a finished completion,
     else 0 (see is_one_block).
-    seed (LF-GRPO): with o opening and c closing tags, literal and counted as substrings,
+    lf_grpo: with o opening and c closing tags, literal and counted as substrings,
     1 if o = c = 1, in order, text after; .5 if o = c = 1 otherwise; .3 if o > 1 or c > 1;
     .2 if o + c = 1; 0 if none.
     """
-    if config.scheme == "seed":
-        return lambda rollouts: [seed_format(whole_answer(r)) for r in rollouts]
+    if config.scheme == "lf_grpo":
+        return lambda rollouts: [lf_grpo_format(whole_answer(r)) for r in rollouts]
     return lambda rollouts: [
         float(not r.is_truncated and is_one_block(whole_answer(r))) for r in rollouts
     ]
 
 
-def seed_format(text: str) -> float:
-    """Return LF-GRPO's R_format of a text; see think_format."""
+def lf_grpo_format(text: str) -> float:
+    """Return lf_grpo's R_format of a text; see think_format."""
     opens, closes = text.count(OPEN), text.count(CLOSE)
     if opens > 1 or closes > 1:
         return 0.3
@@ -174,15 +174,15 @@ def tag_fence(config: TagFenceReward) -> OutcomeReward:
 
     default: -n / (n + 2): bounded by -1, and every further tag costs (in float32 too, up to
     thousands of tags). Re-cased, spaced and attributed tags count, comparisons such as a<b>c don't.
-    seed (LF-GRPO): max(-1.5, -0.3 n) for </?([a-zA-Z0-9_\\-.:]+)>; free after five tags.
+    lf_grpo: max(-1.5, -0.3 n) for </?([a-zA-Z0-9_\\-.:]+)>; free after five tags.
     """
-    if config.scheme == "seed":
-        return lambda rollouts: [_seed_fence(r.completion, config.whitelist) for r in rollouts]
+    if config.scheme == "lf_grpo":
+        return lambda rollouts: [_lf_grpo_fence(r.completion, config.whitelist) for r in rollouts]
     return lambda rollouts: [_fence(r.completion, config.whitelist) for r in rollouts]
 
 
-def _seed_fence(text: str, whitelist: Collection[str]) -> float:
-    foreign = [name for name in SEED_TAG.findall(text) if name not in whitelist]
+def _lf_grpo_fence(text: str, whitelist: Collection[str]) -> float:
+    foreign = [name for name in LF_GRPO_TAG.findall(text) if name not in whitelist]
     return max(-1.5, -0.3 * len(foreign))
 
 

@@ -5,8 +5,8 @@ Shape legend: B rollouts, T completion tokens, N tokens, F features of a pack.
     score(t) = mean over helpful features of min(f(t) / scale, 1) - the same over harmful ones
 
 f is the SAE's true activation function, scale the feature's 99 % quantile over right base answers:
-more of a feature than an honest answer shows pays no more. mechreward's G3 is kept as mode "seed":
-raw sums of relu(z), which two strong features decide.
+more of a feature than an honest answer shows pays no more. Mode "mechreward" is its G3: raw sums of
+relu(z), which two strong features decide.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class InternalReward:
                 return Dense("own")
             case "to_go" | "potential":
                 return Dense("to_go", self.config.gamma)
-            case "seed":
-                return Dense("seed")
+            case "mechreward":
+                return Dense("mechreward")
             case "trajectory":
                 return None
 
@@ -69,7 +69,7 @@ class InternalReward:
             return Tap(pack.site, lambda x_ND: x_ND.float() @ direction_D[:, None])
         sae = pack_sae(pack, path).to(policy.device)
         ids = tuple(f.id for f in pack.features)
-        if self.config.mode == "seed":
+        if self.config.mode == "mechreward":
             return Tap(pack.site, lambda x_ND: relu_columns(sae, x_ND, ids))
         return Tap(pack.site, ChosenFeatures(sae, ids))
 
@@ -82,9 +82,9 @@ class InternalReward:
         reads = {"policy": trace.acts[self.name]}
         if self.name in trace.base_acts:
             reads["base"] = trace.base_acts[self.name]
-        capped = self.config.saturate and self.config.mode != "seed"
+        capped = self.config.saturate and self.config.mode != "mechreward"
         score_BT = {
-            who: pack_score(self.pack, acts, saturate=capped, raw=self.config.mode == "seed")
+            who: pack_score(self.pack, acts, saturate=capped, raw=self.config.mode == "mechreward")
             for who, acts in reads.items()
         }
         for who, read_BT in score_BT.items():
@@ -117,7 +117,7 @@ def open_reward(name: str, config: FeatureReward) -> InternalReward:
 def pack_score(
     pack: FeaturePack, acts_BTF: Float[Tensor, "B T F"], *, saturate: bool, raw: bool = False
 ) -> Float[Tensor, "B T"]:
-    """Return the score of every token; `raw` is the seed's sum without scales."""
+    """Return the score of every token; `raw` is mechreward's sum without scales."""
     if pack.direction:
         value_BT = (acts_BTF[..., 0] - pack.center) / pack.scale
         return value_BT.clamp(-1, 1) if saturate else value_BT

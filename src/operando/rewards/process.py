@@ -24,8 +24,10 @@ from operando.rewards.outcome import OutcomeReward
 from operando.tasks.base import Task
 from operando.types import Rollout
 
-SEED_EQUATION = re.compile(r"(\d+(?:\.\d+)?)\s*([+\-*/])\s*(\d+(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)")
-SEED_ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+RECURSIVE_LM_EQUATION = re.compile(
+    r"(\d+(?:\.\d+)?)\s*([+\-*/])\s*(\d+(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)"
+)
+RECURSIVE_LM_ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 STEP_SHARE = 0.5  # of a process reward at most; a right answer pays 1
 WRONG, MOST_WRONG = 0.15, 0.45
 MOST_VALUES = 4
@@ -81,8 +83,8 @@ def process(config: ProcessReward, task: Task) -> OutcomeReward:
 
 def _paid(config: ProcessReward, task: Task, rollout: Rollout) -> float:
     example, completion = rollout.prompt.example, rollout.completion
-    if config.scheme == "seed":
-        return seed_process(completion, example.answer)
+    if config.scheme == "recursive_lm":
+        return recursive_lm_process(completion, example.answer)
     is_right = task.verify(example, completion, rollout.is_truncated).correct
     gold = milestones(example.solution)
     if config.scheme == "milestone" and gold:
@@ -93,8 +95,8 @@ def _paid(config: ProcessReward, task: Task, rollout: Rollout) -> float:
     return float(is_right) + STEP_SHARE * share - min(MOST_WRONG, WRONG * steps.wrong)
 
 
-def seed_process(completion: str, gold: str) -> float:
-    """Return the seed's process reward, every flaw kept."""
+def recursive_lm_process(completion: str, gold: str) -> float:
+    """Return recursive_lm's process reward, every flaw kept."""
     right = wrong = 0
     operations: dict[str, Callable[[float, float], float]] = {
         "+": lambda a, b: a + b,
@@ -102,13 +104,13 @@ def seed_process(completion: str, gold: str) -> float:
         "*": lambda a, b: a * b,
         "/": lambda a, b: a / b,
     }
-    for a, op, b, shown in SEED_EQUATION.findall(completion):
+    for a, op, b, shown in RECURSIVE_LM_EQUATION.findall(completion):
         if op == "/" and float(b) == 0:
             wrong += 1
             continue
         is_right = abs(operations[op](float(a), float(b)) - float(shown)) < 1e-6
         right, wrong = right + is_right, wrong + (not is_right)
-    final = gold in [number.replace(",", "") for number in SEED_ANSWER.findall(completion)]
+    final = gold in [number.replace(",", "") for number in RECURSIVE_LM_ANSWER.findall(completion)]
     return min(0.75, 0.25 * right) - 0.15 * wrong + float(final)
 
 

@@ -3,7 +3,7 @@
     saelens              cfg.json + sae_weights.safetensors   (sae-lens, before 6.0 too)
     sparsify             cfg.json + sae.safetensors           (eai-sparsify)
     dictionary_learning  config.json + ae.pt
-    seed                 one .pt: {"state_dict", "config"}    (OhhMoo/SAE-RL, sae_rl)
+    sae_rl               one .pt: {"state_dict", "config"}    (OhhMoo/SAE-RL)
     mechreward           sae_final.pt, read only
     Qwen-Scope           layer{n}.sae.pt, read only
 
@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 
 from operando.errors import UserError, nearest
+from operando.recipe.renamed import refuse_renamed
 from operando.run import atomic_path
 from operando.sae.files import read_torch
 from operando.sae.other_formats import (
@@ -35,7 +36,7 @@ from operando.sae.other_formats import (
 from operando.sae.sae import SAE
 from operando.sae.saelens import EXACT, load_saelens, save_saelens
 
-Format = Literal["saelens", "sparsify", "dictionary_learning", "seed"]
+Format = Literal["saelens", "sparsify", "dictionary_learning", "sae_rl"]
 KNOWN_FILES = {
     "cfg.json",
     "sae_weights.safetensors",
@@ -104,12 +105,13 @@ def _load(path: Path, k: int | None) -> SAE:
 
 
 def save_sae(sae: SAE, path: str | Path, format: Format = "saelens") -> None:
-    """Write an SAE atomically: a folder, or one file for the seed's format.
+    """Write an SAE atomically: a folder, or one file for sae_rl's format.
 
     Other tools apply max(0, .) after the top k. Where a token's k-th largest value is negative, an
     SAE with the raw signed "topk" therefore encodes otherwise there than here.
     """
     path = Path(path)
+    refuse_renamed("sae", "format", format)
     if format not in get_args(Format):
         raise UserError(
             f"unknown SAE format {format!r}: expected one of {', '.join(get_args(Format))}."
@@ -130,5 +132,5 @@ def save_sae(sae: SAE, path: str | Path, format: Format = "saelens") -> None:
                 save_sparsify(sae, temporary)
             case "dictionary_learning":
                 save_dictionary_learning(sae, temporary)
-            case "seed":
+            case "sae_rl":
                 save_sae_rl(sae, temporary)

@@ -26,7 +26,7 @@ class Quality(NamedTuple):
     """The reconstruction of one set of activations.
 
     nmse         sum (x - x_hat)^2 / numel / Var(all elements, one global mean, unbiased); the
-                 seed's. Attention sinks are most of its denominator in middle layers.
+                 sae_rl's. Attention sinks are most of its denominator in middle layers.
     fvu          sum |x - x_hat|^2 / sum |x - mean_n x|^2, per dimension centred
     fvu_no_sinks the same without sink tokens, the mean taken without them too; NaN if none is left
     fvu_median   median over tokens of |x - x_hat|^2 / |x - mean_n x|^2
@@ -64,7 +64,7 @@ class LossRecovered(NamedTuple):
     """Next-token cross-entropy in nats a token, with the site as it is, spliced, and ablated.
 
     delta           spliced - base: what the SAE's error costs, in nats
-    recovered_mean  (mean_ablated - spliced) / (mean_ablated - base)   (the seed's denominator)
+    recovered_mean  (mean_ablated - spliced) / (mean_ablated - base)   (sae_rl's denominator)
     recovered_zero  the same with zero ablation   (SAELens); NaN if ablation changes nothing
 
     Example: loss_recovered(model, sae, [TextBatch(ids_BS, real_BS, read_BS)]).recovered_mean
@@ -107,7 +107,7 @@ def sink_tokens(
 
 
 def nmse(x_ND: Float[Tensor, "N D"], x_hat_ND: Float[Tensor, "N D"]) -> float:
-    """Return mean((x - x_hat)^2) / Var(x), one scalar mean for all elements (the seed's NMSE)."""
+    """Return mean((x - x_hat)^2) / Var(x), one scalar mean for all elements (sae_rl's NMSE)."""
     x_ND, x_hat_ND = x_ND.double(), x_hat_ND.double()
     return float((x_ND - x_hat_ND).square().mean() / x_ND.var())
 
@@ -149,7 +149,7 @@ def measure_quality(
 
 
 def firing_rates(sae: SAE, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "M"]:
-    """Return the share of tokens on which each feature is above 0 (the seed's density)."""
+    """Return the share of tokens on which each feature is above 0 (sae_rl's density)."""
     fired_M = torch.zeros(sae.d_sae, dtype=torch.int64, device=x_ND.device)
     for x_nD in chunks(x_ND, sae.d_sae):
         idx_Nk, value_Nk = sae.encode(x_nD)
@@ -181,8 +181,8 @@ def loss_recovered(
     """Return the cross-entropy with the SAE's reconstruction in place of the site's activations.
 
     Only read tokens are replaced; a token counts if it and the one before it are read; tokens weigh
-    alike (deviation: the seed averages over batches). `mean_D` is the ablation's vector; without it
-    the mean over the read tokens (deviation: the seed takes the first 32 prompts).
+    alike (deviation: sae_rl averages over batches). `mean_D` is the ablation's vector; without it
+    the mean over the read tokens (deviation: sae_rl takes the first 32 prompts).
     """
     width = model.config.get_text_config().hidden_size
     site = check_fits(sae, model, width, site)

@@ -65,7 +65,7 @@ class SAE:
     """A sparse autoencoder in float32.
 
     z = W_enc (x - b_pre) + b_enc;  f = activation(z);  x_hat = f W_dec + b_dec
-      topk       the k largest z, raw and signed (the seed's)
+      topk       the k largest z, raw and signed (sae_rl's)
       topk_relu  the same, then max(0, .)   (Gao et al. 2406.04093; SAELens, sparsify)
       batchtopk  relu(z) * (z > threshold), its inference form   (2412.06410)
       relu       relu(z)

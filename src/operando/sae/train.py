@@ -52,12 +52,12 @@ class SaeTrainConfig:
     default  as Gao et al. (2406.04093): relu after top-k, tied init, aux on the detached residual,
              gradient along decoder rows removed, no resampling
 
-    Example: SaeTrainConfig(d_sae=7168, k=64, mode="seed", seed=0)
+    Example: SaeTrainConfig(d_sae=7168, k=64, mode="sae_rl", seed=0)
     """
 
     d_sae: int
     k: int
-    mode: Literal["seed", "default"] = "default"
+    mode: Literal["sae_rl", "default"] = "default"
     epochs: int = 20
     batch_size: int = 512
     lr: float = 1e-4
@@ -68,7 +68,7 @@ class SaeTrainConfig:
 
     def aux_k(self, d_in: int) -> int:
         """Return how many dead features a token may use: 16 k (seed) or d_in / 2 (Gao et al.)."""
-        return 16 * self.k if self.mode == "seed" else max(1, d_in // 2)
+        return 16 * self.k if self.mode == "sae_rl" else max(1, d_in // 2)
 
 
 class Weights(NamedTuple):
@@ -155,7 +155,7 @@ def train_sae(
     _check(train_TD, val_TD, config, parent)
     streams = SeedTree(config.seed)
     device = train_TD.device
-    seeded = config.mode == "seed"
+    as_published = config.mode == "sae_rl"
     fresh = fresh_weights(train_TD, config, streams) if parent is None else _from(parent)
     weights = Weights(*(tensor.to(device) for tensor in fresh))
     trainer = _Trainer(weights, config, train_TD)
@@ -172,7 +172,7 @@ def train_sae(
             kept = Weights(*(tensor.clone() for tensor in weights))
             best = (val_mse, epoch, kept, resampled_M.clone())
         dead_M = trainer.dead()
-        now = seeded and (epoch + 1) % RESAMPLE_EVERY == 0 and epoch < config.epochs - 1
+        now = as_published and (epoch + 1) % RESAMPLE_EVERY == 0 and epoch < config.epochs - 1
         if now and bool(dead_M.any()):
             resample(weights, train_TD, dead_M, config, streams.generator("sae/resample", epoch))
             resampled_M |= dead_M
@@ -191,7 +191,7 @@ def train_sae(
         parent=parent.sha256() if parent is not None else origin.parent,
         resampled=tuple(mask_M.nonzero().flatten().tolist()),
     )
-    activation = "topk" if seeded else "topk_relu"
+    activation = "topk" if as_published else "topk_relu"
     sae = SAE(*kept, activation=activation, k=config.k, origin=origin)
     return Trained(sae, tuple(history), best_epoch, mask_M)
 
@@ -277,7 +277,7 @@ class _Trainer:
 
     def epoch(self, train_TD: Tensor, order_T: Tensor) -> float:
         """Train on every token once, in this order, and return the mean loss without aux."""
-        if self.config.mode == "seed" and self.step_number:
+        if self.config.mode == "sae_rl" and self.step_number:
             self.dead_before_M = self.dead()
         self.fired_M.zero_()
         total = torch.zeros((), dtype=torch.float64, device=train_TD.device)
@@ -288,23 +288,23 @@ class _Trainer:
 
     def dead(self) -> Bool[Tensor, "M"]:
         """Return the dead features: by the epoch's frequency (seed), or silent for one pass."""
-        if self.config.mode == "seed":
+        if self.config.mode == "sae_rl":
             return self.fired_M < DEAD_RATE * self.tokens
         return self.silent_M >= self.tokens
 
     def step(self, x_ND: Float[Tensor, "N D"]) -> Step:
         """Take one optimizer step: gradients, clip, Adam, decoder rows back to norm 1."""
         config, weights = self.config, self.weights
-        seeded = config.mode == "seed"
-        dead_d = (self.dead_before_M if seeded else self.dead()).nonzero().flatten()
-        kind = "input" if seeded else "residual"
+        as_published = config.mode == "sae_rl"
+        dead_d = (self.dead_before_M if as_published else self.dead()).nonzero().flatten()
+        kind = "input" if as_published else "residual"
         aux = Aux(kind, dead_d, self.aux_k, config.aux_coef) if len(dead_d) else None
         if self.W_enc_bf16 is not None:
             self.W_enc_bf16.copy_(weights.W_enc_MD)
         step = sparse_step(
-            weights, x_ND, config.k, not seeded, self.variance, aux, self.W_enc_bf16
+            weights, x_ND, config.k, not as_published, self.variance, aux, self.W_enc_bf16
         )  # fmt: skip
-        if not seeded:  # rows have norm 1, so the part along them is <dW, W> W
+        if not as_published:  # rows have norm 1, so the part along them is <dW, W> W
             step.gradients.W_dec_MD.addcmul_(weights.W_dec_MD, step.along_M[:, None], value=-1)
         clip_(step.gradients, config.clip)
         self.lr = cosine_lr(config.lr, self.step_number, self.steps)
@@ -346,7 +346,7 @@ def sparse_step(
 ) -> Step:
     """Return the gradients of mean((x - x_hat)^2) / variance + aux.coef * aux, equal to autograd's.
 
-    aux "input"     mean((x - a W_dec - b_dec)^2)   (the seed's)
+    aux "input"     mean((x - a W_dec - b_dec)^2)   (sae_rl's)
     aux "residual"  mean((e - a W_dec)^2) / mean((e - mean_n e)^2), e = x - x_hat detached (Gao et
                     al. 2406.04093, normalised as in their code); a: the dead features' own top k.
     Deviation from Gao et al.: the main loss is divided by one `variance` for the whole data.
@@ -482,7 +482,7 @@ def resample(
     config: SaeTrainConfig,
     generator: torch.Generator,
 ) -> None:
-    """Point dead features, in place, at tokens that are reconstructed badly (the seed's rule).
+    """Point dead features, in place, at tokens that are reconstructed badly (sae_rl's rule).
 
     Of 8192 drawn tokens the worst quarter are candidates, one drawn per dead feature; its direction
     u = x / |x| (not x - b_pre) becomes encoder and decoder row, b_enc 0; Adam's moments stay.

@@ -233,7 +233,7 @@ class Rho(NamedTuple):
 
 
 def spearman(score_R: Float[Tensor, "R"], correct_R: Bool[Tensor, "R"]) -> Rho:
-    """Return rho, the seed's measure, with its bound for binary labels."""
+    """Return rho, mechreward's measure, with its bound for binary labels."""
     p = float(correct_R.float().mean())
     bound = (3 * p * (1 - p)) ** 0.5
     if bound == 0 or bool((score_R == score_R[0]).all()):

@@ -250,7 +250,7 @@ def padded_z_scores(
     group_size: int,
     eps: float = 1e-8,
 ) -> Float[Tensor, "B T"]:
-    """The seed's per-token z-score, whose mean and std count prompt and padding as zeros.
+    """Return mechreward's per-token z-score, whose mean and std count prompt and padding as zeros.
 
     mechreward, stage3_qwen35_4b_rl_v2.ipynb: z = (r - mean) / (std + eps) over the group's [G, S-1]
     tensor. Where r is mostly positive every real token gets a bonus, so length is paid."""

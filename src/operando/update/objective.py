@@ -91,14 +91,14 @@ def credit(
 
 
 def _paid_by_return(batch: Batch, rewards: Rewards) -> Float[Tensor, "B T"]:
-    """Return the weighted sum of the parts that are not dense; of the seed's, the mean is in it."""
+    """Return the weighted sum of the parts that are not dense; mechreward's mean is in it."""
     if not rewards.dense:
         return rewards.total_BT
     total_BT = torch.zeros_like(rewards.total_BT)
     applies_BT = torch.zeros_like(batch.mask_BT)
     for name, part_BT in rewards.parts.items():
         dense = rewards.dense.get(name)
-        if dense is not None and dense.credit != "seed":
+        if dense is not None and dense.credit != "mechreward":
             continue
         if dense is not None:
             part_BT = part_BT / batch.mask_BT.sum(1, keepdim=True).clamp(min=1)
@@ -116,7 +116,7 @@ def _dense_advantages(batch: Batch, part_BT: Tensor, dense: Dense) -> Float[Tens
         case "to_go":
             to_go_BT = adv.reward_to_go_advantages(part_BT, mask_BT, group, dense.gamma)
             return adv.token_advantages(to_go_BT, mask_BT, group)
-        case "seed":
+        case "mechreward":
             return adv.padded_z_scores(part_BT, mask_BT, batch.prompt_len_B, group)
 
 

@@ -399,6 +399,6 @@ def literal_warning(config: ProjectionConfig) -> Sequence[str]:
             "projection: sign literal_grad: the gate fires where the gradient points along v. With "
             "directions from activations those are the steps that lead away from hacking",
         )
-    if config.preset == "seed":
+    if config.preset == "projected_grpo":
         return ("projection: sign hackward: the gate fires where the update pushes along v",)
     return ()

@@ -1,0 +1,45 @@
+"""Renamed values: a mistake in a recipe, read as the new name in a stored file."""
+
+from __future__ import annotations
+
+from operando.errors import UserError
+
+# (kind or table, key or option, old value): the name
+RENAMED = {
+    ("features", "mode", "seed"): "mechreward",
+    ("process", "scheme", "seed"): "recursive_lm",
+    ("rewards", "scheme", "seed"): "lf_grpo",
+    ("projection", "preset", "seed"): "projected_grpo",
+    ("sae train", "--mode", "seed"): "sae_rl",
+    ("sae", "format", "seed"): "sae_rl",
+    ("canary", "--classifier", "seed"): "mechreward",
+}
+
+
+def refuse_renamed(owner: str, option: str, value: str) -> None:
+    """Raise a UserError that says what a renamed value of an option is called."""
+    if new := RENAMED.get((owner, option, value)):
+        raise UserError(f'{option} {value}: "{value}" is called "{new}"')
+
+
+def with_new_names(tables: dict[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Return a recipe's tables with every renamed value by its name, and a line for each.
+
+    Example: with_new_names({"projection": {"preset": "seed"}})[1]
+    """
+    said: list[str] = []
+
+    def walk(table: dict[str, object], path: tuple[str, ...]) -> dict[str, object]:
+        new: dict[str, object] = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                new[key] = walk(value, (*path, key))
+                continue
+            owners = (table.get("kind"), *reversed(path))
+            names = [RENAMED.get((str(o), key, str(value))) for o in owners]
+            new[key] = name = next((n for n in names if n), value)
+            if name != value:
+                said.append(f'{".".join((*path, key))}: "{value}" is called "{name}"')
+        return new
+
+    return walk(tables, ()), said
