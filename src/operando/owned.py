@@ -74,7 +74,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 def part_of(target: Path) -> Path:
     """Return where this process writes a file or folder before it gets its name."""
-    return target.with_name(f".{target.name}.{HOST}.{os.getpid()}.part")
+    return target.parent / f".{target.name}.{HOST}.{os.getpid()}.part"
 
 
 def sweep(folder: Path) -> None:

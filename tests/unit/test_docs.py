@@ -211,6 +211,7 @@ def test_commands_are_found_in_the_pages():
     found = {command[0] for page in PAGES for command in commands(page)}
     assert found == {
         "demo",
+        "depth",
         "train",
         "eval",
         "report",

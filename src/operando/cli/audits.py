@@ -129,6 +129,40 @@ def canary(
 
 
 @app.command()
+def depth(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
+    num: Annotated[int, typer.Option(min=2, help="Held-out problems.")] = 200,
+    search: Annotated[
+        int, typer.Option(min=1, help="Training problems on which constant edits are searched.")
+    ] = 100,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Sample, both models by the same numbers.")
+    ] = None,
+) -> None:
+    """How many of the trained model's tokens the base needs, beside placebos and constant edits."""
+    own_run(run)
+    from operando.display import make_console
+    from operando.evals.depth import depth_lines, depth_table, measure_depth
+    from operando.launch import quieten_libraries
+
+    quieten_libraries()
+    console = make_console()
+    result = measure_depth(
+        run,
+        step=step,
+        num=num,
+        search=search,
+        temperature=temperature,
+        on_arm=lambda line: console.print(line, highlight=False, markup=False),
+    )
+    console.print(depth_table(result))
+    for line in depth_lines(result):
+        console.print(line, highlight=False, markup=False)
+    print(result.file)
+
+
+@app.command()
 def certify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,

@@ -129,9 +129,9 @@ def _read_results(folder: Path) -> Mapping[str, object] | None:
     return read_object(file)
 
 
-def step_files(folder: Path, pattern: str) -> dict[int, Path]:
-    """Return the files `<pattern>_00020.parquet` by step, in order."""
-    named = [(step_of(file), file) for file in folder.glob(f"{pattern}_*.parquet")]
+def step_files(folder: Path, pattern: str, ending: str = ".parquet") -> dict[int, Path]:
+    """Return the files `<pattern>_00020<ending>` by step, in order."""
+    named = [(step_of(file), file) for file in folder.glob(f"{pattern}_*{ending}")]
     files = {step: file for step, file in named if step is not None}
     return dict(sorted(files.items()))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from operando.doctor.findings import series
-from operando.report.collect import Change, HeldOut, RunTables, Score, collect_all
+from operando.files import read_object
+from operando.report.collect import Change, HeldOut, RunTables, Score, collect_all, step_files
 from operando.report.figures import Chart, Table, charts
 from operando.report.samples import MAX_TOKENS, SampleSet, choose_samples, pack
 from operando.run import atomic_path
@@ -29,6 +30,7 @@ class RunView:
 
     tables: RunTables
     headline: str
+    depth: str  # where the gain lies, if `operando depth` has looked
     sets: Sequence[SampleSet]
     gained: Sequence[Change]
     lost: Sequence[Change]
@@ -93,11 +95,20 @@ def _view(run: RunTables, budget: int) -> RunView:
     return RunView(
         tables=run,
         headline=headline(run.held_out),
+        depth=depth_said(run.folder),
         sets=choose_samples(run.folder, budget),
         gained=run.held_out.gained[:MAX_CHANGES],
         lost=run.held_out.lost[:MAX_CHANGES],
         facts=facts(run.manifest),
     )
+
+
+def depth_said(folder: Path) -> str:
+    """Return what the newest `operando depth` of the run said, or nothing."""
+    files = step_files(folder / "evals", "depth_step", ".json")
+    if not files:
+        return ""
+    return str(read_object(files[max(files)], said=str)["said"])
 
 
 def headline(held_out: HeldOut) -> str:

@@ -1,0 +1,43 @@
+"""`operando depth` on a run: what it writes, what the report repeats, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from operando.errors import UserError
+from operando.evals.depth import depth_lines, depth_sentence, depth_table, measure_depth
+from operando.evals.evaluate import evaluate_run
+from operando.report.html import write_report
+from tests.integration.runs import tiny, trained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    return trained(tiny(folder, "optim.lr=1e-2", "steps=12", "checkpoint.every=12"))
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_both_ends_of_the_table_are_the_two_models(run: Path, temperature: float | None) -> None:
+    report = measure_depth(run, num=16, search=8, temperature=temperature)
+    arms = {(row.arm, row.k): row.correct.value for row in report.rows}
+    assert arms["base, trained's tokens", None] == arms["trained", None]
+    if temperature is None:
+        asked = evaluate_run(run, num=16)
+        assert arms["base", None] == asked.base.correct / 16
+        assert arms["trained", None] == asked.trained.correct / 16
+    written = json.loads(report.file.read_text())
+    assert written["said"] == depth_sentence(report) and len(written["rows"]) == len(report.rows)
+    assert depth_table(report).row_count >= len(report.rows)
+    assert depth_lines(report)[0] == written["said"]
+    assert written["said"] in write_report([run]).read_text().replace("&#39;", "'")
+
+
+def test_more_problems_than_there_are_is_an_error(run: Path) -> None:
+    with pytest.raises(UserError, match="--num 17: the split has 16 problems"):
+        measure_depth(run, num=17)
+    with pytest.raises(UserError, match="--search 65: the split has 64 problems"):
+        measure_depth(run, num=4, search=65)
