@@ -82,7 +82,7 @@ def test_a_measured_run_is_the_plain_run_bit_by_bit(tmp_path: Path, file: str) -
     "settings",
     [
         ("projection.preset=hard",),
-        ("projection.preset=seed",),
+        ("projection.preset=projected_grpo",),
         ("projection.gate=one_sided", "projection.stage=momentum"),
     ],
 )
