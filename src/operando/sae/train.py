@@ -38,9 +38,9 @@ from operando.sae.sae import (
 )
 
 MARGIN = 16  # candidates beyond k that the bfloat16 pass hands to the exact float32 pass
-RESAMPLE_EVERY = 10  # epochs; seed mode
+RESAMPLE_EVERY = 10  # epochs; mode sae_rl
 RESAMPLE_DRAWS = 8192
-DEAD_RATE = 1e-4  # seed mode: dead is a firing frequency below this over the previous epoch
+DEAD_RATE = 1e-4  # mode sae_rl: dead is a firing frequency below this over the previous epoch
 
 
 @dataclass(frozen=True)
