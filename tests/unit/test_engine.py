@@ -229,3 +229,19 @@ def test_unserved_models_fall_back_or_are_refused() -> None:
     got = HfSampler(model, byte_tokenizer(), EOS).sample(PROMPTS, 1, Sampling(8), None)
     for prompt, one in zip(PROMPTS, got, strict=True):
         assert list(one.ids) == hf_greedy(model, prompt, 8)[: len(one.ids)]
+
+
+def test_a_row_that_left_for_its_tail_alone_has_no_token_that_was_not_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tail may read otherwise than the whole text does: such a row is cut, and did not end."""
+    monkeypatch.setattr(
+        Engine, "_no_stop_text", lambda _, rows, *__: torch.zeros_like(rows.alive_B)
+    )
+    engine = Engine(tiny_model("llama"), byte_tokenizer(), (1,))
+    uniforms = uniform_streams(SeedTree(0), 0, range(4), 2, 30)
+    found = engine.sample(PROMPTS, 2, Sampling(30, stop=("no such text",)), uniforms)
+    whole = engine.sample(PROMPTS, 2, Sampling(30), uniforms)
+    for one, other in zip(found, whole, strict=True):
+        assert one.ids == other.ids[:8] and one.logp == other.logp[:8]
+        assert one.is_truncated == (1 not in one.ids)

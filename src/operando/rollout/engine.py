@@ -65,6 +65,7 @@ class Written:
     uniforms_NT: Float[Tensor, "N T"] | None
     at_1: Int[Tensor, " 1"]  # the place of the next token
     stop_S: Int[Tensor, " S"]  # the ids that end a completion
+    drawn_N: Int[Tensor, " N"]  # tokens drawn until the row left, or the loop ended
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Engine:
         self.use_graphs: bool = model.device.type == "cuda"
         self.captured: list[Step] = []
         self.pool = None  # of the graphs' memory; made, with their stream, when first needed
-        self.side = None
+        self.stream = None
 
     @torch.no_grad()
     def sample(
@@ -176,7 +177,7 @@ class Engine:
         )
         num, device = len(rows.source_B), hidden_PD.device
         written = Written(
-            ids_NT=torch.full((num, max_new), self.stop_ids[0], device=device),
+            ids_NT=torch.zeros(num, max_new, dtype=torch.long, device=device),
             logp_NT=torch.zeros(num, max_new, device=device),
             below_NTD=None
             if prefix is None
@@ -184,6 +185,7 @@ class Engine:
             uniforms_NT=None if uniforms_BT is None else uniforms_BT.to(device),
             at_1=torch.zeros(1, dtype=torch.long, device=device),
             stop_S=torch.tensor(self.stop_ids, device=device),
+            drawn_N=torch.full((num,), max_new, device=device),
         )
         longest = int(rows.position_B.max())
         rope = self._rope_table(longest + max_new, hidden_PD)
@@ -201,9 +203,11 @@ class Engine:
             if t % look_every == 0:
                 num_alive = int(rows.alive_B.sum())
                 if num_alive == 0:
+                    written.drawn_N[rows.source_B] = t
                     break
                 if num_alive < compact_below * len(rows.source_B):
-                    replay, fresh = None, True  # a captured step holds memory: first let it go
+                    replay, fresh = None, True
+                    written.drawn_N[rows.source_B[~rows.alive_B]] = t
                     rows.keep(rows.alive_B.nonzero()[:, 0])
             length, room = longest + t, rows.keys[0].shape[2]
             if length > room:
@@ -225,9 +229,14 @@ class Engine:
             fresh = False
         if captured:  # not before: with its last graph the memory that they share is gone
             self.captured = captured
-        ids, logps = written.ids_NT.tolist(), written.logp_NT.tolist()
         done = [
-            finish(self.tokenizer, ids[i], logps[i], self.stop_ids, sampling) for i in range(num)
+            finish(self.tokenizer, ids[:drawn], logps[:drawn], self.stop_ids, sampling)
+            for ids, logps, drawn in zip(
+                written.ids_NT.tolist(),
+                written.logp_NT.tolist(),
+                written.drawn_N.tolist(),
+                strict=True,
+            )
         ]
         if prefix is not None and written.below_NTD is not None:
             for p, prompt in enumerate(prompts):
@@ -242,20 +251,20 @@ class Engine:
         Capturing runs nothing. All graphs take their memory from one pool, and no garbage is
         collected for each, as torch.cuda.graph would.
         """
-        if self.pool is None or self.side is None:
-            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if self.pool is None or self.stream is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.disable()  # what it might free on CUDA would end the capture
-        self.side.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(self.side):
+            with torch.cuda.stream(self.stream):
                 graph.capture_begin(pool=self.pool)
                 step()
                 graph.capture_end()
         finally:
             if collects:
                 gc.enable()
-        torch.cuda.current_stream().wait_stream(self.side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay
 
     def _draw(

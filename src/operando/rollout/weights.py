@@ -34,7 +34,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Side:
+class SharedInput:
     """Linear modules that read the same input: their A factors stand side by side, one product."""
 
     linears: tuple[Linear, ...]
@@ -48,10 +48,10 @@ class Side:
         return [linear(x, low) for linear, low in zip(self.linears, lows, strict=True)]
 
 
-def side_by_side(*linears: Linear) -> Side:
+def shared_input(*linears: Linear) -> SharedInput:
     """Return the modules as one."""
     factors = [linear.lora_a for linear in linears if linear.lora_a is not None]
-    return Side(linears, torch.cat(factors, 1) if len(factors) == len(linears) else None)
+    return SharedInput(linears, torch.cat(factors, 1) if len(factors) == len(linears) else None)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Block:
     """The weights of one decoder block, as references wherever that is possible."""
 
     norm1: Tensor
-    qkv: Side
+    qkv: SharedInput
     o: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     norm2: Tensor
-    gate_up: Side
+    gate_up: SharedInput
     down: Linear
 
 
@@ -105,12 +105,12 @@ def _block(layer: nn.Module, norm: Callable[[nn.Module], Tensor]) -> Block:
 
     return Block(
         norm1=norm(layer.get_submodule("input_layernorm")),
-        qkv=side_by_side(*(linear(f"self_attn.{name}_proj") for name in "qkv")),
+        qkv=shared_input(*(linear(f"self_attn.{name}_proj") for name in "qkv")),
         o=linear("self_attn.o_proj"),
         q_norm=norm(attention.get_submodule("q_norm")) if qk_norm else None,
         k_norm=norm(attention.get_submodule("k_norm")) if qk_norm else None,
         norm2=norm(layer.get_submodule("post_attention_layernorm")),
-        gate_up=side_by_side(linear("mlp.gate_proj"), linear("mlp.up_proj")),
+        gate_up=shared_input(linear("mlp.gate_proj"), linear("mlp.up_proj")),
         down=linear("mlp.down_proj"),
     )
 
