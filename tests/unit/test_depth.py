@@ -145,3 +145,15 @@ def test_places_are_drawn_once_and_within_the_answer() -> None:
 
 def test_the_mean_by_position_is_over_answers_that_reach_it() -> None:
     assert by_position([[1.0, 2.0], [3.0]]) == (2.0, 2.0)
+
+
+def test_kl_flips_and_ranks_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4) of the other model beside q = (1/4, 1/4, 1/2) of this one."""
+    own_BV = torch.tensor([[1.0, 1.0, 2.0], [3.0, 1.0, 1.0]]).log()
+    other_BV = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).log()
+    kl: list[list[float]] = [[], []]
+    flip: list[list[bool]] = [[], []]
+    rank: list[int] = []
+    Pair._measure(own_BV, other_BV, torch.tensor([True, False]), kl, flip, rank)
+    assert kl[0] == [pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item())] and kl[1] == []
+    assert flip == [[True], []] and rank == [2]
