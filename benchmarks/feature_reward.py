@@ -27,7 +27,7 @@ from operando.recipe_io import check
 from operando.run_folder import read_metrics
 from operando.sae.feature_set import (
     Feature,
-    FeaturePack,
+    FeatureSet,
     Gate,
     encoder_of,
     model_digest,
@@ -49,7 +49,7 @@ def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
     save_sae(sae, folder / "sae")
     features = tuple(Feature(i, 1 if i % 2 else -1, 1.0, 0.0, 1.0) for i in range(20))
     site = f"blocks.{text.num_hidden_layers * 6 // 10}.hook_resid_post"
-    pack = FeaturePack(
+    pack = FeatureSet(
         "random",
         site,
         args.model,

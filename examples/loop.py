@@ -13,7 +13,7 @@ import torch
 
 from operando import Policy, Recipe, Sampling, load_model, load_task, make_sampler
 from operando.models.load import pad_id, stop_ids
-from operando.rollout.held_out import answer_greedily, judge
+from operando.rollout.greedy_eval import grade, greedy_eval
 from operando.rollout.sampler import as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.tasks.prompts import make_prompts
@@ -59,7 +59,7 @@ def grpo(recipe: Recipe) -> Policy:
         mask_BT = batch.mask_BT
 
         # reward: 1 for a right answer, on its last token
-        reward_B = torch.tensor([float(one.verdict.correct) for one in judge(task, rollouts)])
+        reward_B = torch.tensor([float(one.verdict.correct) for one in grade(task, rollouts)])
         reward_BT = torch.zeros(mask_BT.shape)
         reward_BT[torch.arange(P * G), mask_BT.sum(1) - 1] = reward_B
 
@@ -78,7 +78,7 @@ def grpo(recipe: Recipe) -> Policy:
         torch.nn.utils.clip_grad_norm_(weights, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        answers = answer_greedily(sampler, task, held_out, Sampling(T))
+        answers = greedy_eval(sampler, task, held_out, Sampling(T))
         accuracy = sum(one.verdict.correct for one in answers) / len(answers)
         print(f"step {step}  reward {reward_B.mean():.3f}  held-out {accuracy:.1%}")
     return policy

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from operando import parallel
 from operando.models.freeze import Certificate
 from operando.recipe import Recipe
-from operando.rollout.held_out import Judged
+from operando.rollout.greedy_eval import Graded
 from operando.run import Run, write_json, write_parquet
 from operando.run_folder import read_metrics
 from operando.text import encodable
 from operando.types import Batch, Rewards, Trace
-from operando.update.hygiene import duplicate_fraction, zero_variance_fraction
+from operando.update.checks import duplicate_fraction, zero_variance_fraction
 from operando.update.losses import Totals, effective_sample_size, kl_estimate
 from operando.update.objective import Objective
 from operando.update.optim import UpdateStats
@@ -52,8 +52,8 @@ def batch_metrics(
     batch: Batch,
     rewards: Rewards,
     trace: Trace,
-    judged: Sequence[Judged],
-    gone_B: Bool[Tensor, " B"],
+    graded: Sequence[Graded],
+    dropped_B: Bool[Tensor, " B"],
 ) -> dict[str, float]:
     """Return the metrics of one batch of rollouts."""
     mask_BT = batch.mask_BT
@@ -62,7 +62,7 @@ def batch_metrics(
     metrics = {
         "reward": float(total_B.mean()),
         "reward_std": float(total_B.std()) if len(total_B) > 1 else 0.0,
-        "train/correct": sum(j.verdict.correct for j in judged) / len(judged),
+        "train/correct": sum(j.verdict.correct for j in graded) / len(graded),
         "frac_reward_zero_std": zero_variance_fraction(batch, rewards),
         "entropy": float(masked_mean(trace.entropy_BT, mask_BT)),
         "completions/mean_length": float(mask_BT.sum(1).float().mean()),
@@ -71,7 +71,7 @@ def batch_metrics(
         "sampler/gap_mean": float(masked_mean(gap_BT, mask_BT)),
         "sampler/gap_max": float((gap_BT * mask_BT).max()),
         "sampler/ess": effective_sample_size(trace.logp_BT, batch.sampling_logp_BT, mask_BT),
-        "discarded": float(gone_B.float().mean()),
+        "discarded": float(dropped_B.float().mean()),
     }
     loops = [n for r in batch.rollouts for n in r.exit_loops[len(r.prompt.ids) :]]
     if loops:  # of a recursive model's completion tokens
@@ -115,14 +115,14 @@ def update_metrics(
     } | dict(taken.metrics)
 
 
-def eval_metrics(judged: Sequence[Judged], proxies: Rewards | None) -> dict[str, float]:
+def eval_metrics(graded: Sequence[Graded], proxies: Rewards | None) -> dict[str, float]:
     """Return held-out metrics: the truth, and beside it what each reward part would have paid."""
-    num = len(judged)
+    num = len(graded)
     metrics = {
-        "eval/correct": sum(j.verdict.correct for j in judged) / num,
+        "eval/correct": sum(j.verdict.correct for j in graded) / num,
         "eval/n": float(num),
-        "eval/mean_length": sum(len(j.rollout.completion_ids) for j in judged) / num,
-        "eval/clipped_ratio": sum(j.rollout.is_truncated for j in judged) / num,
+        "eval/mean_length": sum(len(j.rollout.completion_ids) for j in graded) / num,
+        "eval/clipped_ratio": sum(j.rollout.is_truncated for j in graded) / num,
     }
     if proxies is not None:
         for name, part_BT in proxies.parts.items():
@@ -140,8 +140,8 @@ def write_rollouts(
     rewards: Rewards,
     trace: Trace,
     adv_BT: Float[Tensor, "B T"],
-    judged: Sequence[Judged],
-    gone_B: Bool[Tensor, " B"],
+    graded: Sequence[Graded],
+    dropped_B: Bool[Tensor, " B"],
 ) -> None:
     """Write every rollout of a step, discarded ones too, with its per-token channels."""
     rollouts, lengths = batch.rollouts, batch.mask_BT.sum(1).tolist()
@@ -168,10 +168,10 @@ def write_rollouts(
         "prompt": [r.prompt.text for r in rollouts],
         "completion": [r.completion for r in rollouts],
         "answer": [r.prompt.example.answer for r in rollouts],
-        "correct": [j.verdict.correct for j in judged],
-        "reason": [j.verdict.reason for j in judged],
+        "correct": [j.verdict.correct for j in graded],
+        "reason": [j.verdict.reason for j in graded],
         "is_truncated": [r.is_truncated for r in rollouts],
-        "discarded": gone_B.tolist(),
+        "discarded": dropped_B.tolist(),
         "reward": per_row(rewards.total_BT),
         **{f"rewards/{name}": per_row(part_BT) for name, part_BT in rewards.parts.items()},
         **rewards.columns,
@@ -189,17 +189,17 @@ def write_rollouts(
     write_parquet(run.folder / "rollouts" / f"step_{step:05d}.parquet", columns)
 
 
-def write_held_out(run: Run, step: int, judged: Sequence[Judged]) -> None:
+def write_held_out(run: Run, step: int, graded: Sequence[Graded]) -> None:
     """Write every held-out answer with its verdict."""
     columns: Mapping[str, Sequence[object]] = {
-        "example_id": [j.rollout.prompt.example.id for j in judged],
-        "question": [j.rollout.prompt.example.question for j in judged],
-        "completion": [j.rollout.completion for j in judged],
-        "answer": [j.rollout.prompt.example.answer for j in judged],
-        "correct": [j.verdict.correct for j in judged],
-        "reason": [j.verdict.reason for j in judged],
-        "is_truncated": [j.rollout.is_truncated for j in judged],
-        "length": [len(j.rollout.completion_ids) for j in judged],
+        "example_id": [j.rollout.prompt.example.id for j in graded],
+        "question": [j.rollout.prompt.example.question for j in graded],
+        "completion": [j.rollout.completion for j in graded],
+        "answer": [j.rollout.prompt.example.answer for j in graded],
+        "correct": [j.verdict.correct for j in graded],
+        "reason": [j.verdict.reason for j in graded],
+        "is_truncated": [j.rollout.is_truncated for j in graded],
+        "length": [len(j.rollout.completion_ids) for j in graded],
     }
     write_parquet(run.folder / "evals" / f"held_out_step_{step:05d}.parquet", columns)
 

@@ -49,7 +49,7 @@ from operando.tasks.base import Task
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
-from operando.update import hygiene
+from operando.update import checks
 from operando.update.checkpoint import checkpoint_folder, drop_states, load_checkpoint, saved_steps
 from operando.update.optim import GradientTransform, UpdateTransform, make_optimizer
 from operando.update.projector import Projector, literal_warning
@@ -176,7 +176,7 @@ def set_up(
             sampler=sampler.name,
             float32_products=precision_of(recipe.model, policy.device),
         )
-        for warning in [*small, *hygiene.check_machine()]:
+        for warning in [*small, *checks.check_machine()]:
             run.warn(warning)
         if unstarted := missing_start(recipe.prompt, loaded.tokenizer, start_of(run.folder)):
             run.warn(unstarted)

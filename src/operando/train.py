@@ -31,22 +31,22 @@ from operando.records import (
     write_rollouts,
 )
 from operando.rewards.base import RewardFunction, TrainerState
-from operando.rewards.compose import pay
-from operando.rollout.held_out import answer_greedily, judge
+from operando.rewards.compose import compute_rewards
+from operando.rollout.greedy_eval import grade, greedy_eval
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
 from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up, shifted
 from operando.stopping import Stopped, stops_after_step
 from operando.types import Batch, Rewards, Trace, make_batch
-from operando.update import hygiene
+from operando.update import checks
 from operando.update.card import draft_card
 from operando.update.checkpoint import save_checkpoint
 from operando.update.losses import Totals, sampler_weights, token_weights
 from operando.update.objective import (
-    Credit,
+    Advantages,
     Objective,
     Targets,
-    credit,
+    compute_advantages,
     discarded_rows,
     micro_objective,
     next_kl_coef,
@@ -104,7 +104,7 @@ def train(
 
 
 def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
-    """Sample, score, pay, credit, update: one step of the loop. Returns its metrics and batch."""
+    """Sample, score, reward, update: one step of the loop. Returns its metrics and batch."""
     recipe, clock = setup.recipe, Clock()
     batch, mine, prefix = sample_batch(setup, step)
     clock.lap("sample")
@@ -119,23 +119,25 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
     )
     trace = scoring.trace.mapped(parallel.sum_tensor)
     clock.lap("score")
-    rewards = pay_batch(setup, step, batch, mine, trace)  # seam 1
-    gone_B = discarded_rows(recipe, batch, rewards)
-    credited = credit(recipe, batch, rewards, trace, setup.kl_coef)  # seam 2
+    rewards = reward_batch(setup, step, batch, mine, trace)  # seam 1
+    dropped_B = discarded_rows(recipe, batch, rewards)
+    advantages = compute_advantages(recipe, batch, rewards, trace, setup.kl_coef)  # seam 2
     setup.kl_coef = next_kl_coef(recipe, batch, trace, setup.kl_coef)
-    check_finite(setup, step, batch, rewards, credited)
-    judged = judge(setup.task, batch.rollouts)
+    check_finite(setup, step, batch, rewards, advantages)
+    graded = grade(setup.task, batch.rollouts)
     clock.lap("reward")
     if parallel.rank() == 0:
-        first = hygiene.check_rollouts(batch, trace, rewards) if step == 1 else []
-        for warning in [*first, *hygiene.check_range(rewards)]:
+        first = checks.check_rollouts(batch, trace, rewards) if step == 1 else []
+        for warning in [*first, *checks.check_range(rewards)]:
             setup.run.warn(warning)
     try:
-        updates = update(setup, step, batch, mine, scoring._replace(trace=trace), credited, gone_B)
+        updates = update(
+            setup, step, batch, mine, scoring._replace(trace=trace), advantages, dropped_B
+        )
     except FloatingPointError as error:
-        raise not_finite(setup.run, step, batch, rewards, credited.adv_BT, str(error)) from error
+        raise not_finite(setup.run, step, batch, rewards, advantages.adv_BT, str(error)) from error
     clock.lap("update")
-    metrics = batch_metrics(batch, rewards, trace, judged, gone_B)
+    metrics = batch_metrics(batch, rewards, trace, graded, dropped_B)
     if recipe.kl is not None and recipe.kl.target is not None:
         metrics["kl_coef"] = setup.kl_coef  # of the next step
     metrics |= updates | clock.metrics(int(batch.mask_BT.sum()))
@@ -147,9 +149,9 @@ def train_step(setup: Setup, step: int) -> tuple[dict[str, float], Batch]:
             batch,
             rewards,
             trace,
-            credited.adv_BT,
-            judged,
-            gone_B,
+            advantages.adv_BT,
+            graded,
+            dropped_B,
         )
     return metrics, batch
 
@@ -159,15 +161,19 @@ def evaluate(setup: Setup, step: int) -> dict[str, float]:
     recipe = setup.recipe
     length = recipe.eval.max_completion_length or recipe.rollout.max_completion_length
     sampling = Sampling(length, stop=recipe.rollout.stop)
-    judged = answer_greedily(setup.sampler, setup.task, setup.held_out_prompts, sampling)
-    rollouts = [j.rollout for j in judged]
+    graded = greedy_eval(setup.sampler, setup.task, setup.held_out_prompts, sampling)
+    rollouts = [j.rollout for j in graded]
     blind = [part for part in setup.parts if not part.needs_trace()]
     width_T = max(len(r.completion_ids) for r in rollouts)
     state = TrainerState(step, recipe.steps)
-    proxies = pay(blind, recipe.weights_at(step), rollouts, None, state, width_T) if blind else None
+    proxies = (
+        compute_rewards(blind, recipe.weights_at(step), rollouts, None, state, width_T)
+        if blind
+        else None
+    )
     if parallel.rank() == 0:
-        write_held_out(setup.run, step, judged)
-    return eval_metrics(judged, proxies)
+        write_held_out(setup.run, step, graded)
+    return eval_metrics(graded, proxies)
 
 
 def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int], Prefix | None]:
@@ -202,21 +208,23 @@ def prompt_order(seeds: SeedTree, step: int, num_prompts: int, size: int) -> lis
     return [orders[at // size][at % size] for at in range(first, last + 1)]
 
 
-def pay_batch(setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace: Trace) -> Rewards:
-    """Return the rewards of the whole batch; each rank pays its own rows."""
+def reward_batch(
+    setup: Setup, step: int, batch: Batch, mine: Sequence[int], trace: Trace
+) -> Rewards:
+    """Return the rewards of the whole batch; each rank computes those of its own rows."""
     recipe, width_T = setup.recipe, batch.mask_BT.shape[1]
     rollouts = [batch.rollouts[row] for row in mine]
     own = trace.mapped(lambda x: x[list(mine)])
     state = TrainerState(step, recipe.steps)
-    paid = pay(setup.parts, recipe.weights_at(step), rollouts, own, state, width_T)
-    paid = shifted(setup, paid, rollouts, own, step)
+    rewards = compute_rewards(setup.parts, recipe.weights_at(step), rollouts, own, state, width_T)
+    rewards = shifted(setup, rewards, rollouts, own, step)
     return Rewards(
-        parts={name: parallel.gather_rows(part) for name, part in paid.parts.items()},
-        weights=paid.weights,
-        total_BT=parallel.gather_rows(paid.total_BT),
-        dense=paid.dense,
-        metrics=parallel.mean_over_ranks(paid.metrics),
-        columns={name: parallel.gather_list(column) for name, column in paid.columns.items()},
+        parts={name: parallel.gather_rows(part) for name, part in rewards.parts.items()},
+        weights=rewards.weights,
+        total_BT=parallel.gather_rows(rewards.total_BT),
+        dense=rewards.dense,
+        metrics=parallel.mean_over_ranks(rewards.metrics),
+        columns={name: parallel.gather_list(column) for name, column in rewards.columns.items()},
     )
 
 
@@ -226,13 +234,13 @@ def update(
     batch: Batch,
     mine: Sequence[int],
     scoring: Scoring,
-    credited: Credit,
-    gone_B: Tensor,
+    advantages: Advantages,
+    dropped_B: Tensor,
 ) -> dict[str, float]:
     """Take the optimizer steps of one batch. Returns their metrics, averaged over steps."""
     recipe, policy, trace = setup.recipe, setup.policy, scoring.trace
     kept = scoring.graph  # of the whole batch; good for one backward, before the first step
-    mask_BT = batch.mask_BT & ~gone_B[:, None]
+    mask_BT = batch.mask_BT & ~dropped_B[:, None]
     here = set(mine)
     stats: list[dict[str, float]] = []
     for epoch in range(recipe.update.epochs):
@@ -245,7 +253,7 @@ def update(
             micro = policy.micro_batches(batch, own, recipe.update.micro_tokens)
             for packs, counts in parallel.same_length(micro, filler=[[mine[0]]]):
                 targets = make_targets(
-                    recipe, policy, batch, trace, credited, mask_BT, flat_rows(packs), totals
+                    recipe, policy, batch, trace, advantages, mask_BT, flat_rows(packs), totals
                 )
                 if not counts:
                     targets = targets._replace(weight_BT=torch.zeros_like(targets.weight_BT))
@@ -268,7 +276,7 @@ def update(
                 setup.update_transforms,
             )
             if step == 1 and not stats:
-                check_first_update(setup, batch, objectives, taken, credited)
+                check_first_update(setup, batch, objectives, taken, advantages)
             stats.append(update_metrics(objectives, taken, totals))
     mean = {key: sum(s[key] for s in stats) / len(stats) for key in (stats[0] if stats else {})}
     return mean | {"updates": float(len(stats))}
@@ -289,7 +297,7 @@ def make_targets(
     policy: Policy,
     batch: Batch,
     trace: Trace,
-    credited: Credit,
+    advantages: Advantages,
     mask_BT: Tensor,
     rows: Sequence[int],
     totals: Totals,
@@ -313,11 +321,11 @@ def make_targets(
     return Targets(
         mask_BT=mask_BT[index].to(policy.device),
         weight_BT=weight_BT.to(policy.device),
-        adv_BT=credited.adv_BT[index].to(policy.device),
+        adv_BT=advantages.adv_BT[index].to(policy.device),
         old_logp_BT=trace.logp_BT[index].to(policy.device),
         ref_logp_BT=on_device(trace.ref_logp_BT),
         old_value_BT=on_device(trace.value_BT),
-        return_BT=on_device(credited.return_BT),
+        return_BT=on_device(advantages.return_BT),
         old_credit_BT=on_device(trace.credit_BT),
     )
 
@@ -336,11 +344,13 @@ def write_checkpoint(setup: Setup, step: int) -> None:
     save_checkpoint(run, step, policy, setup.optimizer, weights, documents)
 
 
-def check_finite(setup: Setup, step: int, batch: Batch, rewards: Rewards, credited: Credit) -> None:
+def check_finite(
+    setup: Setup, step: int, batch: Batch, rewards: Rewards, advantages: Advantages
+) -> None:
     """Stop the run at the first advantage that is not finite."""
-    if not credited.adv_BT.isfinite().all():
+    if not advantages.adv_BT.isfinite().all():
         why = "an advantage is not finite"
-        raise not_finite(setup.run, step, batch, rewards, credited.adv_BT, why)
+        raise not_finite(setup.run, step, batch, rewards, advantages.adv_BT, why)
 
 
 def check_first_update(
@@ -348,13 +358,13 @@ def check_first_update(
     batch: Batch,
     objectives: Sequence[Objective],
     taken: UpdateStats,
-    credited: Credit,
+    advantages: Advantages,
 ) -> None:
     """Record what the first update shows: ratio, padding, tensors without gradient."""
     findings = [
-        *hygiene.check_ratio(max(o.ratio_gap for o in objectives)),
-        *hygiene.check_padding(setup.policy, batch),
-        *hygiene.check_gradients(taken.without_gradient, bool(credited.adv_BT.any())),
+        *checks.check_ratio(max(o.ratio_gap for o in objectives)),
+        *checks.check_padding(setup.policy, batch),
+        *checks.check_gradients(taken.without_gradient, bool(advantages.adv_BT.any())),
     ]
     if parallel.rank() == 0:  # the forwards above are collective under FSDP
         for finding in findings:

@@ -14,7 +14,7 @@ from operando.models.tokens import completion_text
 from operando.recipe import CodeTaskConfig
 from operando.records import write_held_out
 from operando.rollout import sampler
-from operando.rollout.held_out import judge
+from operando.rollout.greedy_eval import grade
 from operando.run import Run
 from operando.tasks.code import load_code
 from operando.text import encodable
@@ -67,10 +67,10 @@ def test_answers_that_raise_hostile_text_are_held_out_like_others(tmp_path: Path
         Rollout(Prompt(entry, "", ()), i, 0, f"```python\n{code}\n```", (1,), (0.0,), False)
         for i, code in enumerate(codes)
     ]
-    judged = judge(task, rollouts)
-    assert ["ValueError" in j.verdict.reason for j in judged] == [True, True]
+    graded = grade(task, rollouts)
+    assert ["ValueError" in j.verdict.reason for j in graded] == [True, True]
     run = Run.create(tiny(tmp_path))
-    write_held_out(run, 0, judged)
+    write_held_out(run, 0, graded)
     run.close()
 
 

@@ -14,7 +14,7 @@ from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
 from operando.discovery.judging import gate_of, measure
 from operando.recipe import DiscoverConfig
-from operando.sae.feature_set import FeaturePack, Gate, load_pack, pack_sae
+from operando.sae.feature_set import FeatureSet, Gate, load_pack, pack_sae
 from operando.sae.sae import SAE
 from operando.stats.contrast import shuffle_within
 from operando.types import Example, Prompt, Rollout
@@ -53,7 +53,7 @@ def planted_answers(seed: int, effect: float, prompts: int = 40, each: int = 8) 
 
 def search_of(find: Answers, judge: Answers) -> Search:
     config = DiscoverConfig(site="blocks.0.hook_resid_post", top=3, permutations=200)
-    blank = FeaturePack("real", config.site, "tiny", "ab", "cd", 0.0, Gate(False))
+    blank = FeatureSet("real", config.site, "tiny", "ab", "cd", 0.0, Gate(False))
     sae = identity_sae()
     return Search(
         config,

@@ -17,7 +17,7 @@ from operando.cli import app
 from operando.errors import UserError
 from operando.evals.answers import Answer, is_opened, split_at_answer
 from operando.evals.fuzz import FuzzResult, Row, breach_at, fuzz_target
-from operando.evals.mutations import EDITS
+from operando.evals.mutations import MUTATIONS
 from operando.evals.mutations_answer import another, far_from, swap_final
 from operando.evals.mutations_words import INNOCENT, NEUTRAL
 from operando.recipe import STEP_WORDS, WordsTaskConfig
@@ -82,7 +82,7 @@ def test_nothing_is_found_on_the_defaults(tmp_path: Path, recipe: str) -> None:
         tried[row.reward] += row.tried
     assert set(tried) == {"correct", "steps", "form", "fence", "weighted total"}
     assert min(tried.values()) > 500
-    assert {row.edit for row in result.rows} == {edit.name for edit in EDITS}
+    assert {row.edit for row in result.rows} == {edit.name for edit in MUTATIONS}
 
 
 def test_nothing_is_found_on_the_verifier_of_words() -> None:
@@ -272,7 +272,7 @@ def test_every_edit_takes_any_text_and_keeps_the_final_answer(
     text = " ".join(words)
     _, tail = split_at_answer(text)
     example, other = load_words(WordsTaskConfig(kind="words", num_train=2, num_held_out=1)).train
-    for edit in EDITS:
+    for edit in MUTATIONS:
         for chain in edit.apply(Answer(prefill, text, example, other)):
             assert len(chain.texts) == len(chain.times) >= 2
             if ANSWER.search(tail) and edit.must != "pay less":

@@ -18,7 +18,7 @@ from operando.rewards.internal import InternalReward, open_reward, pack_score, s
 from operando.run import SeedTree
 from operando.sae.feature_set import (
     Feature,
-    FeaturePack,
+    FeatureSet,
     Gate,
     encoder_of,
     load_pack,
@@ -28,11 +28,11 @@ from operando.sae.feature_set import (
 )
 from operando.sae.formats import save_sae
 from operando.sae.sae import SAE
-from operando.sae.selected_features import ChosenFeatures, relu_columns
+from operando.sae.selected_features import SelectedFeatures, relu_columns
 from operando.types import Batch, Dense, Rewards, make_batch
 from operando.update import advantages as adv
-from operando.update.hygiene import check_range
-from operando.update.objective import credit
+from operando.update.checks import check_range
+from operando.update.objective import compute_advantages
 from tests.unit.tiny import byte_tokenizer, random_batch, tiny_model
 
 SITE = "blocks.1.hook_resid_post"
@@ -67,7 +67,7 @@ def make_pack(folder: Path, **changes: object) -> Path:
         Feature(8, 1, 1.0, 0.4, 0.02),
         Feature(20, -1, 4.0, -0.5, 0.01),
     )
-    pack = FeaturePack(
+    pack = FeatureSet(
         arm="real",
         site=SITE,
         model_id="tiny",
@@ -126,7 +126,7 @@ def test_chosen_features_are_those_of_the_dense_encoding(activation: str) -> Non
     x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     ids = (20, 3, 39)
     dense_NF = sae.encode_dense(x_ND)[:, list(ids)]
-    assert torch.allclose(ChosenFeatures(sae, ids)(x_ND), dense_NF, atol=1e-5)
+    assert torch.allclose(SelectedFeatures(sae, ids)(x_ND), dense_NF, atol=1e-5)
     if activation == "topk_relu":  # mechreward validated with top-k and trained with this
         assert not torch.allclose(relu_columns(sae, x_ND, ids), dense_NF, atol=1e-2)
 
@@ -140,7 +140,7 @@ def test_a_bfloat16_pass_decides_as_float32_does(activation: str) -> None:
     sae = SAE(rows[0], zeros[0], rows[1], zeros[1], zeros[2], activation, k=64)  # pyright: ignore[reportArgumentType]
     x_ND = torch.randn(400, D, generator=generator)
     ids = tuple(range(0, M, 50))  # a hundred: some lie next to the 64th largest
-    read = ChosenFeatures(sae, ids)
+    read = SelectedFeatures(sae, ids)
     assert read.W_low_MD is not None
     exact_NF = sae.encode_dense(x_ND)[:, list(ids)]
     assert torch.allclose(read(x_ND), exact_NF, atol=1e-5)
@@ -164,7 +164,7 @@ def test_large_biases_do_not_move_a_feature_into_the_top_k(size: float) -> None:
     x_ND = torch.randn(600, D, generator=generator)
     ids = tuple(range(0, 400, 2))
     exact_NF = sae.encode_dense(x_ND)[:, list(ids)]
-    wrong = int(((ChosenFeatures(sae, ids)(x_ND) > 0) != (exact_NF > 0)).sum())
+    wrong = int(((SelectedFeatures(sae, ids)(x_ND) > 0) != (exact_NF > 0)).sum())
     assert wrong == 0, f"{wrong} of {exact_NF.numel()} memberships"
 
 
@@ -261,18 +261,20 @@ def test_lambda_acts_once_and_outside_the_outcome(tmp_path: Path) -> None:
     part_BT = (
         torch.randn(batch.mask_BT.shape, generator=torch.Generator().manual_seed(2)) * batch.mask_BT
     )
-    outcome_BT = credit(
+    outcome_BT = compute_advantages(
         recipe(), batch, make_rewards(batch, part_BT, Dense("own"), 0.0), trace
     ).adv_BT
     z_BT = adv.token_advantages(part_BT, batch.mask_BT, batch.group_size)
     for weight in (0.1, 0.4):
-        both_BT = credit(
+        both_BT = compute_advantages(
             recipe(), batch, make_rewards(batch, part_BT, Dense("own"), weight), trace
         ).adv_BT
         assert torch.allclose(both_BT, outcome_BT + weight * z_BT, atol=1e-6)
         # any scale of the features gives the same advantages
         scaled = make_rewards(batch, 50 * part_BT, Dense("own"), weight)
-        assert torch.allclose(credit(recipe(), batch, scaled, trace).adv_BT, both_BT, atol=1e-3)
+        assert torch.allclose(
+            compute_advantages(recipe(), batch, scaled, trace).adv_BT, both_BT, atol=1e-3
+        )
 
 
 def test_the_published_lambda_acts_twice() -> None:
@@ -281,7 +283,7 @@ def test_the_published_lambda_acts_twice() -> None:
     part_BT = (
         torch.rand(batch.mask_BT.shape, generator=torch.Generator().manual_seed(2)) * batch.mask_BT
     )
-    adv_BT = credit(
+    adv_BT = compute_advantages(
         recipe(), batch, make_rewards(batch, part_BT, Dense("mechreward"), 0.5), trace
     ).adv_BT
     G = batch.group_size

@@ -1,4 +1,4 @@
-"""Credit by loop: the ratio is of a mean over the loops, everything else of the last."""
+"""Advantages by loop: the ratio is of a mean over the loops, everything else of the last."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from operando.models.packing import pack_rows, plan_micro_batches, plan_packs
 from operando.models.policy import Policy, flat_rows, whole_site
 from operando.recipe import LoraConfig, ModelConfig
 from operando.run import SeedTree
-from operando.update.hygiene import check_padding
+from operando.update.checks import check_padding
 from tests.unit.tiny import byte_tokenizer, random_batch, tiny_model
 
 LORA = LoraConfig(rank=4, alpha=8)

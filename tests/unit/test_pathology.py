@@ -20,16 +20,16 @@ from operando.models.recursive import RecursiveCausalLM, modeling
 from operando.recipe import PromptConfig
 from operando.recursive import pathology_metrics as measures
 from operando.recursive import pathology_tests as loop_verdicts
-from operando.recursive.pathology import Pathology, Subject, audit_pathology, judge_model
+from operando.recursive.pathology import Pathology, Subject, audit_pathology, run_tests
 from operando.recursive.pathology_read import (
     Texts,
     at_depth,
     cache_gap,
     gradients,
     pack_texts,
+    random_init,
     read,
     shuffled,
-    twin,
 )
 from operando.recursive.pathology_tests import depth_meets, verdict
 from operando.stats.bootstrap import cluster_bootstrap
@@ -124,7 +124,7 @@ def test_a_depth_passes_fails_or_stays_open() -> None:
 
 def test_what_a_random_model_meets_says_nothing() -> None:
     assert verdict(True, [False, False]) == "PASS"
-    assert verdict(True, [False, True]) == "SAYS NOTHING"
+    assert verdict(True, [False, True]) == "UNINFORMATIVE"
     assert verdict(False, [True]) == "FAIL"
     assert verdict(None, [False]) == "WARN"
 
@@ -207,7 +207,7 @@ def test_a_leak_through_the_sequence_breaks_the_cached_decode() -> None:
 def test_twins_are_of_the_config_and_leave_the_random_state_alone() -> None:
     model = random_recursive(num_loops=R)
     state = torch.get_rng_state()
-    one, again, other = twin(model, 3), twin(model, 3), twin(model, 4)
+    one, again, other = random_init(model, 3), random_init(model, 3), random_init(model, 4)
     assert torch.equal(torch.get_rng_state(), state)
     assert one.config.num_loops == R
     assert torch.equal(one.lm_head.weight, again.lm_head.weight)
@@ -230,7 +230,7 @@ def subject_of(model: RecursiveCausalLM) -> Subject:
 
 
 def audited(model: RecursiveCausalLM, folder: Path, *depths: int) -> Pathology:
-    return judge_model(subject_of(model), depths or (2, 6), (0, 1), folder)
+    return run_tests(subject_of(model), depths or (2, 6), (0, 1), folder)
 
 
 def by_name(result: Pathology) -> dict[str, str]:
@@ -267,7 +267,7 @@ def echo() -> RecursiveCausalLM:
 def test_a_random_model_passes_nothing(tmp_path: Path) -> None:
     for seed in (7, 8):
         result = audited(random_recursive(seed, num_loops=R), tmp_path / str(seed))
-        assert set(by_name(result).values()) == {"SAYS NOTHING"}, by_name(result)
+        assert set(by_name(result).values()) == {"UNINFORMATIVE"}, by_name(result)
         assert not result.failed
         assert result.without_control.endswith("2 of 2 random models pass all three")
 
@@ -281,11 +281,13 @@ def test_a_trained_model_passes_what_a_random_one_cannot(
         "2 loops for 4": "PASS",
         "6 loops for 4": "PASS",
         "update shock": "WARN",  # loops that do something move
-        "gradient starvation": "SAYS NOTHING",
-        "cached decode": "SAYS NOTHING",
+        "gradient starvation": "UNINFORMATIVE",
+        "cached decode": "UNINFORMATIVE",
     }, [(t.name, t.verdict, t.why, t.numbers[:2]) for t in result.tests]
     written = json.loads((tmp_path / "audits" / "pathology.json").read_text())
-    assert written["n"] == 24 and written["twin_seeds"] == [0, 1] and written["depths"] == [2, 6]
+    assert (
+        written["n"] == 24 and written["baseline_seeds"] == [0, 1] and written["depths"] == [2, 6]
+    )
     assert [t["name"] for t in written["tests"]] == [t.name for t in result.tests]
     assert sum(written["right"]["4"]) >= 20
 
@@ -293,7 +295,7 @@ def test_a_trained_model_passes_what_a_random_one_cannot(
 def test_a_depth_that_breaks_the_answers_fails_though_the_states_look_alike(
     echo: RecursiveCausalLM, tmp_path: Path
 ) -> None:
-    model = twin(echo, 0)
+    model = random_init(echo, 0)
     model.load_state_dict(echo.state_dict())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # loops 5 and 6 get embeddings that training never saw
@@ -308,7 +310,7 @@ def test_a_depth_that_breaks_the_answers_fails_though_the_states_look_alike(
 
 
 def test_loops_that_do_nothing_are_found(echo: RecursiveCausalLM, tmp_path: Path) -> None:
-    model = twin(echo, 0)
+    model = random_init(echo, 0)
     model.load_state_dict(echo.state_dict())
     with torch.no_grad():  # the core writes nothing, so every depth is as good as the next
         for block in model.model.core:
@@ -328,7 +330,7 @@ def test_loops_that_do_nothing_are_found(echo: RecursiveCausalLM, tmp_path: Path
         optimizer.step()
     found = by_name(audited(model, tmp_path))
     assert found["loops used"] == "FAIL"
-    assert found["2 loops for 4"] == found["6 loops for 4"] == "SAYS NOTHING"
+    assert found["2 loops for 4"] == found["6 loops for 4"] == "UNINFORMATIVE"
 
 
 def test_depth_is_put_back(echo: RecursiveCausalLM) -> None:
@@ -389,11 +391,11 @@ def test_the_command_prints_the_file_and_says_failure_by_its_exit_code(
         return int(ended.value.code or 0)
 
     shutil.copytree(folder, tmp_path / "m")
-    asked = (str(tmp_path / "m"), "task.max_number=5", "--task", "words", "--twins", "1")
+    asked = (str(tmp_path / "m"), "task.max_number=5", "--task", "words", "--baselines", "1")
     assert run(*asked, "--num", "2", "--depths", "2") == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == str(tmp_path / "m" / "audits" / "pathology.json")
-    assert "SAYS NOTHING: loops used" in shown.err and "without a control" in shown.err
+    assert "UNINFORMATIVE: loops used" in shown.err and "without a control" in shown.err
     assert run(*asked, "--depths", "2,x") == 2
     assert "--depths 2,x" in capsys.readouterr().err
     failed = loop_verdicts.Test("x", "FAIL", "", [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from operando.records import batch_metrics, eval_metrics
-from operando.rollout.held_out import Judged
+from operando.rollout.greedy_eval import Graded
 from operando.run import write_json
 from operando.stats.intervals import Interval
 from operando.types import Rewards, Trace, Verdict
@@ -21,10 +21,10 @@ def test_a_part_that_never_applied_has_no_mean() -> None:
     paid_BT = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     parts = {"paid": paid_BT, "never": torch.full(shape, torch.nan)}
     rewards = Rewards(parts, {"paid": 1.0, "never": 1.0}, paid_BT)
-    judged = [Judged(rollout, Verdict(False, "")) for rollout in batch.rollouts]
-    gone_B = torch.zeros(len(batch), dtype=torch.bool)
+    judged = [Graded(rollout, Verdict(False, "")) for rollout in batch.rollouts]
+    dropped_B = torch.zeros(len(batch), dtype=torch.bool)
     trace = Trace(torch.zeros(shape), torch.zeros(shape), None, None, {}, {})
-    in_training = batch_metrics(batch, rewards, trace, judged, gone_B)
+    in_training = batch_metrics(batch, rewards, trace, judged, dropped_B)
     held_out = eval_metrics(judged, rewards)
     assert not [key for key in (*in_training, *held_out) if "never" in key]
     assert in_training["rewards/paid/mean"] > 0 and held_out["eval/rewards/paid"] > 0

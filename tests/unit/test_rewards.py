@@ -29,7 +29,7 @@ from operando.rewards.base import (
     call_reward,
     load_function,
 )
-from operando.rewards.compose import RewardPart, make_parts, pay
+from operando.rewards.compose import RewardPart, compute_rewards, make_parts
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt, Rewards, Rollout, Trace
 
@@ -63,7 +63,7 @@ def paid(
 ) -> Rewards:
     """Rewards of user functions over ROLLOUTS; what they return is not to be believed."""
     parts = [RewardPart(name, function=cast(RewardFunction, f)) for name, f in functions.items()]
-    return pay(parts, weights, ROLLOUTS, trace, STATE, WIDTH)
+    return compute_rewards(parts, weights, ROLLOUTS, trace, STATE, WIDTH)
 
 
 def refused(function: Callable[..., object]) -> str:
@@ -378,7 +378,9 @@ def test_stages_change_what_the_same_rollouts_are_paid() -> None:
     )
     parts = make_parts(recipe, TASK, {})
     sums = [
-        pay(parts, recipe.weights_at(step), ROLLOUTS, None, STATE, WIDTH).total_BT.sum(1).tolist()
+        compute_rewards(parts, recipe.weights_at(step), ROLLOUTS, None, STATE, WIDTH)
+        .total_BT.sum(1)
+        .tolist()
         for step in (1, 2, 3, 4)
     ]
     # both have the format, only the first is right
@@ -398,7 +400,7 @@ def test_the_outcome_rewards_worked_by_hand() -> None:
         rollout(" #### 15", 2),  # 15 does not hold the number 5
         rollout(" 1 #### 5 #### 5", 2),  # two marks
     ]
-    found = pay(parts, {name: 1.0 for name in rewards}, rollouts, None, STATE, 2).parts
+    found = compute_rewards(parts, {name: 1.0 for name in rewards}, rollouts, None, STATE, 2).parts
     assert found["correct"][:, 1].tolist() == [1, 0, 0, 0]
     assert found["lenient"][:, 1].tolist() == [1, 1, 0, 1]
     assert found["shape"][:, 1].tolist() == [1, 1, 0, 1]

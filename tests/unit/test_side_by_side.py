@@ -15,7 +15,7 @@ from operando.evals import compare as sbs
 from operando.evals.benchmarks import OutsideConfig
 from operando.models.load import STARTER, load_model
 from operando.recipe import ModelConfig
-from operando.rollout.held_out import Judged
+from operando.rollout.greedy_eval import Graded
 from operando.tasks import clrs
 from operando.types import Prompt, Rollout
 
@@ -30,7 +30,7 @@ def planted(asked: sbs.Question, texts: list[str]) -> sbs.Answers:
     judged = []
     for example, text in zip(asked.examples, texts, strict=True):
         rollout = Rollout(Prompt(example, "", (0,), (), ""), 0, 0, text, (1,), (0.0,), False)
-        judged.append(Judged(rollout, asked.task.verify(example, text, False)))
+        judged.append(Graded(rollout, asked.task.verify(example, text, False)))
     return sbs.Answers(judged, 99)
 
 

@@ -272,13 +272,13 @@ def pathology(
     task: Annotated[str | None, typer.Option(help="Of a model folder; default: the run's.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     num: Annotated[int, typer.Option(min=2, help="Held-out problems.")] = 100,
-    twins: Annotated[int, typer.Option(min=1, help="Random models of the same config.")] = 5,
+    baselines: Annotated[int, typer.Option(min=1, help="Random models of the same config.")] = 5,
     depths: Annotated[
         str | None, typer.Option(help="Numbers of loops, such as 4,12; default: R/2, 1.5R, 2R.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of random models, shuffles, intervals.")] = 0,
 ) -> None:
-    """Audit the loops of a recursive model beside random twins; exit code 3 if a test fails."""
+    """Audit the loops of a recursive model beside random baselines; exit code 3 if a test fails."""
     own_if_run(run)
     from operando.display import make_console
     from operando.launch import quieten_libraries
@@ -295,7 +295,7 @@ def pathology(
         overrides=tuple(overrides or ()),
         step=step,
         num=num,
-        twins=twins,
+        baselines=baselines,
         depths=tuple(map(int, given)),
         seed=seed,
     )

@@ -15,7 +15,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded, pad_id, stop_ids
 from operando.models.policy import Policy, whole_site
 from operando.recipe import Recipe
-from operando.rollout.held_out import judge
+from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
@@ -115,7 +115,7 @@ def sample_answers(
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts])
     return Answers(
         rollouts,
-        correct_R=torch.tensor([j.verdict.correct for j in judge(task, rollouts)]),
+        correct_R=torch.tensor([j.verdict.correct for j in grade(task, rollouts)]),
         truncated_R=torch.tensor([r.is_truncated for r in rollouts]),
         length_R=lengths,
         prompt_R=torch.tensor([r.group for r in rollouts]),

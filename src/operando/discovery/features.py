@@ -29,7 +29,7 @@ from operando.run import SeedTree, write_json, write_parquet
 from operando.sae.feature_set import (
     Arm,
     Feature,
-    FeaturePack,
+    FeatureSet,
     Gate,
     encoder_of,
     model_digest,
@@ -39,7 +39,7 @@ from operando.sae.feature_set import (
 from operando.sae.formats import load_sae, save_sae
 from operando.sae.quality import sink_tokens
 from operando.sae.sae import SAE, Origin, check_fits
-from operando.sae.selected_features import ChosenFeatures
+from operando.sae.selected_features import SelectedFeatures
 from operando.sae.train import SaeTrainConfig, train_sae
 from operando.stats import contrast as ct
 
@@ -73,7 +73,7 @@ class Search:
     """What a discovery works on: the two halves, the SAE, the features of the finding half."""
 
     config: DiscoverConfig
-    blank: FeaturePack  # model, prompt, site and encoder, without features
+    blank: FeatureSet  # model, prompt, site and encoder, without features
     sae: SAE
     find: Answers
     judge: Answers
@@ -101,7 +101,7 @@ def discover(recipe: Recipe, progress: Callable[[int, int], None] | None = None)
     judge = answers.chosen(~finds_P[answers.prompt_R])
     _check_halves(find, judge)
     sae = sae or _train_sae(config, find, recipe, site)
-    blank = FeaturePack(
+    blank = FeatureSet(
         arm="real",
         site=site,
         model_id=recipe.model.id,
@@ -250,13 +250,13 @@ def select(found: ct.Contrast, top: int, max_q: float) -> dict[int, int]:
     return chosen
 
 
-def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> FeaturePack:
+def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> FeatureSet:
     """Return the pack of some features, scaled on the right answers of the finding half.
 
     scale: 99 % quantile of the feature over their tokens; its largest value where that is 0."""
     ids = tuple(signs)
     right = search.find.chosen(search.find.correct_R)
-    value_NF = ChosenFeatures(search.sae, ids)(right.acts_ND)
+    value_NF = SelectedFeatures(search.sae, ids)(right.acts_ND)
     high_F = _quantile(value_NF.abs(), HIGH)
     scale_F = torch.where(high_F > 0, high_F, value_NF.abs().amax(0))
     scale_F = torch.where(scale_F > 0, scale_F, 1.0)  # never seen in a right answer
@@ -273,7 +273,7 @@ def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> 
     return replace(pack, limit=float(limit))
 
 
-def _random_pack(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> FeaturePack:
+def _random_pack(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> FeatureSet:
     """Return as many features of each sign, drawn among those that fire often enough."""
     fires = torch.nonzero(found.support_M >= search.support)[:, 0].numpy()
     num = min(len(fires), num_of[1] + num_of[-1])
@@ -282,7 +282,7 @@ def _random_pack(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> 
     return replace(with_features(search, signs, found), arm="random")
 
 
-def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeaturePack:
+def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeatureSet:
     """Return what the same search picks when right and wrong are shuffled within groups."""
     labels_R = ct.shuffle_within(search.find.correct_R, search.group_R, search.generator)
     found = ct.contrast(
@@ -301,7 +301,7 @@ def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeaturePack:
     return replace(with_features(search, signs, found), arm="shuffled")
 
 
-def _direction_pack(search: Search) -> FeaturePack:
+def _direction_pack(search: Search) -> FeatureSet:
     """Return the raw difference of means as a pack, scaled as the features are."""
     right = search.find.chosen(search.find.correct_R)
     unit_D = mean_difference(search.find.mean_acts(), search.find.correct_R, search.group_R)
@@ -344,7 +344,7 @@ def _evidence(
     return found | {k: v for k, v in figures.items() if v == v}
 
 
-def _write(folder: Path, sae: SAE, given: str, packs: Sequence[FeaturePack]) -> None:
+def _write(folder: Path, sae: SAE, given: str, packs: Sequence[FeatureSet]) -> None:
     """Write the pack and its controls; an SAE that was trained here beside them."""
     names: dict[Arm, str] = {
         "real": "pack",

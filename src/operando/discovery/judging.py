@@ -13,9 +13,9 @@ from torch import Tensor
 from operando.discovery.answers import Answers
 from operando.recipe import DiscoverConfig
 from operando.rewards.internal import pack_score
-from operando.sae.feature_set import FeaturePack, Gate
+from operando.sae.feature_set import FeatureSet, Gate
 from operando.sae.sae import SAE
-from operando.sae.selected_features import ChosenFeatures
+from operando.sae.selected_features import SelectedFeatures
 from operando.stats import contrast as ct
 
 
@@ -93,12 +93,12 @@ def null(name: str, scores: list[Tensor], judged: Answers) -> Null:
     )
 
 
-def answer_scores(pack: FeaturePack, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
+def answer_scores(pack: FeatureSet, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
     """Return each answer's mean score, as it would be paid."""
     if sae is None:
         read_NF = answers.acts_ND.float() @ torch.tensor(pack.direction)[:, None]
     else:
-        read_NF = ChosenFeatures(sae, tuple(f.id for f in pack.features))(answers.acts_ND)
+        read_NF = SelectedFeatures(sae, tuple(f.id for f in pack.features))(answers.acts_ND)
     score_1N = pack_score(pack, read_NF[None], saturate=True)
     return answers.mean_of(score_1N[0][:, None])[:, 0]
 

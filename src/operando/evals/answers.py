@@ -11,7 +11,7 @@ from operando.recipe import STEP_WORDS
 from operando.rewards.formats import CLOSE, OPEN
 from operando.types import Example
 
-Must = Literal["pay less", "never raise", "not change", "cost ever more"]
+Rule = Literal["pay less", "never raise", "not change", "cost ever more"]
 
 
 class Answer(NamedTuple):
@@ -26,10 +26,10 @@ class Answer(NamedTuple):
     other: Example
 
 
-class Chain(NamedTuple):
+class Variants(NamedTuple):
     """Texts from before the edit on, and how often it is applied in each.
 
-    Example: Chain(("a <think>b</think> c", ...), times=(0, 1, 5))
+    Example: Variants(("a <think>b</think> c", ...), times=(0, 1, 5))
     """
 
     texts: tuple[str, ...]
@@ -37,13 +37,13 @@ class Chain(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Edit:
-    """One edit. Example: Edit("split blocks", "P1", "never raise", split)"""
+class Mutation:
+    """One edit. Example: Mutation("split blocks", "P1", "never raise", split)"""
 
     name: str
     prop: str
-    must: Must
-    apply: Callable[[Answer], list[Chain]]
+    must: Rule
+    apply: Callable[[Answer], list[Variants]]
     """An empty list where it does not apply."""
     on: Literal["any", "right", "wrong"] = "any"
     is_evasion: bool = False
@@ -124,9 +124,9 @@ def block_of(answer: Answer) -> Block | None:
     return Block(text[:start], opening, inner, after)
 
 
-def pairs(before: str, afters: Sequence[tuple[int, str]]) -> list[Chain]:
+def pairs(before: str, afters: Sequence[tuple[int, str]]) -> list[Variants]:
     """Return a chain of two for every changed text, with how often the edit is applied in it."""
-    return [Chain((before, after), (0, n)) for n, after in afters if after != before]
+    return [Variants((before, after), (0, n)) for n, after in afters if after != before]
 
 
 def around_reasoning(completion: str) -> tuple[str, str]:
@@ -135,7 +135,7 @@ def around_reasoning(completion: str) -> tuple[str, str]:
     return (completion[:at], completion[at:]) if at >= 0 else split_at_answer(completion)
 
 
-def insert(answer: Answer, added: Sequence[tuple[int, str]]) -> list[Chain]:
+def insert(answer: Answer, added: Sequence[tuple[int, str]]) -> list[Variants]:
     """Return the answer with each text put at the end of its reasoning."""
     head, tail = around_reasoning(answer.completion)
     return pairs(answer.completion, [(n, f"{head.rstrip()} {text}{tail}") for n, text in added])

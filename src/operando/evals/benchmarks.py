@@ -14,7 +14,7 @@ from rich.table import Table
 from operando.errors import UserError, nearest
 from operando.evals.ask import Asked, Contest, Format, foreign_prompt
 from operando.recipe import Math500TaskConfig, MmluTaskConfig, PromptConfig, Recipe
-from operando.rollout.held_out import Judged
+from operando.rollout.greedy_eval import Graded
 from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, hash_file, write_parquet
 from operando.stats.bootstrap import bootstrap_mean
@@ -169,7 +169,7 @@ def outside_config(
 def evaluate_outside(folder: Path, config: OutsideConfig, step: int | None = None) -> Outside:
     """Evaluate a saved step (None: the last) and its base model on tasks, and write every answer.
 
-    An empty `config.tasks` means the run's own task. A run's own task is judged as in training: its
+    An empty `config.tasks` means the run's own task. A run's own task is graded as in training: its
     data, its scorer, its stop texts. Any other task has the scorer of its module, and in raw format
     completions end where the model asks itself a next question (`cut_at_next_question`; the same
     texts stop the sampling, so that they do not count as truncated).
@@ -307,21 +307,21 @@ def _load_gsm8k(data: Mapping[str, str], with_train: bool) -> Task:
 # --- what came of it -----------------------------------------------------------------------------
 
 
-def _judged(plan: Plan, rollouts: Sequence[Rollout]) -> list[Judged]:
+def _judged(plan: Plan, rollouts: Sequence[Rollout]) -> list[Graded]:
     """Return each rollout with the verdict on its text, cut where the plan says so."""
-    judged = []
+    graded = []
     for r in rollouts:
         text = cut_at_next_question(r.completion) if plan.is_cut else r.completion
-        judged.append(Judged(r, plan.task.verify(r.prompt.example, text, r.is_truncated)))
-    return judged
+        graded.append(Graded(r, plan.task.verify(r.prompt.example, text, r.is_truncated)))
+    return graded
 
 
 def _result(
     plan: Plan,
     config: OutsideConfig,
     step: int,
-    before: Sequence[Judged],
-    after: Sequence[Judged],
+    before: Sequence[Graded],
+    after: Sequence[Graded],
     seed: int,
 ) -> TaskResult:
     old, new = [j.verdict.correct for j in before], [j.verdict.correct for j in after]
@@ -361,14 +361,14 @@ def problem_means(correct: Sequence[bool], samples: int) -> list[float]:
     return [sum(group) / samples for group in groups]
 
 
-def _arm(name: str, right: Interval, judged: Sequence[Judged]) -> Arm:
-    n = len(judged)
+def _arm(name: str, right: Interval, graded: Sequence[Graded]) -> Arm:
+    n = len(graded)
     return Arm(
         name,
         right,
-        truncated=sum(j.rollout.is_truncated for j in judged) / n,
-        looped=sum(find_loop(j.rollout.completion) is not None for j in judged) / n,
-        mean_length=sum(len(j.rollout.completion_ids) for j in judged) / n,
+        truncated=sum(j.rollout.is_truncated for j in graded) / n,
+        looped=sum(find_loop(j.rollout.completion) is not None for j in graded) / n,
+        mean_length=sum(len(j.rollout.completion_ids) for j in graded) / n,
     )
 
 
@@ -377,32 +377,32 @@ def _write(
     step: int,
     config: OutsideConfig,
     plans: Sequence[Plan],
-    base: Sequence[Sequence[Judged]],
-    trained: Sequence[Sequence[Judged]],
+    base: Sequence[Sequence[Graded]],
+    trained: Sequence[Sequence[Graded]],
 ) -> Path:
     names = [plan.asked.name for plan in plans]
     format = "chat" if plans[0].asked.prompts[0].messages else "raw"
     how = "greedy" if config.temperature is None else f"t{config.temperature:g}x{config.samples}"
     file = folder / "evals" / f"tasks_step_{step:05d}_{'-'.join(names)}_{format}_{how}.parquet"
-    before = [j for judged in base for j in judged]
-    after = [j for judged in trained for j in judged]
+    before = [j for graded in base for j in graded]
+    after = [j for graded in trained for j in graded]
     columns: dict[str, list[object]] = {
-        "task": [n for n, judged in zip(names, base, strict=True) for _ in judged],
+        "task": [n for n, graded in zip(names, base, strict=True) for _ in graded],
         "graded_by": [
-            plan.task.graded_by for plan, judged in zip(plans, base, strict=True) for _ in judged
+            plan.task.graded_by for plan, graded in zip(plans, base, strict=True) for _ in graded
         ],
         "example_id": [j.rollout.prompt.example.id for j in before],
         "sample": [j.rollout.sample for j in before],
         "prompt": [j.rollout.prompt.text for j in before],
         "answer": [j.rollout.prompt.example.answer for j in before],
     }
-    for arm, judged in (("base", before), ("trained", after)):
-        columns[f"{arm}_completion"] = [j.rollout.completion for j in judged]
-        columns[f"{arm}_correct"] = [j.verdict.correct for j in judged]
-        columns[f"{arm}_reason"] = [j.verdict.reason for j in judged]
-        columns[f"{arm}_truncated"] = [j.rollout.is_truncated for j in judged]
-        columns[f"{arm}_looped"] = [find_loop(j.rollout.completion) is not None for j in judged]
-        columns[f"{arm}_length"] = [len(j.rollout.completion_ids) for j in judged]
+    for arm, graded in (("base", before), ("trained", after)):
+        columns[f"{arm}_completion"] = [j.rollout.completion for j in graded]
+        columns[f"{arm}_correct"] = [j.verdict.correct for j in graded]
+        columns[f"{arm}_reason"] = [j.verdict.reason for j in graded]
+        columns[f"{arm}_truncated"] = [j.rollout.is_truncated for j in graded]
+        columns[f"{arm}_looped"] = [find_loop(j.rollout.completion) is not None for j in graded]
+        columns[f"{arm}_length"] = [len(j.rollout.completion_ids) for j in graded]
     write_parquet(file, columns)
     return file
 

@@ -33,7 +33,7 @@ from operando.recipe import (
     Recipe,
     WordsTaskConfig,
 )
-from operando.rollout.held_out import Judged
+from operando.rollout.greedy_eval import Graded
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree, write_parquet
@@ -69,9 +69,9 @@ class Model(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A model's judged answers to one task, and the most tokens that they could have."""
+    """A model's graded answers to one task, and the most tokens that they could have."""
 
-    judged: list[Judged]
+    graded: list[Graded]
     limit: int
 
 
@@ -310,46 +310,46 @@ def _answer(
     sampler = make_sampler("auto", policy.base, tokenizer, stops, 64)
     stop = NEXT_QUESTION_STOPS if question.is_cut else ()
     sampled = sampler.sample([p.ids for p in prompts], 1, Sampling(limit, stop=stop), None)
-    judged = []
+    graded = []
     for r in as_rollouts(prompts, list(range(len(prompts))), 1, sampled):
         text = _text(r.completion, question)
-        judged.append(Judged(r, question.task.verify(r.prompt.example, text, r.is_truncated)))
-    return Answers(judged, limit)
+        graded.append(Graded(r, question.task.verify(r.prompt.example, text, r.is_truncated)))
+    return Answers(graded, limit)
 
 
 # --- what came of it -----------------------------------------------------------------------------
 
 
 def _row(question: Question, model: str, answers: Answers, first: Answers | None) -> Row:
-    judged = answers.judged
+    graded = answers.graded
     sizes = sorted({int(e.columns["n"]) for e in question.examples if "n" in e.columns})
     by_size = {
-        n: _shares([j for j in judged if j.rollout.prompt.example.columns["n"] == n], question)
+        n: _shares([j for j in graded if j.rollout.prompt.example.columns["n"] == n], question)
         for n in sizes
     }
     against = None
     if first is not None:
         against = paired_difference(
-            [j.verdict.correct for j in first.judged], [j.verdict.correct for j in judged]
+            [j.verdict.correct for j in first.graded], [j.verdict.correct for j in graded]
         )
     return Row(
         question.task.name,
         model,
         answers.limit,
-        sum(j.rollout.is_truncated for j in judged) / len(judged),
-        _shares(judged, question),
+        sum(j.rollout.is_truncated for j in graded) / len(graded),
+        _shares(graded, question),
         by_size,
         against,
     )
 
 
-def _shares(judged: Sequence[Judged], question: Question) -> Shares:
-    n = len(judged)
-    right = wilson(sum(j.verdict.correct for j in judged), n)
-    pairs = [(j.rollout.prompt.example, j.rollout.completion) for j in judged]
+def _shares(graded: Sequence[Graded], question: Question) -> Shares:
+    n = len(graded)
+    right = wilson(sum(j.verdict.correct for j in graded), n)
+    pairs = [(j.rollout.prompt.example, j.rollout.completion) for j in graded]
     if "hints" not in pairs[0][0].columns:
         nan = float("nan")
-        return Shares(n, right, nan, nan, nan, nan, _labelled(judged, question))
+        return Shares(n, right, nan, nan, nan, nan, _labelled(graded, question))
     return Shares(
         n,
         right,
@@ -361,25 +361,25 @@ def _shares(judged: Sequence[Judged], question: Question) -> Shares:
     )
 
 
-def _labelled(judged: Sequence[Judged], question: Question) -> dict[str, tuple[float, float]]:
-    marks = [_labels(j, question) for j in judged]
+def _labelled(graded: Sequence[Graded], question: Question) -> dict[str, tuple[float, float]]:
+    marks = [_labels(j, question) for j in graded]
     found = {}
     for name in marks[0]:
-        those = [j.verdict.correct for j, one in zip(judged, marks, strict=True) if one[name]]
+        those = [j.verdict.correct for j, one in zip(graded, marks, strict=True) if one[name]]
         right = sum(those) / len(those) if those else float("nan")
-        found[name] = (len(those) / len(judged), right)
+        found[name] = (len(those) / len(graded), right)
     return found
 
 
-def _labels(judged: Judged, question: Question) -> Mapping[str, bool]:
+def _labels(graded: Graded, question: Question) -> Mapping[str, bool]:
     if question.task.labels is None:
         return {}
-    r = judged.rollout
+    r = graded.rollout
     return question.task.labels(r.prompt.example, _text(r.completion, question), r.is_truncated)
 
 
 def _text(completion: str, question: Question) -> str:
-    """Return what is judged of a completion."""
+    """Return what is graded of a completion."""
     return cut_at_next_question(completion) if question.is_cut else completion
 
 
@@ -403,7 +403,7 @@ def _write(
     }
     for model, tasks in answers.items():
         both = zip(questions, tasks, strict=True)
-        for question, one in [(question, j) for question, task in both for j in task.judged]:
+        for question, one in [(question, j) for question, task in both for j in task.graded]:
             example = one.rollout.prompt.example
             values = (
                 model,

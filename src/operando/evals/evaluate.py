@@ -8,7 +8,7 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
-from operando.rollout.held_out import Judged, answer_greedily
+from operando.rollout.greedy_eval import Graded, greedy_eval
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, write_parquet
@@ -75,9 +75,9 @@ def evaluate_run(
         stop_ids(policy.base, loaded.tokenizer),
         recipe.rollout.max_batch,
     )
-    before = answer_greedily(sampler, task, prompts, sampling)  # LoRA's B is zero: the base model
+    before = greedy_eval(sampler, task, prompts, sampling)  # LoRA's B is zero: the base model
     load_weights(folder, step, policy)
-    after = answer_greedily(sampler, task, prompts, sampling)
+    after = greedy_eval(sampler, task, prompts, sampling)
     file = _write(folder, step, before, after)
     paired = paired_difference(
         [j.verdict.correct for j in before], [j.verdict.correct for j in after]
@@ -85,28 +85,28 @@ def evaluate_run(
     return Evaluation(_arm("base", before), _arm(f"step {step}", after), paired, file)
 
 
-def _arm(name: str, judged: list[Judged]) -> Arm:
+def _arm(name: str, graded: list[Graded]) -> Arm:
     return Arm(
         name,
-        correct=sum(j.verdict.correct for j in judged),
-        n=len(judged),
-        truncated=sum(j.rollout.is_truncated for j in judged),
-        looped=sum(find_loop(j.rollout.completion) is not None for j in judged),
-        mean_length=sum(len(j.rollout.completion_ids) for j in judged) / len(judged),
+        correct=sum(j.verdict.correct for j in graded),
+        n=len(graded),
+        truncated=sum(j.rollout.is_truncated for j in graded),
+        looped=sum(find_loop(j.rollout.completion) is not None for j in graded),
+        mean_length=sum(len(j.rollout.completion_ids) for j in graded) / len(graded),
     )
 
 
-def _write(folder: Path, step: int, before: list[Judged], after: list[Judged]) -> Path:
+def _write(folder: Path, step: int, before: list[Graded], after: list[Graded]) -> Path:
     file = folder / "evals" / f"paired_step_{step:05d}.parquet"
     columns: dict[str, list[object]] = {
         "example_id": [j.rollout.prompt.example.id for j in after],
         "question": [j.rollout.prompt.example.question for j in after],
         "answer": [j.rollout.prompt.example.answer for j in after],
     }
-    for name, judged in (("base", before), ("trained", after)):
-        columns[f"{name}_completion"] = [j.rollout.completion for j in judged]
-        columns[f"{name}_correct"] = [j.verdict.correct for j in judged]
-        columns[f"{name}_reason"] = [j.verdict.reason for j in judged]
-        columns[f"{name}_truncated"] = [j.rollout.is_truncated for j in judged]
+    for name, graded in (("base", before), ("trained", after)):
+        columns[f"{name}_completion"] = [j.rollout.completion for j in graded]
+        columns[f"{name}_correct"] = [j.verdict.correct for j in graded]
+        columns[f"{name}_reason"] = [j.verdict.reason for j in graded]
+        columns[f"{name}_truncated"] = [j.rollout.is_truncated for j in graded]
     write_parquet(file, columns)
     return file

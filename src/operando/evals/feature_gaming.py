@@ -22,8 +22,8 @@ from operando.models.policy import Policy
 from operando.models.tokens import completion_text
 from operando.recipe import FeatureReward, Recipe
 from operando.rewards.base import TrainerState
-from operando.rewards.compose import RewardPart, make_parts, pay
-from operando.rollout.held_out import judge
+from operando.rewards.compose import RewardPart, compute_rewards, make_parts
+from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, write_json
@@ -33,7 +33,7 @@ from operando.stats.intervals import Interval, wilson
 from operando.tasks.load import load_task
 from operando.types import Batch, Rewards, Rollout, Trace, make_batch
 from operando.update.checkpoint import load_weights, pick_step
-from operando.update.objective import credit
+from operando.update.objective import compute_advantages
 from operando.update.reduce import masked_sum
 
 SPAN = 4  # tokens that are repeated
@@ -93,7 +93,7 @@ class _Bench:
         weights = self.recipe.weights_at(steps)
         state = TrainerState(steps, steps)
         width = batch.mask_BT.shape[1]
-        return pay(self.parts, weights, batch.rollouts, trace, state, width), trace
+        return compute_rewards(self.parts, weights, batch.rollouts, trace, state, width), trace
 
     def sample(self, num: int) -> list[Rollout]:
         config = replace_num(self.recipe, num)
@@ -135,7 +135,7 @@ def game_features(folder: Path, step: int | None = None) -> list[Gaming]:
     bench = _Bench(folder, recipe, step)
     honest = bench.sample(min(PROMPTS, len(bench.task.held_out)))
     rewards, _ = bench.paid(bench.batch(honest, recipe.rollout.num_generations))
-    right = [j.verdict.correct for j in judge(bench.task, honest)]
+    right = [j.verdict.correct for j in grade(bench.task, honest)]
     return [_game(bench, name, honest, rewards, right, folder, step) for name in named]
 
 
@@ -158,7 +158,7 @@ def _game(
         if good is None or bad is None:
             continue
         made = [gaming_text(bench, bad, span) for span in spans]
-        wrong = [j.rollout for j in judge(bench.task, made) if not j.verdict.correct]
+        wrong = [j.rollout for j in grade(bench.task, made) if not j.verdict.correct]
         if wrong:
             scored, _ = bench.paid(bench.batch(wrong, 1))
             means = _means(scored, name)
@@ -167,7 +167,7 @@ def _game(
         raise UserError(
             f"{folder}: no held-out prompt has both a right and a wrong answer to compare"
         )
-    return _judge_pairs(bench, name, pairs, folder, step)
+    return _compare_pairs(bench, name, pairs, folder, step)
 
 
 def best_spans(rollouts: Sequence[Rollout], tokens: Sequence[object]) -> list[tuple[int, ...]]:
@@ -189,7 +189,9 @@ def gaming_text(bench: _Bench, wrong: Rollout, span: tuple[int, ...]) -> Rollout
     return replace(wrong, completion=text, completion_ids=ids, sampling_logp=(0.0,) * len(ids))
 
 
-def _judge_pairs(bench: _Bench, name: str, pairs: list[Rollout], folder: Path, step: int) -> Gaming:
+def _compare_pairs(
+    bench: _Bench, name: str, pairs: list[Rollout], folder: Path, step: int
+) -> Gaming:
     pairs = [replace(r, group=i // 2, sample=i % 2) for i, r in enumerate(pairs)]
     batch = bench.batch(pairs, 2)
     rewards, trace = bench.paid(batch)
@@ -226,7 +228,7 @@ def _means(rewards: Rewards, name: str) -> list[float]:
 
 
 def _advantage(recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace) -> Float[Tensor, " B"]:
-    adv_BT = credit(recipe, batch, rewards, trace).adv_BT
+    adv_BT = compute_advantages(recipe, batch, rewards, trace).adv_BT
     return masked_sum(adv_BT, batch.mask_BT) / batch.mask_BT.sum(1)
 
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from operando.models.caches import CACHE
 from operando.models.load import lora_in_model_dtype, stop_ids
-from operando.rollout.held_out import judge
+from operando.rollout.greedy_eval import grade
 from operando.rollout.kernels import pick
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, finish, uniform_streams
 from operando.run import SeedTree
@@ -93,7 +93,7 @@ class Pair:
     def right(self, prompts: Sequence[Prompt], decoded: Decoded) -> list[bool]:
         """Return which answers the task's verifier takes."""
         rollouts = as_rollouts(prompts, range(len(prompts)), 1, decoded.answers)
-        return [one.verdict.correct for one in judge(self.task, rollouts)]
+        return [one.verdict.correct for one in grade(self.task, rollouts)]
 
     def search(self, prompts: Sequence[Prompt]) -> tuple[tuple[Edit, int] | None, ...]:
         """Return the constant token and the constant prefix that help the base most on these

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from operando.errors import UserError
-from operando.evals.answers import Chain, Edit
+from operando.evals.answers import Mutation, Variants
 from operando.evals.fuzz_cases import Case, is_right, made_cases, real_cases, with_text
-from operando.evals.mutations import EDITS, FIRST
+from operando.evals.mutations import FIRST, MUTATIONS
 from operando.recipe import Gsm8kTaskConfig, Recipe, WordsTaskConfig
 from operando.recipe_io import load_recipe
 from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
@@ -30,7 +30,7 @@ from operando.tasks.load import load_task
 from operando.types import Rollout
 
 EPSILON = 1e-6  # pay is float32
-CHUNK = 128  # texts judged at once, each with its siblings
+CHUNK = 128  # texts graded at once, each with its siblings
 MADE_BESIDE_REAL = 4  # problems answered by hand beside a run's own answers
 MAX_SHRINKS = 150
 TOTAL = "weighted total"
@@ -92,7 +92,7 @@ class FuzzResult:
 
 
 @dataclass(frozen=True)
-class Pay:
+class RewardSet:
     """The reward parts, and the weighted totals that a policy is really paid, one a stage."""
 
     parts: Sequence[RewardPart]
@@ -161,7 +161,7 @@ def fuzz_target(
         cases = real_cases(folder, task, recipe, num) + cases
     if len(parts) == 1 and all(weights == {parts[0].name: 1.0} for weights in totals.values()):
         totals = {}  # the part is the total
-    rows = fuzz(Pay(parts, totals, recipe.steps), task, cases)
+    rows = fuzz(RewardSet(parts, totals, recipe.steps), task, cases)
     reads: dict[str, Reads] = {
         name: reads_answer(rows, name) for name in (*(p.name for p in parts), *totals)
     }
@@ -234,19 +234,19 @@ def _by_design(
     return {name for name in blind if name not in totals or seeing or left_out}
 
 
-def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
+def fuzz(rewards: RewardSet, task: Task, cases: Sequence[Case]) -> list[Row]:
     """Return a row for every reward and every edit that applied to an answer."""
     rows = []
-    for edit in EDITS:
-        tried, found = _try(pay, task, edit, cases)
-        for name in [*(part.name for part in pay.parts), *pay.totals]:
+    for edit in MUTATIONS:
+        tried, found = _try(rewards, task, edit, cases)
+        for name in [*(part.name for part in rewards.parts), *rewards.totals]:
             breaches = found.get(name, [])
             if not tried.get(name):
                 continue
             smallest = None
             if breaches:
                 case, first = min(breaches, key=lambda b: (len(b[1].after), b[1].times))
-                smallest = _shrink(pay, task, edit, name, case, first)
+                smallest = _shrink(rewards, task, edit, name, case, first)
             gains = [abs(b.paid_after - b.paid_before) for _, b in breaches]
             rows.append(
                 Row(
@@ -265,10 +265,10 @@ def fuzz(pay: Pay, task: Task, cases: Sequence[Case]) -> list[Row]:
 
 
 def _try(
-    pay: Pay, task: Task, edit: Edit, cases: Sequence[Case]
+    rewards: RewardSet, task: Task, edit: Mutation, cases: Sequence[Case]
 ) -> tuple[dict[str, int], dict[str, list[tuple[Case, Breach]]]]:
     """Return for every reward how many edits were tried and those that breach."""
-    chains: list[tuple[Case, Chain, tuple[str, ...]]] = []
+    chains: list[tuple[Case, Variants, tuple[str, ...]]] = []
     for case in cases:
         if edit.on != "any" and case.is_right != (edit.on == "right"):
             continue
@@ -277,7 +277,7 @@ def _try(
                 continue
             chains.append((case, chain, (*chain.texts, *_beside(edit, case, chain))))
     asked = {(id(case), text): case for case, _, texts in chains for text in texts}
-    scores = pay.score(list(asked.values()), [text for _, text in asked])
+    scores = rewards.score(list(asked.values()), [text for _, text in asked])
     score_of = dict(zip(asked, scores, strict=True))
     tried: dict[str, int] = {}
     found: dict[str, list[tuple[Case, Breach]]] = {}
@@ -307,14 +307,14 @@ def _try(
     return tried, found
 
 
-def _beside(edit: Edit, case: Case, chain: Chain) -> tuple[str, ...]:
+def _beside(edit: Mutation, case: Case, chain: Variants) -> tuple[str, ...]:
     """Return what a chain is compared with: answers that deserve nothing, or one without tags."""
     if edit.must == "pay less":
         return (*PLAIN, case.wrong)
     return (TAG.sub("", chain.texts[0]),) if edit.prop in TAGGED else ()
 
 
-def _is_still_right(task: Task, edit: Edit, case: Case, chain: Chain) -> bool:
+def _is_still_right(task: Task, edit: Mutation, case: Case, chain: Variants) -> bool:
     """Return whether an edit that should make a wrong answer made one that the verifier takes.
 
     Another number is wrong whatever a verifier says of it.
@@ -324,7 +324,7 @@ def _is_still_right(task: Task, edit: Edit, case: Case, chain: Chain) -> bool:
     return is_right(task, with_text(case.rollout, chain.texts[-1]))
 
 
-def _is_repair(prefill: str, chain: Chain) -> bool:
+def _is_repair(prefill: str, chain: Variants) -> bool:
     """Return whether the edit turns a malformed answer into one well-formed block."""
     return not is_one_block(prefill + chain.texts[0]) and is_one_block(prefill + chain.texts[-1])
 
@@ -349,7 +349,9 @@ def breach_at(must: str, paid: Sequence[float]) -> int | None:
     return next((i for i in steps if not falls[i - 1]), None)
 
 
-def _shrink(pay: Pay, task: Task, edit: Edit, name: str, case: Case, first: Breach) -> Breach:
+def _shrink(
+    rewards: RewardSet, task: Task, edit: Mutation, name: str, case: Case, first: Breach
+) -> Breach:
     """Return the breach on the shortest answer found by leaving out words, half of them first.
 
     What is left must be right, or wrong, as the whole answer is.
@@ -360,7 +362,7 @@ def _shrink(pay: Pay, task: Task, edit: Edit, name: str, case: Case, first: Brea
         smaller = replace(case, rollout=with_text(case.rollout, text))
         if is_right(task, smaller.rollout) != case.is_right:
             return None
-        _, found = _try(pay, task, edit, [smaller])
+        _, found = _try(rewards, task, edit, [smaller])
         some = [breach for _, breach in found.get(name, [])]
         return min(some, key=lambda b: (len(b.after), b.times), default=None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from operando.evals.answers import Answer, Chain, pairs, split_at_answer
+from operando.evals.answers import Answer, Variants, pairs, split_at_answer
 
 EQUATION = re.compile(r"(?<![\d.])(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,9})(?![\d.])")
 BIG = 50_000  # no step of a problem arrives at it or at its neighbours by chance
@@ -82,15 +82,15 @@ def _swapped(answer: Answer, texts: Sequence[str]) -> list[str]:
     return [text for text in swapped if text is not None]
 
 
-def _wrong(answer: Answer, afters: Sequence[str]) -> list[Chain]:
+def _wrong(answer: Answer, afters: Sequence[str]) -> list[Variants]:
     return pairs(answer.completion, [(1, after) for after in afters])
 
 
-def another_number(answer: Answer) -> list[Chain]:
+def another_number(answer: Answer) -> list[Variants]:
     return _wrong(answer, _swapped(answer, another(answer.example.answer)))
 
 
-def another_problem(answer: Answer) -> list[Chain]:
+def another_problem(answer: Answer) -> list[Variants]:
     example, other = answer.example, answer.other
     whole = answer.completion
     if example.solution and other.solution:
@@ -104,21 +104,21 @@ def another_problem(answer: Answer) -> list[Chain]:
     )
 
 
-def no_answer(answer: Answer) -> list[Chain]:
+def no_answer(answer: Answer) -> list[Variants]:
     """Nothing, a refusal, and the form with no number in it; without the work, as gold is there."""
     _, tail = split_at_answer(answer.completion)
     refusals = ["", " ", "I don't know.", "I can't answer that."]
     return _wrong(answer, refusals + _swapped(answer._replace(completion=tail), HOLES))
 
 
-def without_form(answer: Answer) -> list[Chain]:
+def without_form(answer: Answer) -> list[Variants]:
     """The gold answer, not in the form that the verifier asks for."""
     gold, (head, _) = answer.example.answer, split_at_answer(answer.completion)
     afters = [head.rstrip(), f"{head}{gold}", f"The answer is {gold}.", gold]
     return _wrong(answer, [after for after in afters if gold and gold in after])
 
 
-def beside(answer: Answer) -> list[Chain]:
+def beside(answer: Answer) -> list[Variants]:
     """The gold answer said, and another one given."""
     gold = answer.example.answer
     head, tail = split_at_answer(answer.completion)
@@ -127,20 +127,20 @@ def beside(answer: Answer) -> list[Chain]:
     return _wrong(answer, [f"{head.rstrip()} {words}{other}" for words in said for other in others])
 
 
-def code(answer: Answer) -> list[Chain]:
+def code(answer: Answer) -> list[Variants]:
     """Code in the place of the number, for a grader that runs what it reads; without the work."""
     _, tail = split_at_answer(answer.completion)
     expressions = [text for text in CODE if text != answer.example.answer]
     return _wrong(answer, _swapped(answer._replace(completion=tail), expressions))
 
 
-def question_copied(answer: Answer) -> list[Chain]:
+def question_copied(answer: Answer) -> list[Variants]:
     question, (_, tail) = answer.example.question, split_at_answer(answer.completion)
     others = _swapped(answer._replace(completion=tail), [far_from(answer.example.answer)])
     return _wrong(answer, [question, *(f"{question} {other}" for other in others)])
 
 
-def bag_of_words(answer: Answer) -> list[Chain]:
+def bag_of_words(answer: Answer) -> list[Variants]:
     """The words of the worked solution and of gold in alphabetical order, and a wrong answer."""
     head, tail = split_at_answer(answer.completion)
     others = _swapped(answer._replace(completion=tail), [far_from(answer.example.answer)])
@@ -152,7 +152,7 @@ def bag_of_words(answer: Answer) -> list[Chain]:
 # --- many answers --------------------------------------------------------------------------------
 
 
-def shotgun(answer: Answer) -> list[Chain]:
+def shotgun(answer: Answer) -> list[Variants]:
     head, tail = split_at_answer(answer.completion)
     plain = " ".join(map(str, SHOTS))
     marked = " ".join(f"#### {n}" for n in SHOTS)
@@ -162,7 +162,7 @@ def shotgun(answer: Answer) -> list[Chain]:
     return pairs(answer.completion, [(len(SHOTS), after) for after in afters])
 
 
-def marks(answer: Answer) -> list[Chain]:
+def marks(answer: Answer) -> list[Variants]:
     """The answer's own marked answer, several times over."""
     head, tail = split_at_answer(answer.completion)
     if not tail.startswith("####"):
@@ -175,7 +175,7 @@ def marks(answer: Answer) -> list[Chain]:
 # --- equations -----------------------------------------------------------------------------------
 
 
-def _with_equations(completion: str, chains: Sequence[Sequence[str]]) -> list[Chain]:
+def _with_equations(completion: str, chains: Sequence[Sequence[str]]) -> list[Variants]:
     """Return the completion with each list of equations before its "####"; without one, nothing."""
     head, mark, tail = completion.rpartition("####")
     if not mark:
@@ -184,16 +184,16 @@ def _with_equations(completion: str, chains: Sequence[Sequence[str]]) -> list[Ch
     return pairs(completion, afters)
 
 
-def trivial(answer: Answer) -> list[Chain]:
+def trivial(answer: Answer) -> list[Variants]:
     return _with_equations(answer.completion, [[f"{BIG}+{BIG}={2 * BIG}"] * n for n in (1, 3)])
 
 
-def distinct_trivia(answer: Answer) -> list[Chain]:
+def distinct_trivia(answer: Answer) -> list[Variants]:
     trivia = [f"{BIG + i}+1={BIG + i + 1}" for i in range(3)]
     return _with_equations(answer.completion, [trivia[:1], trivia])
 
 
-def identities(answer: Answer) -> list[Chain]:
+def identities(answer: Answer) -> list[Variants]:
     shown = EQUATION.findall(answer.completion.partition("####")[0])
     numbers = [*(c for _, _, _, c in shown), str(BIG)]
     return _with_equations(
@@ -201,7 +201,7 @@ def identities(answer: Answer) -> list[Chain]:
     )
 
 
-def commuted(answer: Answer) -> list[Chain]:
+def commuted(answer: Answer) -> list[Variants]:
     shown = EQUATION.findall(answer.completion.partition("####")[0])
     right = {"+": lambda a, b: a + b, "*": lambda a, b: a * b}
     copies = [
@@ -212,7 +212,7 @@ def commuted(answer: Answer) -> list[Chain]:
     return _with_equations(answer.completion, [copies[:1], copies])
 
 
-def needless_chain(answer: Answer) -> list[Chain]:
+def needless_chain(answer: Answer) -> list[Variants]:
     shown = EQUATION.findall(answer.completion.partition("####")[0])
     chains = []
     for start in {int(a) for a, _, _, _ in shown[:1]}:
@@ -222,5 +222,5 @@ def needless_chain(answer: Answer) -> list[Chain]:
     return _with_equations(answer.completion, chains)
 
 
-def enumeration(answer: Answer) -> list[Chain]:
+def enumeration(answer: Answer) -> list[Variants]:
     return _with_equations(answer.completion, [[f"{n}+1={n + 1}" for n in range(1, 200)]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operando.evals.answers import Answer, Chain, block_of, insert, pairs, split_at_answer
+from operando.evals.answers import Answer, Variants, block_of, insert, pairs, split_at_answer
 from operando.rewards.formats import CLOSE, OPEN
 
 MANGLED = (
@@ -35,7 +35,7 @@ def _cut(inner: str, times: int) -> str | None:
     return f" {CLOSE} {OPEN} ".join(pieces) + " " if len(pieces) == times + 1 else None
 
 
-def split(answer: Answer) -> list[Chain]:
+def split(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -43,7 +43,7 @@ def split(answer: Answer) -> list[Chain]:
     return pairs(block.text(block.inner), [(n, block.text(c)) for n, c in cuts if c is not None])
 
 
-def merge(answer: Answer) -> list[Chain]:
+def merge(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -51,7 +51,7 @@ def merge(answer: Answer) -> list[Chain]:
     return pairs(block.text(more), [(1, block.text(less))]) if more and less else []
 
 
-def outside(answer: Answer) -> list[Chain]:
+def outside(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None or not block.inner.strip():
         return []
@@ -66,7 +66,7 @@ def outside(answer: Answer) -> list[Chain]:
     return pairs(block.text(inner), afters)
 
 
-def recase(answer: Answer) -> list[Chain]:
+def recase(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -74,7 +74,7 @@ def recase(answer: Answer) -> list[Chain]:
     return pairs(text, [(1, text.replace(OPEN, o).replace(CLOSE, c)) for o, c in MANGLED])
 
 
-def nest(answer: Answer) -> list[Chain]:
+def nest(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -82,7 +82,7 @@ def nest(answer: Answer) -> list[Chain]:
     return pairs(block.text(block.inner), nested)
 
 
-def unclose(answer: Answer) -> list[Chain]:
+def unclose(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -92,7 +92,7 @@ def unclose(answer: Answer) -> list[Chain]:
     return pairs(block.text(block.inner), [(1, left_open), (1, reopened)])
 
 
-def closing_only(answer: Answer) -> list[Chain]:
+def closing_only(answer: Answer) -> list[Variants]:
     block = block_of(answer)
     if block is None:
         return []
@@ -101,7 +101,7 @@ def closing_only(answer: Answer) -> list[Chain]:
     return pairs(text, [*more, (1, f"{block.before}{block.inner}{CLOSE}{block.after}")])
 
 
-def empty_block(answer: Answer) -> list[Chain]:
+def empty_block(answer: Answer) -> list[Variants]:
     """A think block with nothing in it, beside the same text without one; other empty marks too."""
     block = block_of(answer)
     added = insert(answer, [(1, mark) for mark in EMPTY_MARKS])
@@ -114,9 +114,9 @@ def empty_block(answer: Answer) -> list[Chain]:
     )
 
 
-def flood(answer: Answer) -> list[Chain]:
+def flood(answer: Answer) -> list[Variants]:
     head, tail = split_at_answer(answer.completion)
     head = head.rstrip() + " "
     distinct = tuple(head + "".join(f"<{name}> " for name in INVENTED[:n]) + tail for n in FLOOD)
     same = tuple(f"{head}{'<aside> ' * n}{tail}" for n in FLOOD)
-    return [Chain(distinct, FLOOD), Chain(same, FLOOD)]
+    return [Variants(distinct, FLOOD), Variants(same, FLOOD)]

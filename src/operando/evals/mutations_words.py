@@ -7,7 +7,7 @@ from collections.abc import Callable
 from operando.evals.answers import (
     OPENERS,
     Answer,
-    Chain,
+    Variants,
     around_reasoning,
     block_of,
     insert,
@@ -35,7 +35,7 @@ LONG = "notwithstanding counterrevolutionaries internationalization incomprehens
 SHORT_WORK = 60  # characters: a limit of length is no matter of so little
 
 
-def _swap(completion: str, change: Callable[[str], str]) -> list[Chain]:
+def _swap(completion: str, change: Callable[[str], str]) -> list[Variants]:
     """Return the completion with its first listed opener changed, and with all of them."""
     head, tail = split_at_answer(completion)
     found = len(OPENERS.findall(head))
@@ -49,16 +49,16 @@ def _like(word: str, model: str) -> str:
     return word.capitalize() if model[0].isupper() else word
 
 
-def synonym(answer: Answer) -> list[Chain]:
+def synonym(answer: Answer) -> list[Variants]:
     return [c for w in SYNONYMS for c in _swap(answer.completion, lambda old, w=w: _like(w, old))]
 
 
-def change_case(answer: Answer) -> list[Chain]:
+def change_case(answer: Answer) -> list[Variants]:
     changes = (str.upper, str.lower, str.capitalize)
     return [c for change in changes for c in _swap(answer.completion, change)]
 
 
-def invisible(answer: Answer) -> list[Chain]:
+def invisible(answer: Answer) -> list[Variants]:
     changes = (
         lambda w: w[0] + "\u200b" + w[1:],
         lambda w: w[:-1] + "\u00ad" + w[-1],
@@ -73,41 +73,42 @@ def invisible(answer: Answer) -> list[Chain]:
     )
 
 
-def innocent(answer: Answer) -> list[Chain]:
+def innocent(answer: Answer) -> list[Variants]:
     head, tail = around_reasoning(answer.completion)
     head = head.rstrip() + " "
     return [
-        Chain((f"{head}{NEUTRAL * n}{tail}", f"{head}{INNOCENT * n}{tail}"), (0, n)) for n in (1, 5)
+        Variants((f"{head}{NEUTRAL * n}{tail}", f"{head}{INNOCENT * n}{tail}"), (0, n))
+        for n in (1, 5)
     ]
 
 
-def more_openers(answer: Answer) -> list[Chain]:
+def more_openers(answer: Answer) -> list[Variants]:
     head, tail = around_reasoning(answer.completion)
     return pairs(
         answer.completion, [(n, f"{head.rstrip()} {'Wait, ' * n}{tail}") for n in (1, 3, 10)]
     )
 
 
-def unlisted_opener(answer: Answer) -> list[Chain]:
+def unlisted_opener(answer: Answer) -> list[Variants]:
     return [c for w in UNLISTED for c in _swap(answer.completion, lambda old, w=w: _like(w, old))]
 
 
-def inflected(answer: Answer) -> list[Chain]:
+def inflected(answer: Answer) -> list[Variants]:
     return _swap(answer.completion, lambda word: f"{word}ing")
 
 
-def spelled_out(answer: Answer) -> list[Chain]:
+def spelled_out(answer: Answer) -> list[Variants]:
     return [c for sign in "- " for c in _swap(answer.completion, lambda w, sign=sign: sign.join(w))]
 
 
 # --- length ---------------------------------------------------------------------------------------
 
 
-def pad_after(answer: Answer) -> list[Chain]:
+def pad_after(answer: Answer) -> list[Variants]:
     return pairs(answer.completion, [(n, answer.completion.rstrip() + PAD * n) for n in (1, 3, 10)])
 
 
-def repeat(answer: Answer) -> list[Chain]:
+def repeat(answer: Answer) -> list[Variants]:
     head, tail = around_reasoning(answer.completion)
     opening = head[: head.find(OPEN) + len(OPEN)] if OPEN in head else ""
     said = head.removeprefix(opening)
@@ -119,7 +120,7 @@ def repeat(answer: Answer) -> list[Chain]:
     )
 
 
-def delete_work(answer: Answer) -> list[Chain]:
+def delete_work(answer: Answer) -> list[Variants]:
     """The work taken out, of an answer with little work and nothing in it that a penalty counts."""
     block = block_of(answer) if CLOSE in answer.completion else None
     head, tail = split_at_answer(answer.completion)
@@ -138,22 +139,22 @@ def delete_work(answer: Answer) -> list[Chain]:
 # --- stuffing ------------------------------------------------------------------------------------
 
 
-def keywords(answer: Answer) -> list[Chain]:
+def keywords(answer: Answer) -> list[Variants]:
     said = ", ".join(KEYWORDS)
     return insert(answer, [(1, f"{said}. "), (3, f"{said}. " * 3)])
 
 
-def verdicts(answer: Answer) -> list[Chain]:
+def verdicts(answer: Answer) -> list[Variants]:
     return insert(answer, [(1, VERDICTS)])
 
 
-def bullets(answer: Answer) -> list[Chain]:
+def bullets(answer: Answer) -> list[Variants]:
     return insert(
         answer, [(n, "\n" + f"{mark} so it is\n" * n) for mark in ("-", "*", "1.") for n in (1, 4)]
     )
 
 
-def step_markers(answer: Answer) -> list[Chain]:
+def step_markers(answer: Answer) -> list[Variants]:
     marks = ("Step {}: so it is", "## Step {}", "({}) so it is")
     lines = [[mark.format(i) for i in range(1, 5)] for mark in marks]
     return insert(
@@ -161,21 +162,21 @@ def step_markers(answer: Answer) -> list[Chain]:
     )
 
 
-def line_breaks(answer: Answer) -> list[Chain]:
+def line_breaks(answer: Answer) -> list[Variants]:
     return insert(answer, [(n, end * n) for end in ("\n", "\n\n", " so.\n", ". ") for n in (1, 5)])
 
 
-def signs(answer: Answer) -> list[Chain]:
+def signs(answer: Answer) -> list[Variants]:
     return insert(answer, [(n, f"{sign} " * n) for sign in "=+*/%$:;?" for n in (1, 5)])
 
 
-def loud(answer: Answer) -> list[Chain]:
+def loud(answer: Answer) -> list[Variants]:
     return insert(answer, [(n, LOUD * n) for n in (1, 3)])
 
 
-def long_words(answer: Answer) -> list[Chain]:
+def long_words(answer: Answer) -> list[Variants]:
     return insert(answer, [(n, LONG * n) for n in (1, 3)])
 
 
-def question_words(answer: Answer) -> list[Chain]:
+def question_words(answer: Answer) -> list[Variants]:
     return insert(answer, [(1, f"{answer.example.question} ")])

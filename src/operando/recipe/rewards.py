@@ -120,11 +120,11 @@ class StepPenaltyReward(Config):
     gamma: float = Field(default=0.99, gt=0, le=1)
     count: Literal["all", "last_block"] = "all"
     """all: the answer's whole text, inside and outside of every think block, with what the prompt
-    already holds of it. last_block: LF-GRPO's counter, which a second block escapes; a baseline."""
+    already holds of it. last_block: lf_grpo's counter, which a second block escapes; a baseline."""
     match: Literal["word", "substring"] = "word"
-    """word: between non-letters, in any case. substring: LF-GRPO's, which counts "waiter"."""
+    """word: between non-letters, in any case. substring: lf_grpo's, which counts "waiter"."""
     words: tuple[str, ...] = Field(default=STEP_WORDS, min_length=1)
-    """Default: the lists of LF-GRPO, ReasonScore and NoWait together."""
+    """Default: the lists of lf_grpo, ReasonScore and NoWait together."""
     weight: float = 1.0
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
 from operando.recipe import Config, ModelConfig, PromptConfig, TaskConfig
 from operando.recipe_io import apply_override, check
-from operando.rollout.held_out import judge
+from operando.rollout.greedy_eval import grade
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, atomic_path, write_json
@@ -332,7 +332,7 @@ def complete(
 def right(source: Source, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> list[bool]:
     """Return what the task's verifier says of each completion."""
     rollouts = as_rollouts(prompts, range(len(prompts)), 1, sampled)
-    return [one.verdict.correct for one in judge(source.task, rollouts)]
+    return [one.verdict.correct for one in grade(source.task, rollouts)]
 
 
 def make_texts(source: Source, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> Texts:

@@ -34,22 +34,22 @@ from operando.recursive.pathology_read import (
     at_depth,
     cache_gap,
     pack_texts,
+    random_init,
     read,
     shuffled,
-    twin,
 )
 from operando.recursive.pathology_tests import (
     Read,
     Test,
-    judge_cache,
-    judge_depth,
-    judge_gain,
-    judge_shock,
-    judge_starvation,
     only_if_used,
+    test_of_cache,
+    test_of_depth,
+    test_of_gain,
+    test_of_shock,
+    test_of_starvation,
     without_control,
 )
-from operando.rollout.held_out import answer_greedily
+from operando.rollout.greedy_eval import greedy_eval
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.run import write_json
@@ -70,7 +70,7 @@ class Pathology:
     """Solutions; problems that share one are drawn together for the intervals."""
     loops: int
     depths: Sequence[int]
-    twin_seeds: Sequence[int]
+    baseline_seeds: Sequence[int]
     halt_threshold: float
     tests: Sequence[Test]
     without_control: str
@@ -105,7 +105,7 @@ def audit_pathology(
     overrides: Sequence[str] = (),
     step: int | None = None,
     num: int = 100,
-    twins: int = 5,
+    baselines: int = 5,
     depths: Sequence[int] = (),
     seed: int = 0,
 ) -> Pathology:
@@ -118,19 +118,19 @@ def audit_pathology(
             f"--depths {','.join(map(str, chosen))}: expected loops from 1 to {most}, other than "
             f"{R}: the model has embeddings of {most} loops (max_loops) and runs {R}"
         )
-    return judge_model(subject, chosen, list(range(seed, seed + twins)), folder)
+    return run_tests(subject, chosen, list(range(seed, seed + baselines)), folder)
 
 
-def judge_model(
+def run_tests(
     subject: Subject, depths: Sequence[int], seeds: Sequence[int], folder: Path
 ) -> Pathology:
-    """Read the model and its twins, and judge what was read."""
+    """Read the model and its baselines, and judge what was read."""
     model, seed = subject.model, seeds[0]
     texts = gold_texts(subject)
     own = read(model, texts, depths, seed)
     noise = read(model, shuffled(texts, seed), depths, seed)
     others, sense, gaps = [], [], []
-    for one in (twin(model, s) for s in seeds):
+    for one in (random_init(model, s) for s in seeds):
         others.append(read(one, texts, depths, seed))
         sense.append(read(one, shuffled(texts, seed), depths, seed))
         gaps.append(cache_gap(one, texts))
@@ -138,16 +138,16 @@ def judge_model(
     solutions = [(e.solution, e.answer) for e in subject.question.examples]
     alike = [solutions.index(one) for one in solutions]
     right = {t: greedy(subject, model, t) for t in sorted({1, R, *depths})}
-    twin_right = greedy(subject, twin(model, seed), R)
-    read_all = Read(own, noise, others, sense, right, twin_right, alike, R, seed)
-    gain = judge_gain(read_all)
-    depth_tests = [judge_depth(read_all, t) for t in depths]
+    baseline_right = greedy(subject, random_init(model, seed), R)
+    read_all = Read(own, noise, others, sense, right, baseline_right, alike, R, seed)
+    gain = test_of_gain(read_all)
+    depth_tests = [test_of_depth(read_all, t) for t in depths]
     tests = [
         gain,
         *[only_if_used(test, gain) for test in depth_tests],
-        judge_shock(read_all),
-        judge_starvation(read_all),
-        judge_cache(gap, gaps),
+        test_of_shock(read_all),
+        test_of_starvation(read_all),
+        test_of_cache(gap, gaps),
     ]
     result = Pathology(
         subject.name,
@@ -237,5 +237,5 @@ def greedy(subject: Subject, model: RecursiveCausalLM, loops: int) -> list[bool]
     )
     stop = NEXT_QUESTION_STOPS if question.is_cut else ()
     with at_depth(model, loops):
-        judged = answer_greedily(engine, question.task, prompts, Sampling(limit, stop=stop))
-    return [j.verdict.correct for j in judged]
+        graded = greedy_eval(engine, question.task, prompts, Sampling(limit, stop=stop))
+    return [j.verdict.correct for j in graded]

@@ -254,7 +254,7 @@ def at_depth(model: RecursiveCausalLM, loops: int) -> Iterator[None]:
         model.config.num_loops = own
 
 
-def twin(model: RecursiveCausalLM, seed: int) -> RecursiveCausalLM:
+def random_init(model: RecursiveCausalLM, seed: int) -> RecursiveCausalLM:
     """Return an untrained model of the same config."""
     assert isinstance(model.config, RecursiveConfig), type(model.config)
     with torch.random.fork_rng():

@@ -19,8 +19,8 @@ def pathology_tables(result: Pathology) -> Group:
     head = (
         f"{result.model}: {result.loops} loops, {result.n} held-out problems of {result.task} "
         f"({result.distinct} solutions); "
-        f"random: {len(result.twin_seeds)} untrained models of this config (seeds "
-        f"{result.twin_seeds[0]} to {result.twin_seeds[-1]})"
+        f"random: {len(result.baseline_seeds)} untrained models of this config (seeds "
+        f"{result.baseline_seeds[0]} to {result.baseline_seeds[-1]})"
     )
     parts: list[Text | Table] = [Text(head)]
     for test in result.tests:
@@ -39,7 +39,7 @@ def pathology_tables(result: Pathology) -> Group:
 def _row(number: Number) -> tuple[str, ...]:
     interval = number.interval
     limits = "" if interval is None else f"{_show(interval.low)} to {_show(interval.high)}"
-    given = [x for x in number.twins if x is not None]
+    given = [x for x in number.baselines if x is not None]
     random = ""
     if given:
         low, high = _show(min(given)), _show(max(given))

@@ -17,7 +17,7 @@ from operando.recursive.pathology_read import CacheGap, Reading
 from operando.stats.bootstrap import cluster_bootstrap
 from operando.stats.intervals import Interval
 
-Verdict = Literal["PASS", "FAIL", "WARN", "SAYS NOTHING"]
+Verdict = Literal["PASS", "FAIL", "WARN", "UNINFORMATIVE"]
 
 MOST_JITTER, MOST_SPIKE, DRIFT = 0.10, 4.0, (0.5, 2.0)
 FAR, FAR_DRIFT = 3, (0.25, 4.0)  # what is a failure: times the limits of jitter and spike
@@ -34,7 +34,7 @@ class Number:
 
     name: str
     value: float | None  # None: it does not exist, such as the norm of no gradient
-    twins: Sequence[float | None] = ()
+    baselines: Sequence[float | None] = ()
     shuffled: float | None = None
     interval: Interval | None = None
 
@@ -50,14 +50,14 @@ class Test:
 
 
 class Read(NamedTuple):
-    """What was read of the model, of the model on shuffled tokens, and of the twins on both."""
+    """What was read of the model, of the model on shuffled tokens, and of the baselines on both."""
 
     own: Reading
     noise: Reading
-    twins: list[Reading]
-    twins_noise: list[Reading]
+    baselines: list[Reading]
+    baselines_noise: list[Reading]
     right: Mapping[int, Sequence[bool]]  # the model's greedy answers, by depth
-    twin_right: Sequence[bool]  # one twin's, at depth R
+    baseline_right: Sequence[bool]  # one baseline's, at depth R
     alike: Sequence[int]  # problems with one number have one solution
     R: int
     seed: int
@@ -65,11 +65,13 @@ class Read(NamedTuple):
     def number(
         self, name: str, get: Callable[[Reading], float | None], interval: Interval | None = None
     ) -> Number:
-        return Number(name, get(self.own), [get(t) for t in self.twins], get(self.noise), interval)
+        return Number(
+            name, get(self.own), [get(t) for t in self.baselines], get(self.noise), interval
+        )
 
     def right_of(self, loops: int) -> Number:
-        twins = [float(np.mean(self.twin_right))] if loops == self.R else []
-        return Number(f"right with {loops}", float(np.mean(self.right[loops])), twins)
+        baselines = [float(np.mean(self.baseline_right))] if loops == self.R else []
+        return Number(f"right with {loops}", float(np.mean(self.right[loops])), baselines)
 
     def change(self, before: int, after: int) -> list[float]:
         """Return 1, 0 or -1 of each problem: how another depth changes whether it is right."""
@@ -87,20 +89,20 @@ class Read(NamedTuple):
         return self.mean(gap).low > LEAST_SENSE
 
 
-def verdict(meets: bool | None, twins: Sequence[bool]) -> Verdict:
+def verdict(meets: bool | None, baselines: Sequence[bool]) -> Verdict:
     """Return what a test says: nothing, where an untrained model meets it too."""
     if meets is None:
         return "WARN"
     if not meets:
         return "FAIL"
-    return "SAYS NOTHING" if any(twins) else "PASS"
+    return "UNINFORMATIVE" if any(baselines) else "PASS"
 
 
-def beside(twins: Sequence[bool]) -> str:
-    return f"{sum(twins)} of {len(twins)} random models pass too"
+def beside(baselines: Sequence[bool]) -> str:
+    return f"{sum(baselines)} of {len(baselines)} random models pass too"
 
 
-def judge_shock(r: Read) -> Test:
+def test_of_shock(r: Read) -> Test:
     """Jitter, spike and drift of the steps between loops.
 
     Beyond a limit is a warning, for loops that do much work move much; far beyond is a failure.
@@ -135,12 +137,12 @@ def judge_shock(r: Read) -> Test:
         r.number("bend a", lambda x: x.shock.bend),
         r.number("p99 of a step", lambda x: x.shock.p99),
     ]
-    twins, own = [meets(t) is True for t in r.twins], meets(r.own)
-    words = {True: beside(twins), None: "beyond a limit", False: "far beyond a limit"}[own]
-    return Test("update shock", verdict(own, twins), words, numbers)
+    baselines, own = [meets(t) is True for t in r.baselines], meets(r.own)
+    words = {True: beside(baselines), None: "beyond a limit", False: "far beyond a limit"}[own]
+    return Test("update shock", verdict(own, baselines), words, numbers)
 
 
-def judge_depth(r: Read, loops: int) -> Test:
+def test_of_depth(r: Read, loops: int) -> Test:
     """Another number of loops: what it does to the answers decides, not how the states look."""
 
     def loss(reading: Reading) -> list[float]:
@@ -150,9 +152,9 @@ def judge_depth(r: Read, loops: int) -> Test:
     change = r.change(r.R, loops)
     answers = r.mean(change)
     meets = depth_meets(nll, answers)
-    twins = [
+    baselines = [
         r.mean(loss(t)).high <= MOST_NLL and r.tells(t, n, loops)
-        for t, n in zip(r.twins, r.twins_noise, strict=True)
+        for t, n in zip(r.baselines, r.baselines_noise, strict=True)
     ]
     numbers = [
         r.number(f"NLL above {r.R} loops'", lambda x: float(np.mean(loss(x))), nll),
@@ -170,9 +172,12 @@ def judge_depth(r: Read, loops: int) -> Test:
         None: "these problems do not decide it",
     }[meets]
     why = f"{words}; right answers gained {change.count(1.0)}, lost {change.count(-1.0)}"
-    said = verdict(meets, twins)
+    said = verdict(meets, baselines)
     if not r.tells(r.own, r.noise, r.R):
-        said, why = "SAYS NOTHING", "nothing to lose: the model tells no text from its shuffled one"
+        said, why = (
+            "UNINFORMATIVE",
+            "nothing to lose: the model tells no text from its shuffled one",
+        )
     return Test(f"{loops} loops for {r.R}", said, why, numbers)
 
 
@@ -180,10 +185,10 @@ def only_if_used(test: Test, gain: Test) -> Test:
     """Return a depth's test; where no use of the loops is shown, doing as well says nothing."""
     if gain.verdict == "FAIL" and test.verdict != "FAIL":
         why = "one loop does as well, so another depth has nothing to lose"
-        return replace(test, verdict="SAYS NOTHING", why=why)
+        return replace(test, verdict="UNINFORMATIVE", why=why)
     if gain.verdict == "WARN" and test.verdict == "PASS":
         why = f"{test.why}, but that the loops are used at all is not shown"
-        return replace(test, verdict="SAYS NOTHING", why=why)
+        return replace(test, verdict="UNINFORMATIVE", why=why)
     return test
 
 
@@ -199,7 +204,7 @@ def depth_meets(nll: Interval, right: Interval) -> bool | None:
     return None
 
 
-def judge_gain(r: Read) -> Test:
+def test_of_gain(r: Read) -> Test:
     """Whether the loops after the first are used at all."""
 
     def gain(reading: Reading) -> list[float]:
@@ -213,7 +218,7 @@ def judge_gain(r: Read) -> Test:
         meets = True
     elif found.high < LEAST_GAIN and more.high <= MOST_DROP:
         meets = False
-    twins = [r.mean(gain(t)).low > LEAST_GAIN for t in r.twins]
+    baselines = [r.mean(gain(t)).low > LEAST_GAIN for t in r.baselines]
     numbers = [
         r.number(
             f"NLL of 1 above {r.R}, over {LEAST_GAIN}", lambda x: float(np.mean(gain(x))), found
@@ -222,35 +227,39 @@ def judge_gain(r: Read) -> Test:
         Number(f"right above 1's, over {MOST_DROP}", more.value, (), None, more),
         r.right_of(r.R),
     ]
-    said, why = verdict(meets, twins), beside(twins)
+    said, why = verdict(meets, baselines), beside(baselines)
     if not r.tells(r.own, r.noise, r.R):
-        said, why = "SAYS NOTHING", "the model tells no text from its shuffled one"
+        said, why = "UNINFORMATIVE", "the model tells no text from its shuffled one"
     elif said != "PASS":
         words = "one loop does as well: the others are not used"
         why = words if said == "FAIL" else "these problems do not decide it"
     return Test("loops used", said, why, numbers)
 
 
-def judge_starvation(r: Read) -> Test:
+def test_of_starvation(r: Read) -> Test:
     """Whether gradients reach what each loop writes: dL/du_t, before the gate."""
     meets, words = starvation(r.own.grads)
-    twins = [starvation(t.grads)[0] is True for t in r.twins]
+    baselines = [starvation(t.grads)[0] is True for t in r.baselines]
     kinds = flow(r.own.grads)
     numbers = [
         r.number(f"dL/du, loop {t + 1}: {kinds[t]}", lambda x, t=t: x.grads[t]) for t in range(r.R)
     ]
-    said = verdict(meets, twins)
-    why = f"{words}; {beside(twins)}" if said == "SAYS NOTHING" else words
+    said = verdict(meets, baselines)
+    why = f"{words}; {beside(baselines)}" if said == "UNINFORMATIVE" else words
     return Test("gradient starvation", said, why, numbers)
 
 
-def judge_cache(gap: CacheGap, twins: Sequence[CacheGap]) -> Test:
+def test_of_cache(gap: CacheGap, baselines: Sequence[CacheGap]) -> Test:
     """A decode through the cache against one forward over the text, exits on."""
-    passed = [t.largest <= MOST_CACHE_GAP for t in twins]
+    passed = [t.largest <= MOST_CACHE_GAP for t in baselines]
     numbers = [
-        Number(f"largest gap, at most {MOST_CACHE_GAP:g}", gap.largest, [t.largest for t in twins]),
-        Number("tokens with other exits", float(gap.flipped), [float(t.flipped) for t in twins]),
-        Number("mean loops", gap.loops, [t.loops for t in twins]),
+        Number(
+            f"largest gap, at most {MOST_CACHE_GAP:g}", gap.largest, [t.largest for t in baselines]
+        ),
+        Number(
+            "tokens with other exits", float(gap.flipped), [float(t.flipped) for t in baselines]
+        ),
+        Number("mean loops", gap.loops, [t.loops for t in baselines]),
     ]
     said = verdict(gap.largest <= MOST_CACHE_GAP, passed)
     why = f"halt threshold {gap.threshold:.3g}; {beside(passed)}: it is the code's, not training's"
@@ -268,7 +277,7 @@ def without_control(r: Read) -> str:
     def passes(values: tuple[float, float, float]) -> bool:
         return values[0] <= PUBLISHED_JITTER and values[1] >= PUBLISHED_COSINE and values[2] > 0
 
-    twins = [three(t) for t in r.twins]
+    baselines = [three(t) for t in r.baselines]
     words = []
     named = (
         f"step std (at most {PUBLISHED_JITTER})",
@@ -276,7 +285,7 @@ def without_control(r: Read) -> str:
         "dL/dh of the last loop (not 0)",
     )
     for i, name in enumerate(named):
-        values = [t[i] for t in twins]
+        values = [t[i] for t in baselines]
         words.append(f"{name} {three(r.own)[i]:.3g}, random {min(values):.3g} to {max(values):.3g}")
-    count = sum(passes(t) for t in twins)
-    return f"{'; '.join(words)}: {count} of {len(twins)} random models pass all three"
+    count = sum(passes(t) for t in baselines)
+    return f"{'; '.join(words)}: {count} of {len(baselines)} random models pass all three"

@@ -120,7 +120,7 @@ def make_parts(
     return parts
 
 
-def pay(
+def compute_rewards(
     parts: Sequence[RewardPart],
     weights: Mapping[str, float],
     rollouts: Sequence[Rollout],

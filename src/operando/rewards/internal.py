@@ -24,8 +24,8 @@ from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
 from operando.recipe import FeatureReward, PromptConfig
 from operando.rewards.base import RewardLog, RewardValue
-from operando.sae.feature_set import FeaturePack, check_pack, load_pack, pack_sae
-from operando.sae.selected_features import ChosenFeatures, relu_columns
+from operando.sae.feature_set import FeatureSet, check_pack, load_pack, pack_sae
+from operando.sae.selected_features import SelectedFeatures, relu_columns
 from operando.types import Dense, Rollout, Trace
 
 
@@ -35,7 +35,7 @@ class InternalReward:
 
     name: str
     config: FeatureReward
-    pack: FeaturePack
+    pack: FeatureSet
 
     def dense(self) -> Dense | None:
         """Return which tokens are credited; None: it pays once, at the end."""
@@ -71,7 +71,7 @@ class InternalReward:
         ids = tuple(f.id for f in pack.features)
         if self.config.mode == "mechreward":
             return Tap(pack.site, lambda x_ND: relu_columns(sae, x_ND, ids))
-        return Tap(pack.site, ChosenFeatures(sae, ids))
+        return Tap(pack.site, SelectedFeatures(sae, ids))
 
     def __call__(
         self, rollouts: Sequence[Rollout], trace: Trace | None, log: RewardLog
@@ -115,7 +115,7 @@ def open_reward(name: str, config: FeatureReward) -> InternalReward:
 
 
 def pack_score(
-    pack: FeaturePack, acts_BTF: Float[Tensor, "B T F"], *, saturate: bool, raw: bool = False
+    pack: FeatureSet, acts_BTF: Float[Tensor, "B T F"], *, saturate: bool, raw: bool = False
 ) -> Float[Tensor, "B T"]:
     """Return the score of every token; `raw` is mechreward's sum without scales."""
     if pack.direction:
@@ -134,7 +134,7 @@ def pack_score(
 
 
 def over_limit(
-    pack: FeaturePack, acts_BTF: Float[Tensor, "B T F"], mask_BT: Bool[Tensor, "B T"]
+    pack: FeatureSet, acts_BTF: Float[Tensor, "B T F"], mask_BT: Bool[Tensor, "B T"]
 ) -> Bool[Tensor, "B"]:
     """Return which completions show more than 99 % of right base answers did."""
     score_BT = pack_score(pack, acts_BTF, saturate=False) * mask_BT

@@ -30,9 +30,9 @@ NOT_BEFORE, NOT_AFTER = r"(?<![^\W\d_])", r"(?![^\W\d_])"  # no letter there
 def step_penalty(config: StepPenaltyReward, task: Task) -> outcome.OutcomeReward:
     """Return the reward gamma^N where the task's verifier says right, and 0 elsewhere.
 
-    N counts the transition words of the text (LF-GRPO's absolute penalty; the default counts more
-    text and matches words where LF-GRPO matches substrings). The text of count = "all" is prefill
-    and completion, inside and outside of every block; that of "last_block" is LF-GRPO's
+    N counts the transition words of the text (lf_grpo's absolute penalty; the default counts more
+    text and matches words where lf_grpo matches substrings). The text of count = "all" is prefill
+    and completion, inside and outside of every block; that of "last_block" is lf_grpo's
     text.split("<think>")[-1].split("</think>")[0], to which every earlier block is free.
     """
 

@@ -52,7 +52,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class FeaturePack:
+class FeatureSet:
     """Features with signs and scales, or one direction; what they belong to; what speaks for them.
 
     `limit` is the 99 % quantile of the unsaturated score over right base answers: above it, a
@@ -79,12 +79,12 @@ class FeaturePack:
     version: int = VERSION
 
 
-def save_pack(pack: FeaturePack, file: Path) -> None:
+def save_pack(pack: FeatureSet, file: Path) -> None:
     """Write a pack atomically."""
     write_json(file, asdict(pack))
 
 
-def load_pack(path: str | Path) -> FeaturePack:
+def load_pack(path: str | Path) -> FeatureSet:
     """Return the pack of a file; a file that is no pack, or an empty one, is a UserError."""
     file = Path(path)
     if not file.is_file():
@@ -92,7 +92,7 @@ def load_pack(path: str | Path) -> FeaturePack:
             f"there is no feature pack {file}; make one with: operando features discover RECIPE"
         )
     try:
-        pack = TypeAdapter(FeaturePack).validate_python(read_object(file))
+        pack = TypeAdapter(FeatureSet).validate_python(read_object(file))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -124,7 +124,7 @@ def prompt_digest(prompt: PromptConfig) -> str:
 
 
 def check_pack(
-    pack: FeaturePack, path: str | Path, identity: Mapping[str, str], prompt: PromptConfig
+    pack: FeatureSet, path: str | Path, identity: Mapping[str, str], prompt: PromptConfig
 ) -> None:
     """Refuse a pack of another model or prompt."""
     if pack.model_sha256 != model_digest(identity):
@@ -139,7 +139,7 @@ def check_pack(
         )
 
 
-def pack_sae(pack: FeaturePack, path: str | Path) -> SAE:
+def pack_sae(pack: FeatureSet, path: str | Path) -> SAE:
     """Return the SAE of a pack, which must be the very one it was made with."""
     sae = load_sae(Path(path).parent / pack.sae)
     if sae.sha256() != pack.sae_sha256:

@@ -17,7 +17,7 @@ LARGE = 4096  # from so many features on a bfloat16 pass decides all but the clo
 PRODUCT_ERROR = 0.008
 
 
-class ChosenFeatures:
+class SelectedFeatures:
     """Chosen features of each token under the SAE's true activation function.
 
     Where a feature does not depend on the others (relu, jumprelu, batchtopk at inference) only its
@@ -26,7 +26,7 @@ class ChosenFeatures:
     added in float32. A feature nearer to the k-th than the error of bfloat16 is decided in float32,
     so that the result is the exact one.
 
-    Example: ChosenFeatures(sae, (3, 17))(x_ND).shape == (N, 2)
+    Example: SelectedFeatures(sae, (3, 17))(x_ND).shape == (N, 2)
     """
 
     def __init__(self, sae: SAE, ids: tuple[int, ...]) -> None:

@@ -23,11 +23,11 @@ from operando.recipe import (
 from operando.types import Batch, Dense, Rewards, Trace
 from operando.update import advantages as adv
 from operando.update import losses
-from operando.update.hygiene import zero_variance_groups
+from operando.update.checks import zero_variance_groups
 from operando.update.reduce import zero_outside
 
 
-class Credit(NamedTuple):
+class Advantages(NamedTuple):
     """Advantage of every token, and the return that the critic learns (None without a critic)."""
 
     adv_BT: Float[Tensor, "B T"]
@@ -58,9 +58,9 @@ class Objective(NamedTuple):
     ratio_gap: float  # max |ratio - 1|
 
 
-def credit(
+def compute_advantages(
     recipe: Recipe, batch: Batch, rewards: Rewards, trace: Trace, kl_coef: float = 0.0
-) -> Credit:
+) -> Advantages:
     """Return who gets the credit (seam 2). A KL in the reward is subtracted first."""
     mask_BT, group = batch.mask_BT, batch.group_size
     apart = not isinstance(recipe.advantage, GaeAdvantage)  # a critic takes them as they are
@@ -83,11 +83,11 @@ def credit(
             assert trace.value_BT is not None, "GAE needs the value head"
             found = adv.gae(reward_BT, trace.value_BT, mask_BT, gamma, lam)
             adv_BT = adv.whiten(found.adv_BT, mask_BT) if whiten else found.adv_BT
-            return Credit(adv_BT, found.return_BT)
+            return Advantages(adv_BT, found.return_BT)
     for name, dense in rewards.dense.items():
         part_BT = rewards.parts[name]
         adv_BT = adv_BT + rewards.weights[name] * _dense_advantages(batch, part_BT, dense)
-    return Credit(adv_BT, None)
+    return Advantages(adv_BT, None)
 
 
 def _paid_by_return(batch: Batch, rewards: Rewards) -> Float[Tensor, "B T"]:
@@ -136,12 +136,12 @@ def next_kl_coef(recipe: Recipe, batch: Batch, trace: Trace, coef: float) -> flo
 
 def discarded_rows(recipe: Recipe, batch: Batch, rewards: Rewards) -> Bool[Tensor, " B"]:
     """Return which rollouts are not trained on."""
-    gone_B = torch.zeros(len(batch), dtype=torch.bool)
+    dropped_B = torch.zeros(len(batch), dtype=torch.bool)
     if "truncated" in recipe.rollout.discard:
-        gone_B |= torch.tensor([r.is_truncated for r in batch.rollouts])
+        dropped_B |= torch.tensor([r.is_truncated for r in batch.rollouts])
     if "zero_variance" in recipe.rollout.discard:
-        gone_B |= zero_variance_groups(batch, rewards).repeat_interleave(batch.group_size)
-    return gone_B
+        dropped_B |= zero_variance_groups(batch, rewards).repeat_interleave(batch.group_size)
+    return dropped_B
 
 
 def micro_objective(recipe: Recipe, new: Scored, targets: Targets) -> Objective:

@@ -13,7 +13,7 @@ from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from operando.models.recursive.configuration import MODULATED, RecursiveConfig
-from operando.models.recursive.positions import Past, Turn, rotate, split_heads
+from operando.models.recursive.positions import Past, Rope, rotate, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -28,9 +28,9 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(d, narrow, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x_BTD: Tensor, turn: Turn, mask: Tensor, past: Past) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), turn)
-        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), turn)
+    def forward(self, x_BTD: Tensor, rope: Rope, mask: Tensor, past: Past) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x_BTD), self.head_dim), rope)
+        k = rotate(split_heads(self.k_proj(x_BTD), self.head_dim), rope)
         v = split_heads(self.v_proj(x_BTD), self.head_dim)
         if past is not None:
             k, v = past.update(k, v, self.layer)
@@ -62,8 +62,8 @@ class Layer(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, hidden_states: Tensor, turn: Turn, mask: Tensor, past: Past) -> Tensor:
-        x_BTD = hidden_states + self.self_attn(self.attn_norm(hidden_states), turn, mask, past)
+    def forward(self, hidden_states: Tensor, rope: Rope, mask: Tensor, past: Past) -> Tensor:
+        x_BTD = hidden_states + self.self_attn(self.attn_norm(hidden_states), rope, mask, past)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -104,14 +104,14 @@ class AnchorAttention(nn.Module):
         self.k_up = nn.Linear(config.kv_lora_rank, d, bias=False)
         self.v_up = nn.Linear(config.kv_lora_rank, d, bias=False)
 
-    def anchor(self, latent_BSR: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), turn)
+    def anchor(self, latent_BSR: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        k = rotate(split_heads(self.k_up(latent_BSR), self.head_dim), rope)
         return k, split_heads(self.v_up(latent_BSR), self.head_dim)
 
     def forward(
-        self, x_bTD: Tensor, k: Tensor, v: Tensor, turn: Turn, mask: Tensor, zq: Tensor, zo: Tensor
+        self, x_bTD: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor, zq: Tensor, zo: Tensor
     ) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), turn)
+        q = rotate(split_heads(self.q_proj(x_bTD, zq), self.head_dim), rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2), zo)
 
@@ -146,12 +146,12 @@ class CoreBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         k: Tensor,
         v: Tensor,
-        turn: Turn,
+        rope: Rope,
         mask: Tensor,
         style_bTs: Tensor,
     ) -> Tensor:
         zq, zo, zg, zu, zd = self.modulation(style_bTs).chunk(MODULATED, dim=-1)
         x_bTD = hidden_states + self.anchor_attn(
-            self.attn_norm(hidden_states), k, v, turn, mask, zq, zo
+            self.attn_norm(hidden_states), k, v, rope, mask, zq, zo
         )
         return x_bTD + self.mlp(self.mlp_norm(x_bTD), zg, zu, zd)

@@ -34,7 +34,7 @@ from operando.models.caches import CACHE
 from operando.models.recursive.blocks import AnchorAttention, CoreBlock, Layer, ModulatedLinear
 from operando.models.recursive.cache import SlotCache
 from operando.models.recursive.configuration import RecursiveConfig
-from operando.models.recursive.positions import Past, Turn, positions_and_mask, turn_of
+from operando.models.recursive.positions import Past, Rope, positions_and_mask, rope_table
 
 GATE_INIT, GATE_LIMIT = 2.2, 6.0  # sigmoid(2.2) = 0.90; beyond 6.2 sigmoid is 1 in bfloat16
 COMPACT_BELOW = 0.85  # rows whose tokens have all exited leave the loop when this share is left
@@ -156,15 +156,15 @@ class RecursiveModel(RecursivePreTrainedModel):
         if past is None and use_cache:
             past = DynamicCache()
         position_BT, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
-        turn = self.turn(position_BT)
+        rope = self.rope(position_BT)
         x_BTD = inputs_embeds
         for layer in self.prelude:
-            x_BTD = layer(x_BTD, turn, mask, past)
+            x_BTD = layer(x_BTD, rope, mask, past)
         anchors = self._anchors(x_BTD, position_BT, past)
         loops = self.config.num_loops if num_loops is None else num_loops
         threshold = self.config.halt_threshold if halt_threshold is None else halt_threshold
         out = self._loop(
-            x_BTD, anchors, turn, mask, loops, threshold, exit_loops, output_loop_states
+            x_BTD, anchors, rope, mask, loops, threshold, exit_loops, output_loop_states
         )
         assert out.last_hidden_state is not None
         out.last_hidden_state = self.read_out(out.last_hidden_state, position_BT, mask, past)
@@ -176,14 +176,14 @@ class RecursiveModel(RecursivePreTrainedModel):
         self, h_BTD: Tensor, position_BT: Tensor, mask: Tensor, past: Past = None
     ) -> Tensor:
         """Return the final hidden states for a state of the loop: coda and norm."""
-        turn = self.turn(position_BT)
+        rope = self.rope(position_BT)
         for layer in self.coda:
-            h_BTD = layer(h_BTD, turn, mask, past)
+            h_BTD = layer(h_BTD, rope, mask, past)
         return self.norm(h_BTD)
 
-    def turn(self, position_BT: Tensor) -> Turn:
+    def rope(self, position_BT: Tensor) -> Rope:
         """Return the turns of positions, once for all layers and loops."""
-        return turn_of(position_BT, self.config.head_dim, self.config.rope_theta)
+        return rope_table(position_BT, self.config.head_dim, self.config.rope_theta)
 
     def _anchors(
         self, e_BTD: Tensor, position_BT: Tensor, past: Past
@@ -200,12 +200,12 @@ class RecursiveModel(RecursivePreTrainedModel):
                 latent[:, None], position[:, None, :, None].float(), self.num_prelude
             )
             latent, position = keys[:, 0], values[:, 0, :, 0]
-        turn = self.turn(position.long())
+        rope = self.rope(position.long())
         pairs = []
         for number, block in enumerate(self.core, start=self.num_prelude):
             attention = block.get_submodule("anchor_attn")
             assert isinstance(attention, AnchorAttention)
-            k, v = attention.anchor(latent, turn)
+            k, v = attention.anchor(latent, rope)
             pairs.append(past.update(k, v, number) if isinstance(past, SlotCache) else (k, v))
         return pairs
 
@@ -213,7 +213,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         self,
         e_BTD: Tensor,
         anchors: list[tuple[Tensor, Tensor]],
-        turn: Turn,
+        rope: Rope,
         mask: Tensor,
         loops: int,
         threshold: float | None,
@@ -230,7 +230,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         mask_b = mask.expand(B, -1, -1, -1)
         states, updates = [], []
         for t in range(loops):
-            u_bTD = self._core_pass(h_bTD, anchors, turn, mask_b, t)
+            u_bTD = self._core_pass(h_bTD, anchors, rope, mask_b, t)
             new_bTD = self._gate(h_bTD, u_bTD)
             if not halts:
                 h_bTD = new_bTD
@@ -250,7 +250,7 @@ class RecursiveModel(RecursivePreTrainedModel):
                 if left < COMPACT_BELOW * len(row_b):
                     h_BTD = h_BTD.index_copy(0, row_b, h_bTD)
                     row_b, h_bTD, done_bT = row_b[alive_b], h_bTD[alive_b], done_bT[alive_b]
-                    turn, mask_b = turn.rows(alive_b, len(alive_b)), mask_b[alive_b]
+                    rope, mask_b = rope.rows(alive_b, len(alive_b)), mask_b[alive_b]
                     anchors = [(k[alive_b], v[alive_b]) for k, v in anchors]
         h_BTD = h_bTD if len(row_b) == B else h_BTD.index_copy(0, row_b, h_bTD)
         return DecoderOutput(
@@ -264,7 +264,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         self,
         h_bTD: Tensor,
         anchors: list[tuple[Tensor, Tensor]],
-        turn: Turn,
+        rope: Rope,
         mask_b: Tensor,
         t: int,
     ) -> Tensor:
@@ -272,7 +272,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         style_bTs = F.silu(self.controller_input(h_bTD) + step_s)
         u_bTD = h_bTD
         for block, (k, v) in zip(self.core, anchors, strict=True):
-            u_bTD = block(u_bTD, k, v, turn, mask_b, style_bTs)
+            u_bTD = block(u_bTD, k, v, rope, mask_b, style_bTs)
         return u_bTD
 
     def controller_input(self, h_bTD: Tensor) -> Tensor:

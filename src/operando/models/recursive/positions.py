@@ -14,28 +14,28 @@ from operando.models.recursive.cache import SlotCache
 Past = Cache | SlotCache | None
 
 
-class Turn(NamedTuple):
+class Rope(NamedTuple):
     """By how much each position is turned: cosines and sines [B 1 T d/2], float32."""
 
     cos: Float[Tensor, "#B 1 T e"]
     sin: Float[Tensor, "#B 1 T e"]
 
-    def rows(self, which: Tensor, count: int) -> Turn:
+    def rows(self, which: Tensor, count: int) -> Rope:
         """Return the turns of some of `count` rows."""
-        return Turn(*(x.expand(count, -1, -1, -1)[which] for x in self))
+        return Rope(*(x.expand(count, -1, -1, -1)[which] for x in self))
 
 
-def turn_of(position_BT: Int[Tensor, "#B T"], head_dim: int, theta: float) -> Turn:
+def rope_table(position_BT: Int[Tensor, "#B T"], head_dim: int, theta: float) -> Rope:
     """Return the turns of rotary positions (2104.09864): angle = position * theta^(-2i/d)."""
     at = torch.arange(0, head_dim, 2, device=position_BT.device).float()
     angle = position_BT[:, None, :, None].float() * theta ** (-at / head_dim)
-    return Turn(angle.cos(), angle.sin())
+    return Rope(angle.cos(), angle.sin())
 
 
-def rotate(x_BHTd: Float[Tensor, "B H T d"], turn: Turn) -> Float[Tensor, "B H T d"]:
+def rotate(x_BHTd: Float[Tensor, "B H T d"], rope: Rope) -> Float[Tensor, "B H T d"]:
     """Return x turned in float32 (rotary embedding, half-split)."""
     first, second = x_BHTd.float().chunk(2, dim=-1)
-    cos, sin = turn
+    cos, sin = rope
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x_BHTd.dtype)
 

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out problems, judged by the task's verifier and by nothing else."""
+"""Greedy answers to held-out problems, graded by the task's verifier and by nothing else."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from operando.tasks.base import Answered, Task
 from operando.types import Prompt, Rollout, Verdict
 
 
-class Judged(NamedTuple):
+class Graded(NamedTuple):
     """A completion with the verifier's verdict."""
 
     rollout: Rollout
     verdict: Verdict
 
 
-def judge(task: Task, rollouts: Sequence[Rollout]) -> list[Judged]:
+def grade(task: Task, rollouts: Sequence[Rollout]) -> list[Graded]:
     """Return each rollout with what the verifier says of it."""
     if task.grades is not None:  # all at once: the task may grade them in parallel, and remembers
         task.grades([Answered(r.prompt.example, r.completion, r.is_truncated) for r in rollouts])
     return [
-        Judged(r, task.verify(r.prompt.example, r.completion, r.is_truncated)) for r in rollouts
+        Graded(r, task.verify(r.prompt.example, r.completion, r.is_truncated)) for r in rollouts
     ]
 
 
-def answer_greedily(
+def greedy_eval(
     sampler: Sampler, task: Task, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[Judged]:
-    """Return one greedy completion of each prompt, judged; ranks share the prompts out."""
+) -> list[Graded]:
+    """Return one greedy completion of each prompt, graded; ranks share the prompts out."""
     ranks = parallel.world_size()
     each = -(-len(prompts) // ranks)
     mine = list(prompts[parallel.rank() * each :][:each])
     sampled = sampler.sample([p.ids for p in mine], 1, sampling, None) if mine else []
     rollouts = as_rollouts(mine, list(range(len(mine))), 1, sampled)
-    return judge(task, parallel.gather_list(rollouts))
+    return grade(task, parallel.gather_list(rollouts))
