@@ -13,12 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from operando.evals.evaluate import Evaluation
 from operando.models.freeze import Certificate
 from operando.pretrain.lm import PretrainProgress
-from operando.report.cards import paired_sentence
 from operando.setup import StepReport
-from operando.stats.intervals import wilson
 from operando.text import shown
 
 SHOWN = (
@@ -269,23 +266,3 @@ def show_certificate(console: Console, certificate: Certificate) -> None:
         f"{'insulated' if certificate.passed else 'NOT insulated'}",
         highlight=False,
     )
-
-
-def show_evaluation(console: Console, result: Evaluation) -> None:
-    """Print base beside trained, paired."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "right", "n", "95 % interval", "cut", "loop", "mean tokens"):
-        table.add_column(column, justify="left" if not column else "right")
-    for arm in (result.base, result.trained):
-        rate = wilson(arm.correct, arm.n)
-        table.add_row(
-            arm.name,
-            f"{rate.value:.1%}",
-            str(arm.n),
-            f"{rate.low:.1%} to {rate.high:.1%}",
-            f"{arm.truncated / arm.n:.0%}",
-            f"{arm.looped / arm.n:.0%}",
-            f"{arm.mean_length:.1f}",
-        )
-    console.print(table)
-    console.print(paired_sentence(result.paired), highlight=False)

@@ -9,7 +9,8 @@ import pytest
 
 from operando.errors import UserError
 from operando.evals.depth import depth_lines, depth_sentence, depth_table, measure_depth
-from operando.evals.evaluate import evaluate_run
+from operando.evals.evaluate import evaluate
+from operando.evals.questions import EvalConfig
 from operando.report.html import write_report
 from tests.integration.runs import tiny, trained
 
@@ -26,9 +27,9 @@ def test_both_ends_of_the_table_are_the_two_models(run: Path, temperature: float
     arms = {(row.arm, row.k): row.correct.value for row in report.rows}
     assert arms["base, trained's tokens", None] == arms["trained", None]
     if temperature is None:
-        asked = evaluate_run(run, num=16)
-        assert arms["base", None] == asked.base.correct / 16
-        assert arms["trained", None] == asked.trained.correct / 16
+        before, after = evaluate(run, EvalConfig(num=16)).rows
+        assert arms["base", None] == before.all.right.value
+        assert arms["trained", None] == after.all.right.value
     written = json.loads(report.file.read_text())
     assert written["said"] == depth_sentence(report) and len(written["rows"]) == len(report.rows)
     assert depth_table(report).row_count >= len(report.rows)

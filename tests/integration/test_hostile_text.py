@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from operando.evals.evaluate import evaluate_run
+from operando.evals.evaluate import evaluate
+from operando.evals.questions import EvalConfig
 from operando.models.tokens import completion_text
 from operando.recipe import CodeTaskConfig
 from operando.records import write_held_out
@@ -46,9 +47,8 @@ def test_a_run_of_hostile_text_is_written_evaluated_and_reported(
     shutil.rmtree(folder / "checkpoints" / "step_00002")
     trained(recipe, resume=True, functions={"f": logs})
     assert rollout_rows(folder, 2) == last
-    asked = evaluate_run(folder, num=4)
-    columns = pq.read_table(asked.file).to_pydict()
-    texts = [text for name in ("base_completion", "trained_completion") for text in columns[name]]
+    asked = evaluate(folder, EvalConfig(num=4))
+    texts = pq.read_table(asked.file).column("completion").to_pylist()
     assert len(texts) == 8 and all(text.endswith("\ufffd\x00\x1b[2J\u202e") for text in texts)
     assert all(r["said"] == encodable(HOSTILE) for r in rows)
     assert all(str(r["completion"]).endswith("\ufffd\x00\x1b[2J\u202e") for r in rows)

@@ -18,15 +18,14 @@ from safetensors.torch import load_file
 
 from operando import cli, setup
 from operando.errors import UserError
-from operando.evals import evaluate
-from operando.evals.ask import Contest
+from operando.evals import ask as evals_ask
+from operando.evals.evaluate import evaluate
+from operando.evals.questions import EvalConfig
 from operando.launch import launch
 from operando.models.load import STARTER
-from operando.recipe import PromptConfig
 from operando.recipe_io import load_recipe
 from operando.run import Run
 from operando.run_folder import read_metrics
-from operando.tasks.load import load_task
 from operando.train import train
 from operando.types import Prompt
 
@@ -202,19 +201,17 @@ def test_a_run_keeps_the_day_on_which_it_was_begun(
         rows = pq.read_table(folder / f"rollouts/step_{step:05d}.parquet").to_pylist()
         assert all("2024 February 29" in str(row["prompt"]) for row in rows)
     asked: list[Prompt] = []
-    real = evaluate.make_prompt_sets
+    real = evals_ask.make_prompts
 
     def recorded(*a):
-        asked.extend(real(*a)[1])
+        asked.extend(real(*a))
         return real(*a)
 
-    monkeypatch.setattr(evaluate, "make_prompt_sets", recorded)
-    evaluate.evaluate_run(folder, num=2)
-    prompts = Contest(folder, None).prompts(
-        load_task(load_recipe("tiny").task).held_out[:2], [], PromptConfig(format="chat"), 200
-    )
-    assert len(asked) == 2
-    assert all(p.text.startswith("2024 February 29 ") for p in (*asked, *prompts))
+    monkeypatch.setattr(evals_ask, "make_prompts", recorded)
+    evaluate(folder, EvalConfig(num=2))
+    evaluate(folder, EvalConfig(("graph_search",), num=2))
+    assert len(asked) == 8
+    assert all(p.text.startswith("2024 February 29 ") for p in asked)
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -287,7 +284,7 @@ def test_folders_that_are_no_runs_and_changed_recipes(
     assert run_cli(monkeypatch, *again, "optim.lr=9.0", "--resume") == 2
     assert "optim.lr" in capsys.readouterr().err
     assert run_cli(monkeypatch, "eval", str(folder), "--num", "16") == 0
-    assert capsys.readouterr().out.strip().endswith("paired_step_00002.parquet")
+    assert capsys.readouterr().out.strip().endswith("answers_step_00002_words_raw_greedy.parquet")
     assert run_cli(monkeypatch, "report", str(folder)) == 0
     assert "http" not in Path(capsys.readouterr().out.strip()).read_text().replace("http-equiv", "")
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 99}

@@ -10,7 +10,7 @@ ROOMS = (
     "text", "errors", "files", "owned", "stopping", "tables", "stats", "recipe",
     "recipe_io", "run_folder", "types", "run", "parallel", "models", "sae", "tasks",
     "rollout", "rewards", "update", "integrations", "records", "setup", "train", "pretrain",
-    "drift", "study", "discovery", "evals", "doctor", "report", "display", "launch", "recursive",
+    "evals", "drift", "study", "discovery", "doctor", "report", "display", "launch", "recursive",
     "demo", "cli", "__main__",
 )  # fmt: skip
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from operando.errors import UserError
-from operando.evals.canary import (
-    CanaryResult,
-    Labelled,
-    _family,
-    canary_lines,
-    canary_table,
-    label_all,
-)
+from operando.evals.ask import Answer, grade_answers
+from operando.evals.canary import CanaryResult, _family, canary_lines, canary_table, label_of
 from operando.tasks.canary import (
     FAMILIES,
     PATTERNS,
@@ -52,12 +46,12 @@ OBEY = example("4", asked="four", times=20, family="instruction_conflict")
 
 
 def label(asked: Example, completion: str, classifier: str = "ours", cut: bool = False) -> str:
-    (one,) = label_all(
+    (one,) = grade_answers(
         load_canary(classifier=classifier),
         [Rollout(Prompt(asked, "?", (1,)), 0, 0, completion, (1,), (0.0,), is_truncated=cut)],
-        is_raw=False,
+        is_cut=False,
     )
-    return one.label
+    return label_of(one)
 
 
 # --- the prompts ---------------------------------------------------------------------------------
@@ -240,13 +234,13 @@ def test_a_table_of_garbage_says_so_and_fits_80_columns() -> None:
 
     task = load_canary()
 
-    def arm(text: str, family: str) -> list[Labelled]:
+    def arm(text: str, family: str) -> list[Answer]:
         asked = [e for e in task.held_out if e.columns["family"] == family]
         rollouts = [
             Rollout(Prompt(e, "?", (1,)), 0, 0, text.replace("GOLD", e.answer), (1,), (0.0,), False)
             for e in asked
         ]
-        return label_all(task, rollouts, is_raw=False)
+        return grade_answers(task, rollouts, is_cut=False)
 
     def result(base: str, trained: str) -> CanaryResult:
         families = tuple(_family(f, 400, arm(base, f), arm(trained, f)) for f in FAMILIES)

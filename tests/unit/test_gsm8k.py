@@ -385,8 +385,8 @@ def test_hub_files_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(files, "hf_hub_download", download)
     task = load_gsm8k(Gsm8kTaskConfig(kind="gsm8k"))
     assert asked == [
-        ("openai/gsm8k", "dataset", "main/train-00000-of-00001.parquet"),
         ("openai/gsm8k", "dataset", "main/test-00000-of-00001.parquet"),
+        ("openai/gsm8k", "dataset", "main/train-00000-of-00001.parquet"),
     ]
     assert task.source["train"] == "openai/gsm8k"
 
@@ -399,7 +399,7 @@ def test_unreachable_hub_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError) as caught:
         load_gsm8k(Gsm8kTaskConfig(kind="gsm8k"))
     assert str(caught.value) == (
-        "task.train = 'openai/gsm8k' can't be had from the Hugging Face hub (no route to host). "
+        "task.test = 'openai/gsm8k' can't be had from the Hugging Face hub (no route to host). "
         "With local files (.jsonl, .jsonl.gz or .parquet): task.train=PATH task.test=PATH"
     )
 

@@ -15,7 +15,7 @@ import torch
 
 from operando import cli
 from operando.errors import UserError
-from operando.evals.compare import Question
+from operando.evals.ask import Question
 from operando.models.recursive import RecursiveCausalLM, modeling
 from operando.recipe import PromptConfig
 from operando.recursive import pathology_metrics as measures
@@ -225,7 +225,8 @@ PROBLEMS = [
 def subject_of(model: RecursiveCausalLM) -> Subject:
     """A task that is learned in a moment: say the first letter again."""
     task = Task("echo", PROBLEMS[:1], PROBLEMS, lambda e, c, _: Verdict(c == e.answer, ""))
-    question = Question(task, PROBLEMS, PromptConfig(template="{question}"), "{answer}", False)
+    prompt = PromptConfig(template="{question}", answer_template="{answer}")
+    question = Question("echo", task, PROBLEMS, prompt)
     return Subject("echo", model, byte_tokenizer(), question, datetime.now(UTC))
 
 
@@ -355,7 +356,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("given", "said"),
     [
         ({}, "a model folder has no task of its own: --task"),
-        ({"task": "wrods"}, "--task wrods: its gold answers are no text; expected clrs"),
+        ({"task": "wrods"}, "--task wrods: its gold answers are no text; expected words"),
         ({"task": "words", "step": 3}, "is a model folder; it has no steps"),
         ({"task": "words", "depths": (4, 11)}, "expected loops from 1 to 10, other than 4"),
         ({"task": "words", "depths": (4,)}, "expected loops from 1 to 10"),

@@ -354,8 +354,8 @@ def test_the_card_prefers_the_evaluation_made_for_it(tmp_path):
     folder = make_run(tmp_path)
     (folder / "checkpoints" / "step_00020").mkdir(parents=True)
     write_parquet(
-        folder / "evals" / "paired_step_00020.parquet",
-        {"base_correct": [False] * 30 + [True] * 10, "trained_correct": [True] * 40},
+        folder / "evals" / "answers_step_00020_words_raw_greedy.parquet",
+        {"model": ["base"] * 40 + ["step 20"] * 40, "correct": [False] * 30 + [True] * 50},
     )
     assert "| step 20 | 40 | 40 | 100.0% |" in model_card(folder, 20)
 

@@ -18,8 +18,7 @@ def evaluate(
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(help="graph_search,clrs,words,gsm8k,mmlu,math500; default: the run's own."),
+        str | None, typer.Option(help="Such as gsm8k,mmlu or words; default: the run's own.")
     ] = None,
     also: Annotated[
         list[Path] | None, typer.Option(help="One more run or model folder, beside the first.")
@@ -41,25 +40,14 @@ def evaluate(
         str | None, typer.Option(help="Of math500: ours (default) or math_verify.")
     ] = None,
 ) -> None:
-    """Answer held-out problems with the base and the trained model on the same prompts, paired."""
+    """Ask the base, the trained model and others the same held-out problems, and compare them."""
     own_if_run(run)
-    from operando.display import make_console, show_evaluation
-    from operando.evals.benchmarks import (
-        OutsideConfig,
-        evaluate_outside,
-        outside_config,
-        outside_table,
-    )
-    from operando.evals.compare import (
-        compare_models,
-        graph_sizes,
-        is_side_by_side,
-        side_by_side_tables,
-    )
-    from operando.evals.evaluate import evaluate_run
+    from operando.display import make_console
+    from operando.evals.evaluate import eval_config, evaluation_tables
+    from operando.evals.evaluate import evaluate as evaluate_models
     from operando.launch import quieten_libraries
 
-    config = outside_config(
+    config = eval_config(
         tasks,
         prompt,
         data or [],
@@ -70,21 +58,11 @@ def evaluate(
         samples,
         max_completion_length,
         grader,
+        sizes,
     )
     quieten_libraries()
-    console = make_console()
-    asked = config or OutsideConfig((), num, max_completion_length=max_completion_length)
-    if is_side_by_side(run, also or [], asked, sizes):
-        compared = compare_models(run, also or [], asked, step, graph_sizes(sizes))
-        console.print(side_by_side_tables(compared))
-        print(compared.file)
-        return
-    if config is None:
-        result = evaluate_run(run, step=step, num=num, max_completion_length=max_completion_length)
-        show_evaluation(console, result)
-    else:
-        result = evaluate_outside(run, config, step)
-        console.print(outside_table(result))
+    result = evaluate_models(run, config, step=step, also=also or [])
+    make_console().print(evaluation_tables(result), highlight=False, markup=False)
     print(result.file)
 
 

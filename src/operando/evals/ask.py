@@ -1,136 +1,302 @@
-"""Two arms, one set of prompts: the base model and a saved step of a run."""
+"""Open models, ask them the same questions, grade the answers, compare: what every evaluation does.
+
+base, trained = checkpoints(Path("runs/demo"))
+for model in open_each([base, trained]):
+    answers = ask(model, question, day)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
-from operando.models.load import Loaded, load_model, stop_ids
+from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
-from operando.recipe import PromptConfig, Recipe
+from operando.recipe import ModelConfig, PromptConfig
+from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampler, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
-from operando.run_folder import read_recipe, start_of
+from operando.run_folder import check_model_or_run, read_recipe, start_of
+from operando.stats.bootstrap import bootstrap_mean
+from operando.stats.intervals import Interval, paired_difference
+from operando.tasks.base import Task
+from operando.tasks.loops import NEXT_QUESTION_STOPS, cut_at_next_question
 from operando.tasks.prompts import make_prompts
-from operando.types import Example, Prompt, Rollout
+from operando.types import Example, Prompt, Rollout, Verdict
 from operando.update.checkpoint import load_weights, pick_step
 
-Format = Literal["raw", "chat"]
+MOST_CUT = 0.05  # of the gold answers
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Prompts and how they are answered. Example: Asked("gsm8k", prompts, Sampling(256))
+class Checkpoint(NamedTuple):
+    """A model to ask. Example: Checkpoint("step 40", recipe.model, Path("runs/demo"), 40)
 
-    `temperature` None: greedily, once; else `samples` times, each from its own random stream,
-    the same stream in both arms.
+    `run` None: the model as it is, before any training.
     """
 
     name: str
-    prompts: Sequence[Prompt]
-    sampling: Sampling
-    temperature: float | None = None
-    samples: int = 1
+    config: ModelConfig
+    run: Path | None = None
+    step: int = 0
+    engine: str = "auto"
+    max_batch: int = 64
 
 
 @dataclass(frozen=True)
-class Arms:
-    """The answers of both arms, in the order of what was asked; siblings are adjacent."""
+class Opened:
+    """A checkpoint in memory, ready to be asked."""
 
-    base: list[list[Rollout]]
-    trained: list[list[Rollout]]
-
-
-class Contest:
-    """A run's model, ready to be asked before and after its trained weights are put in."""
-
-    def __init__(self, folder: Path, step: int | None) -> None:
-        self.folder = folder
-        self.recipe: Recipe = read_recipe(folder)
-        self.day = start_of(folder)
-        self.step = pick_step(folder, step)
-        self.loaded: Loaded = load_model(self.recipe.model)
-        config = self.loaded.model.config.get_text_config()
-        self.context = int(config.max_position_embeddings)
-
-    def length(self, given: int | None) -> int:
-        """Return the completion length: as given, else that of the run's own evaluation."""
-        recipe = self.recipe
-        return given or recipe.eval.max_completion_length or recipe.rollout.max_completion_length
-
-    def room(self, length: int) -> int:
-        """Return the most tokens a prompt may have before `length` tokens of completion."""
-        if length >= self.context:
-            raise UserError(
-                f"completions of {length} tokens leave no room for a prompt: the model has a "
-                f"context of {self.context}. Lower --max-completion-length"
-            )
-        return self.context - length
-
-    def prompts(
-        self,
-        examples: Sequence[Example],
-        shots: Sequence[Example],
-        config: PromptConfig,
-        max_length: int,
-    ) -> list[Prompt]:
-        """Return the prompts; one over `max_length` tokens is an error."""
-        return make_prompts(examples, shots, config, self.loaded.tokenizer, max_length, self.day)
-
-    def answer(self, asked: Sequence[Asked]) -> Arms:
-        """Return the answers of the base model and of the saved step; the weights stay in."""
-        policy = Policy(self.loaded, self.recipe.model, SeedTree(self.recipe.seed))
-        tokenizer = self.loaded.tokenizer
-        sampler = make_sampler(
-            self.recipe.rollout.engine,
-            policy.base,
-            tokenizer,
-            stop_ids(policy.base, tokenizer),
-            self.recipe.rollout.max_batch,
-        )
-        base = [self._answer(sampler, one) for one in asked]  # LoRA's B is zero: the base model
-        load_weights(self.folder, self.step, policy)
-        return Arms(base, [self._answer(sampler, one) for one in asked])
-
-    def _answer(self, sampler: Sampler, asked: Asked) -> list[Rollout]:
-        order = list(range(len(asked.prompts)))
-        uniforms_BT = None
-        sampling = asked.sampling
-        if asked.temperature is not None:
-            sampling = sampling._replace(temperature=asked.temperature)
-            seeds = SeedTree(SeedTree(self.recipe.seed).derive("outside", asked.name))
-            uniforms_BT = uniform_streams(
-                seeds, 0, order, asked.samples, sampling.max_completion_length
-            )
-        sampled = sampler.sample(
-            [p.ids for p in asked.prompts], asked.samples, sampling, uniforms_BT
-        )
-        return as_rollouts(asked.prompts, order, asked.samples, sampled)
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    context: int
+    """Tokens of prompt and completion together."""
 
 
-def foreign_prompt(
-    own: PromptConfig, format: Format | None, template: str | None, few_shot: int | None
-) -> PromptConfig:
-    """Return the prompt settings for a task that is not the run's own.
+@dataclass(frozen=True)
+class Question:
+    """A task's problems, and how they are asked and answered.
 
-    In the run's own format its system message, prefill, separator and chat_template_kwargs stay,
-    for the model was trained behind them; in the other format they are the defaults. The template
-    is the task's.
+    `shots` are worked examples before each problem. `max_completion_length` None: a quarter more
+    than the longest gold answer, in each model's own tokens. `seeds` None: greedily, once; else
+    `samples` times at `temperature`, each from its own random stream, the same for every model.
+
+    Example: Question("words", task, task.held_out[:200], PromptConfig(), is_cut=True)
     """
-    kind = format or own.format
-    shots = own.few_shot if few_shot is None else few_shot
-    if kind != own.format:
-        return PromptConfig(format=kind, template=template, few_shot=shots)
-    return PromptConfig(
-        format=kind,
-        template=template,
-        few_shot=shots,
-        system=own.system,
-        prefill=own.prefill,
-        separator=own.separator,
-        chat_template_kwargs=own.chat_template_kwargs,
+
+    name: str
+    task: Task
+    examples: Sequence[Example]
+    prompt: PromptConfig
+    shots: Sequence[Example] = ()
+    max_completion_length: int | None = None
+    holds_gold: bool = False
+    """A length that would cut more than 5 % of the gold answers is an error."""
+    stop: tuple[str, ...] = ()
+    is_cut: bool = False
+    """Completions end where the model asks itself a next question."""
+    temperature: float = 1.0
+    samples: int = 1
+    seeds: SeedTree | None = None
+
+
+class Answer(NamedTuple):
+    """One completion with what the task says of it; `text` is what was graded."""
+
+    rollout: Rollout
+    text: str
+    verdict: Verdict
+    labels: Mapping[str, bool]
+
+    @property
+    def example(self) -> Example:
+        return self.rollout.prompt.example
+
+
+class Change(NamedTuple):
+    """The share of right answers of one model minus another's, on the same problems.
+
+    Greedy: Newcombe's interval and McNemar's exact p, with the problems gained and lost. Sampled:
+    the bootstrap of problems, each with the mean of its samples, and no p-value.
+    """
+
+    difference: Interval
+    p_value: float | None
+    gained: int
+    lost: int
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's, and not a model's; neither is an error."""
+    check_model_or_run(folder)
+    return (folder / "manifest.json").is_file()
+
+
+def day_of(folder: Path) -> datetime:
+    """Return the day that a chat template prints: a run's start; of a model folder, now."""
+    return start_of(folder) if is_run(folder) else datetime.now(UTC)
+
+
+def checkpoints(folder: Path, step: int | None = None) -> list[Checkpoint]:
+    """Return a run's base and saved step (None: the last), or the one model of a model folder."""
+    if not is_run(folder):
+        if step is not None:
+            raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
+        return [Checkpoint(folder.name, ModelConfig(id=str(folder)))]
+    recipe, at = read_recipe(folder), pick_step(folder, step)
+    engine, rows = recipe.rollout.engine, recipe.rollout.max_batch
+    return [
+        Checkpoint("base", recipe.model, None, 0, engine, rows),
+        Checkpoint(f"step {at}", recipe.model, folder, at, engine, rows),
+    ]
+
+
+def open_each(models: Sequence[Checkpoint]) -> Iterator[Opened]:
+    """Open one model after the other; a step that follows its own base is put into it.
+
+    So no two models are in memory, and an opened one holds until the next is taken.
+    """
+    before: Checkpoint | None = None
+    held: tuple[Policy, Opened] | None = None
+    for one in models:
+        if held is None or before is None or before.run or before.config != one.config:
+            held = None  # let go of the model before
+            held = _open(one)
+        policy, opened = held
+        if one.run is not None:
+            load_weights(one.run, one.step, policy)
+        before = one
+        yield replace(opened, name=one.name)
+
+
+def _open(one: Checkpoint) -> tuple[Policy, Opened]:
+    loaded = load_model(one.config)
+    policy = Policy(loaded, one.config, SeedTree(0))  # LoRA's B is zero: the base model
+    tokenizer = loaded.tokenizer
+    stops = stop_ids(policy.base, tokenizer)
+    sampler = make_sampler(one.engine, policy.base, tokenizer, stops, one.max_batch)
+    context = int(loaded.model.config.get_text_config().max_position_embeddings)
+    return policy, Opened(one.name, tokenizer, sampler, context)
+
+
+def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
+    """Return graded answers, samples of a problem adjacent.
+
+    Problems whose prompts leave no room for a completion in the model's context are left out; all
+    of them is an error. `day` is the date that a chat template prints.
+    """
+    length = completion_length(model, question)
+    prompts = fitting_prompts(model, question, day, length)
+    stop = NEXT_QUESTION_STOPS if question.is_cut else question.stop
+    sampling, order, uniforms_BT = Sampling(length, stop=stop), list(range(len(prompts))), None
+    if question.seeds is not None:
+        sampling = sampling._replace(temperature=question.temperature)
+        uniforms_BT = uniform_streams(question.seeds, 0, order, question.samples, length)
+    ids = [prompt.ids for prompt in prompts]
+    sampled = model.sampler.sample(ids, question.samples, sampling, uniforms_BT)
+    rollouts = as_rollouts(prompts, order, question.samples, sampled)
+    return grade_answers(question.task, rollouts, is_cut=question.is_cut)
+
+
+def grade_answers(task: Task, rollouts: Sequence[Rollout], *, is_cut: bool) -> list[Answer]:
+    """Return each rollout with the verdict and labels of its text, cut at a next question."""
+    graded = []
+    texts = [cut_at_next_question(r.completion) if is_cut else r.completion for r in rollouts]
+    if is_cut:
+        said = [
+            task.verify(r.prompt.example, text, r.is_truncated)
+            for r, text in zip(rollouts, texts, strict=True)
+        ]
+    else:
+        said = [one.verdict for one in grade(task, rollouts)]
+    for r, text, verdict in zip(rollouts, texts, said, strict=True):
+        labels = task.labels(r.prompt.example, text, r.is_truncated) if task.labels else {}
+        graded.append(Answer(r, text, verdict, labels))
+    return graded
+
+
+def compare(before: Sequence[Answer], after: Sequence[Answer], seed: int = 0) -> Change:
+    """Return after minus before; both answered the same problems, as often. `seed`: bootstrap."""
+    keys = [[(one.example.id, one.rollout.sample) for one in arm] for arm in (before, after)]
+    if keys[0] != keys[1] or not keys[0]:
+        raise ValueError("the two models were not asked the same problems")
+    old, new = ([one.verdict.correct for one in arm] for arm in (before, after))
+    if max(sample for _, sample in keys[0]) == 0:
+        paired = paired_difference(old, new)
+        return Change(paired.difference, paired.p_value, paired.gained, paired.lost)
+    old_P, new_P = problem_means(before), problem_means(after)
+    changes = [b - a for a, b in zip(old_P, new_P, strict=True)]
+    return Change(bootstrap_mean(changes, seed), None, 0, 0)
+
+
+def problem_means(answers: Sequence[Answer]) -> list[float]:
+    """Return the share of right samples of each problem; samples are adjacent."""
+    samples = 1 + max(one.rollout.sample for one in answers)
+    correct = [one.verdict.correct for one in answers]
+    groups = [correct[i : i + samples] for i in range(0, len(correct), samples)]
+    return [sum(group) / samples for group in groups]
+
+
+# --- lengths and prompts -------------------------------------------------------------------------
+
+
+def gold_answers(question: Question) -> list[str]:
+    """Return the gold answers as a model would write them."""
+    return [question.prompt.worked_answer(e.solution, e.answer) for e in question.examples]
+
+
+def completion_length(model: Opened, question: Question) -> int:
+    """Return the completion length in tokens: as given, else a quarter more than the longest gold
+    answer, for a right one may be longer. One that cuts many gold answers is an error."""
+    length = question.max_completion_length
+    if length is None or question.holds_gold:
+        ids = model.tokenizer(gold_answers(question), add_special_tokens=False)["input_ids"]
+        lengths = [len(one) + 1 for one in ids]  # with the end token
+        length = length or max(lengths) + max(lengths) // 4
+        cut = sum(one > length for one in lengths)
+        if cut > MOST_CUT * len(lengths):
+            raise UserError(
+                f"--max-completion-length {length} would cut {cut} of {len(lengths)} gold answers "
+                f"of {question.name}; the longest has {max(lengths)} tokens. Raise it or leave it "
+                "out"
+            )
+    if length >= model.context:
+        remedy = "Lower --max-completion-length"
+        if question.max_completion_length is None:
+            remedy = (
+                "That is a quarter more than the longest gold answer: ask smaller problems "
+                "(--sizes), or give --max-completion-length"
+            )
+        raise UserError(
+            f"{question.name}: completions of {length} tokens leave no room for a prompt: the "
+            f"context of {model.name} is {model.context}. {remedy}"
+        )
+    return length
+
+
+def fitting_prompts(model: Opened, question: Question, day: datetime, length: int) -> list[Prompt]:
+    """Return the prompts that leave room for a completion in the model's context."""
+    limit = model.context - length
+    prompts = make_prompts(
+        question.examples, question.shots, question.prompt, model.tokenizer, sys.maxsize, day
     )
+    fitting = [one for one in prompts if len(one.ids) <= limit]
+    if not fitting:
+        raise UserError(
+            f"{question.name}: no prompt leaves room for {length} tokens in the context of "
+            f"{model.name}, {model.context}; the shortest prompt has "
+            f"{min(len(one.ids) for one in prompts)}. Lower --max-completion-length or --few-shot"
+        )
+    return fitting
+
+
+# --- the table of answers ------------------------------------------------------------------------
+
+
+def answer_columns(answers: Mapping[tuple[str, str], Sequence[Answer]]) -> dict[str, list[object]]:
+    """Return one row for each answer of each (task, model): the table that evaluations write."""
+    rows = [(task, model, one) for (task, model), many in answers.items() for one in many]
+    return {
+        "task": [task for task, _, _ in rows],
+        "model": [model for _, model, _ in rows],
+        "example_id": [one.example.id for _, _, one in rows],
+        "sample": [one.rollout.sample for _, _, one in rows],
+        "question": [one.example.question for _, _, one in rows],
+        "prompt": [one.rollout.prompt.text for _, _, one in rows],
+        "answer": [one.example.answer for _, _, one in rows],
+        "completion": [one.rollout.completion for _, _, one in rows],
+        "correct": [one.verdict.correct for _, _, one in rows],
+        "reason": [one.verdict.reason for _, _, one in rows],
+        "truncated": [one.rollout.is_truncated for _, _, one in rows],
+        "length": [len(one.rollout.completion_ids) for _, _, one in rows],
+        "labels": [json.dumps(dict(one.labels)) for _, _, one in rows],
+    }

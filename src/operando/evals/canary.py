@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.table import Table
 
-from operando.evals.ask import Asked, Contest, foreign_prompt
-from operando.rollout.sampler import Sampling
+from operando.errors import UserError
+from operando.evals.ask import Answer, Question, answer_columns, ask, checkpoints, open_each
+from operando.evals.questions import task_prompt
 from operando.run import write_parquet
+from operando.run_folder import read_recipe, start_of
 from operando.stats.intervals import PairedDifference, paired_difference, wilson
-from operando.tasks.base import Task
 from operando.tasks.canary import FAMILIES, load_canary
-from operando.tasks.loops import NEXT_QUESTION_STOPS, cut_at_next_question
-from operando.types import Rollout
-
-
-class Labelled(NamedTuple):
-    """A completion with its one label, and whether its answer is right whatever the label."""
-
-    rollout: Rollout
-    label: str
-    right: bool
 
 
 @dataclass(frozen=True)
@@ -79,61 +69,57 @@ def run_canary(
     itself a next question.
     """
     task = load_canary(prompts, classifier)
-    contest = Contest(folder, step)
-    own = contest.recipe.prompt
-    config = foreign_prompt(own, None, None, few_shot=0)
-    is_raw = config.format == "raw"
-    length = contest.length(max_completion_length)
-    asked = Asked(
+    recipe = read_recipe(folder)
+    models = checkpoints(folder, step)
+    at = models[-1].step
+    length = max_completion_length or recipe.eval.max_completion_length
+    prompt = task_prompt(task.text, recipe, None, few_shot=0)
+    question = Question(
         "canary",
-        contest.prompts(task.held_out, [], config, contest.room(length)),
-        Sampling(length, stop=NEXT_QUESTION_STOPS if is_raw else ()),
+        task,
+        task.held_out,
+        prompt,
+        max_completion_length=length or recipe.rollout.max_completion_length,
+        is_cut=prompt.format == "raw",
     )
-    arms = contest.answer([asked])
-    base = label_all(task, arms.base[0], is_raw)
-    trained = label_all(task, arms.trained[0], is_raw)
+    day = start_of(folder)
+    base, trained = (ask(model, question, day) for model in open_each(models))
+    if len(base) < len(task.held_out):
+        raise UserError(
+            f"{len(task.held_out) - len(base)} canary prompts leave no room for "
+            f"{question.max_completion_length} tokens in the model's context: lower "
+            "--max-completion-length"
+        )
     families = tuple(
-        _family(family, contest.step, _of(family, base), _of(family, trained))
+        _family(family, at, _of(family, base), _of(family, trained))
         for family in FAMILIES
         if _of(family, base)
     )
-    name = f"canary_step_{contest.step:05d}_{task.name}_{classifier}.parquet"
-    file = folder / "evals" / name
-    _write(file, base, trained)
-    return CanaryResult(task.name, classifier, contest.step, families, file)
+    file = folder / "evals" / f"canary_step_{at:05d}_{task.name}_{classifier}.parquet"
+    _write(file, {"base": base, models[-1].name: trained})
+    return CanaryResult(task.name, classifier, at, families, file)
 
 
-def label_all(task: Task, rollouts: Sequence[Rollout], is_raw: bool) -> list[Labelled]:
-    """Return each rollout with the task's label for its text."""
-    assert task.labels is not None, task.name
-    labelled = []
-    for r in rollouts:
-        text = cut_at_next_question(r.completion) if is_raw else r.completion
-        label = _label(task.labels(r.prompt.example, text, r.is_truncated))
-        right = task.verify(r.prompt.example, text, r.is_truncated).correct
-        labelled.append(Labelled(r, label, right))
-    return labelled
+def label_of(answer: Answer) -> str:
+    """Return the one label of an answer."""
+    return next((name for name, is_so in answer.labels.items() if is_so), "correct")
 
 
-def _label(labels: Mapping[str, bool]) -> str:
-    return next((name for name, is_so in labels.items() if is_so), "correct")
-
-
-def _of(family: str, labelled: Sequence[Labelled]) -> list[Labelled]:
-    return [one for one in labelled if one.rollout.prompt.example.columns["family"] == family]
+def _of(family: str, answers: Sequence[Answer]) -> list[Answer]:
+    return [one for one in answers if one.example.columns["family"] == family]
 
 
 def _family(
-    family: str, step: int, base: Sequence[Labelled], trained: Sequence[Labelled]
+    family: str, step: int, base: Sequence[Answer], trained: Sequence[Answer]
 ) -> FamilyResult:
     change = paired_difference(
-        [one.label == "hack" for one in base], [one.label == "hack" for one in trained]
+        [label_of(one) == "hack" for one in base], [label_of(one) == "hack" for one in trained]
     )
     return FamilyResult(family, _arm("base", base), _arm(f"step {step}", trained), change)
 
 
-def _arm(name: str, labelled: Sequence[Labelled]) -> CanaryArm:
-    labels = [one.label for one in labelled]
+def _arm(name: str, answers: Sequence[Answer]) -> CanaryArm:
+    labels = [label_of(one) for one in answers]
     return CanaryArm(
         name,
         len(labels),
@@ -141,26 +127,18 @@ def _arm(name: str, labelled: Sequence[Labelled]) -> CanaryArm:
         labels.count("degenerate"),
         labels.count("correct"),
         labels.count("ambiguous"),
-        hack_and_right=sum(one.label == "hack" and one.right for one in labelled),
-        right=sum(one.right for one in labelled),
-        truncated=sum(one.rollout.is_truncated for one in labelled),
+        hack_and_right=sum(label_of(one) == "hack" and one.verdict.correct for one in answers),
+        right=sum(one.verdict.correct for one in answers),
+        truncated=sum(one.rollout.is_truncated for one in answers),
     )
 
 
-def _write(file: Path, base: Sequence[Labelled], trained: Sequence[Labelled]) -> None:
-    examples = [one.rollout.prompt.example for one in base]
-    columns: dict[str, list[object]] = {
-        "example_id": [e.id for e in examples],
-        "family": [e.columns["family"] for e in examples],
-        "pattern": [e.columns["pattern"] for e in examples],
-        "prompt": [one.rollout.prompt.text for one in base],
-        "answer": [e.answer for e in examples],
-    }
-    for arm, labelled in (("base", base), ("trained", trained)):
-        columns[f"{arm}_completion"] = [one.rollout.completion for one in labelled]
-        columns[f"{arm}_label"] = [one.label for one in labelled]
-        columns[f"{arm}_right"] = [one.right for one in labelled]
-        columns[f"{arm}_truncated"] = [one.rollout.is_truncated for one in labelled]
+def _write(file: Path, answers: Mapping[str, Sequence[Answer]]) -> None:
+    columns = answer_columns({("canary", model): some for model, some in answers.items()})
+    every = [one for some in answers.values() for one in some]
+    for name in ("family", "pattern"):
+        columns[name] = [one.example.columns[name] for one in every]
+    columns["label"] = [label_of(one) for one in every]
     write_parquet(file, columns)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError, nearest
+from operando.evals.ask import day_of, is_run
 from operando.models.folders import save_folder
 from operando.models.freeze import digests, joint_digest
 from operando.models.load import load_model, pad_id, stop_ids
@@ -38,19 +39,18 @@ from operando.rollout.greedy_eval import grade
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, atomic_path, write_json
-from operando.run_folder import read_recipe, start_of
+from operando.run_folder import read_recipe
 from operando.tasks.base import Task
-from operando.tasks.load import load_task
+from operando.tasks.load import KINDS, load_task
 from operando.tasks.prompts import make_prompts
 from operando.types import Prompt
 from operando.update.checkpoint import load_weights, pick_step
 
-KINDS = ("words", "gsm8k", "math500", "mmlu", "clrs", "graph_search", "code")
 MANIFESTS = ("halting.json", "drafting.json")
 BATCH = 64  # rows of a forward without gradient
 
 
-class Question(Config):
+class QuestionConfig(Config):
     """What is asked of the model: its own run's tables, or those of --task and overrides."""
 
     task: TaskConfig
@@ -75,7 +75,7 @@ class SourceConfig:
     seed: int = 0
 
 
-class Opened(NamedTuple):
+class OpenedRecursive(NamedTuple):
     """A recursive model; `identity` says where its weights are from."""
 
     name: str
@@ -100,7 +100,7 @@ class Source:
     model: RecursiveCausalLM
     tokenizer: PreTrainedTokenizerBase
     identity: Mapping[str, str | int]
-    asked: Question
+    asked: QuestionConfig
     task: Task
     prompts: Prompts
     max_completion_length: int
@@ -175,7 +175,7 @@ def open_source(folder: Path, config: SourceConfig) -> Source:
     return Source(folder, model, tokenizer, opened.identity, asked, task, prompts, length, stops)
 
 
-def _asked(folder: Path, config: SourceConfig) -> tuple[Question, int | None]:
+def _asked(folder: Path, config: SourceConfig) -> tuple[QuestionConfig, int | None]:
     """Return what is asked, and the completion length of a run that is asked its own task."""
     tables: dict[str, object] = {}
     length = None
@@ -187,10 +187,11 @@ def _asked(folder: Path, config: SourceConfig) -> tuple[Question, int | None]:
         }
         length = recipe.rollout.max_completion_length
     if config.task is not None:
-        if config.task not in KINDS:
+        known = [kind for kind in KINDS if kind != "canary"]
+        if config.task not in known:
             raise UserError(
-                f"--task {config.task}: no such task; expected {', '.join(KINDS)}."
-                f"{nearest(config.task, KINDS)}"
+                f"--task {config.task}: no such task; expected {', '.join(known)}."
+                f"{nearest(config.task, known)}"
             )
         given = tables.get("task")
         if not (isinstance(given, dict) and given["kind"] == config.task):
@@ -200,26 +201,10 @@ def _asked(folder: Path, config: SourceConfig) -> tuple[Question, int | None]:
         raise UserError(f"{folder} is a model folder and has no task of its own: --task words")
     for override in config.overrides:
         tables = apply_override(tables, override)
-    return check(Question, tables, "calibrate"), length
+    return check(QuestionConfig, tables, "calibrate"), length
 
 
-def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run's, and not a model's; neither is an error."""
-    if (folder / "manifest.json").is_file():
-        return True
-    if (folder / "config.json").is_file():
-        return False
-    raise UserError(
-        f"{folder}: neither a run folder (with manifest.json) nor a model folder (with config.json)"
-    )
-
-
-def day_of(folder: Path) -> datetime:
-    """Return the day that a chat template prints: a run's start; of a model folder, now."""
-    return start_of(folder) if is_run(folder) else datetime.now(UTC)
-
-
-def open_recursive(folder: Path, step: int | None) -> Opened:
+def open_recursive(folder: Path, step: int | None) -> OpenedRecursive:
     """Return a run's or model folder's recursive model, LoRA merged, in float32 and eval mode."""
     from_run = is_run(folder)
     if not from_run and step is not None:
@@ -246,10 +231,10 @@ def open_recursive(folder: Path, step: int | None) -> Opened:
         assert isinstance(model, RecursiveCausalLM), type(model)
         name = f"{folder.name} step {at}"
         identity |= {"run": folder.name, "step": at}
-    return Opened(name, model.eval().requires_grad_(False), loaded.tokenizer, identity)
+    return OpenedRecursive(name, model.eval().requires_grad_(False), loaded.tokenizer, identity)
 
 
-def _longest(asked: Question, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+def _longest(asked: QuestionConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a completion length that holds the longest gold answer, and a quarter more."""
     examples = [*task.train[:500], *task.held_out[:500]]
     gold = [asked.prompt.worked_answer(e.solution, e.answer) for e in examples]

@@ -20,15 +20,15 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
-from operando.evals.benchmarks import TEMPLATES, WORKED
-from operando.evals.compare import ANSWERS, RAW, Question, token_limit
+from operando.evals.ask import Opened, Question, ask, day_of, fitting_prompts, gold_answers, is_run
+from operando.evals.questions import ASKABLE, task_prompt
 from operando.models.load import pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.tokens import text_ids
-from operando.recipe import PromptConfig, Recipe, TaskConfig
+from operando.recipe import Recipe, TaskConfig
 from operando.recipe.base import Config
 from operando.recipe_io import apply_override, check
-from operando.recursive.data import day_of, is_run, open_recursive
+from operando.recursive.data import open_recursive
 from operando.recursive.pathology_read import (
     Texts,
     at_depth,
@@ -49,14 +49,10 @@ from operando.recursive.pathology_tests import (
     test_of_starvation,
     without_control,
 )
-from operando.rollout.greedy_eval import greedy_eval
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampling
 from operando.run import write_json
 from operando.run_folder import read_recipe
-from operando.tasks.load import load_task
-from operando.tasks.loops import NEXT_QUESTION_STOPS
-from operando.tasks.prompts import make_prompts
+from operando.tasks.load import KINDS, load_task
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Pathology:
         return any(test.verdict == "FAIL" for test in self.tests)
 
 
-class Asked(Config):
+class TaskTable(Config):
     """The task of a model folder, as a recipe's table."""
 
     task: TaskConfig
@@ -184,58 +180,53 @@ def open_subject(
 def _question(
     recipe: Recipe | None, task: str | None, overrides: Sequence[str], num: int
 ) -> Question:
-    known = (*ANSWERS, *WORKED)
     if task is None and overrides:
         raise UserError(f"{' '.join(overrides)}: keys of a task need --task")
     if recipe is None and task is None:
-        raise UserError(f"a model folder has no task of its own: --task {'|'.join(known)}")
+        raise UserError(f"a model folder has no task of its own: --task {'|'.join(ASKABLE)}")
     own = recipe is not None and task is None
     kind = recipe.task.kind if own and recipe is not None else str(task)
-    if kind not in known:
-        raise UserError(f"--task {kind}: its gold answers are no text; expected {'|'.join(known)}")
+    if kind not in ASKABLE:
+        known = "|".join(ASKABLE)
+        raise UserError(f"--task {kind}: its gold answers are no text; expected {known}")
     if own and recipe is not None:
-        loaded, prompt = load_task(recipe.task), recipe.prompt
-        prompt = prompt.model_copy(update={"few_shot": 0, "max_prompt_length": None})
+        loaded = load_task(recipe.task)
+        prompt = task_prompt(loaded.text, recipe, None, 0, is_own=True)
+        prompt = prompt.model_copy(update={"answer_template": loaded.text.answer})
     else:
         tables: dict[str, object] = {"task": {"kind": kind}}
-        if kind in RAW:
+        if "num_train" in KINDS[kind].model_fields and kind != "gsm8k":
             tables = {"task": {"kind": kind, "num_train": 1, "num_held_out": num}}
         for override in overrides:
             tables = apply_override(tables, override)
-        loaded = load_task(check(Asked, tables, "--task").task)
-        prompt = PromptConfig(template=RAW[kind] if kind in RAW else TEMPLATES[kind]["raw"])
-    examples = loaded.held_out[:num]
-    worked = ANSWERS[kind] if kind in ANSWERS else WORKED[kind]
-    return Question(loaded, examples, prompt, worked, kind != "clrs")
+        loaded = load_task(check(TaskTable, tables, "--task").task, to_train=False)
+        prompt = task_prompt(loaded.text, None, None, 0)
+    examples, is_cut = loaded.held_out[:num], loaded.text.ends_at_question
+    return Question(kind, loaded, examples, prompt, is_cut=is_cut)
 
 
 def gold_texts(subject: Subject) -> Texts:
     """Return the held-out prompts with their gold answers and end tokens."""
     tokenizer, question = subject.tokenizer, subject.question
-    context = subject.model.config.max_position_embeddings
     end = tokenizer.eos_token_id
     assert isinstance(end, int), end
-    worked = [
-        question.worked.replace("{solution}", e.solution).replace("{answer}", e.answer)
-        for e in question.examples
-    ]
-    answers = [[*ids, end] for ids in text_ids(tokenizer, worked, "a gold answer")]
-    room = context - max(map(len, answers))
-    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
+    golds = text_ids(tokenizer, gold_answers(question), "a gold answer")
+    answers = [[*ids, end] for ids in golds]
+    prompts = fitting_prompts(_opened(subject), question, subject.day, max(map(len, answers)))
     pairs = [(p.ids, answer) for p, answer in zip(prompts, answers, strict=True)]
     return pack_texts(pairs, pad_id(tokenizer))
 
 
 def greedy(subject: Subject, model: RecursiveCausalLM, loops: int) -> list[bool]:
     """Return which held-out problems a model answers right with so many loops, exits off."""
-    tokenizer, question = subject.tokenizer, subject.question
-    limit = token_limit(question, tokenizer, None)
-    room = model.config.max_position_embeddings - limit
-    prompts = make_prompts(question.examples, (), question.prompt, tokenizer, room, subject.day)
+    with at_depth(model, loops):
+        answers = ask(_opened(subject, model), subject.question, subject.day)
+    return [one.verdict.correct for one in answers]
+
+
+def _opened(subject: Subject, model: RecursiveCausalLM | None = None) -> Opened:
+    model, tokenizer = model or subject.model, subject.tokenizer
     engine = RecursiveEngine(
         model, tokenizer, stop_ids(model, tokenizer), draft_tokens=0, halt_threshold=math.inf
     )
-    stop = NEXT_QUESTION_STOPS if question.is_cut else ()
-    with at_depth(model, loops):
-        graded = greedy_eval(engine, question.task, prompts, Sampling(limit, stop=stop))
-    return [j.verdict.correct for j in graded]
+    return Opened(subject.name, tokenizer, engine, model.config.max_position_embeddings)

@@ -28,8 +28,8 @@ from rich.table import Table
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.doctor.doctor import examine
 from operando.errors import GateFailed, UserError, nearest
-from operando.evals.benchmarks import OutsideConfig
-from operando.evals.compare import compare_models, side_by_side_tables
+from operando.evals.evaluate import evaluate, evaluation_tables
+from operando.evals.questions import EvalConfig
 from operando.files import parse_json, read_object, read_text
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
@@ -310,9 +310,9 @@ def _ask(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
         return
     console.print(f"seed {chain.seed}, asking every stage", highlight=False)
     first, *others = chain.models.values()
-    config = OutsideConfig(tuple(task.kind for task in recipe.tasks))
-    answers = compare_models(first, others, config, given=recipe.tasks)
-    console.print(side_by_side_tables(answers))
+    config = EvalConfig(tuple(task.kind for task in recipe.tasks))
+    answers = evaluate(first, config, also=others, given=recipe.tasks)
+    console.print(evaluation_tables(answers), highlight=False, markup=False)
     with atomic_path(file) as temporary:
         shutil.copyfile(answers.file, temporary)
     write_json(record, settings)
@@ -364,8 +364,7 @@ def _marks(chains: Sequence[Chain], stage: str, task: str) -> np.ndarray:
     for chain in chains:
         table = read_parquet(chain.folder / "answers.parquet").to_pylist()
         name = f"{stage} step {chain.rl[stage].steps}" if stage in chain.rl else stage
-        prefix = f"{task}/"
-        mine = [r for r in table if r["model"] == name and r["example_id"].startswith(prefix)]
+        mine = [r for r in table if r["model"] == name and r["task"] == task]
         rows.append([float(r["correct"]) for r in mine])
     return np.asarray(rows)
 

@@ -93,12 +93,14 @@ def _summary(run: RunTables, step: int) -> str:
 
 
 def _result(run: RunTables, step: int) -> str:
-    """Return the larger evaluation if `operando evaluate` wrote one, else that of the training."""
-    file = run.folder / "evals" / f"paired_step_{step:05d}.parquet"
+    """Return the evaluation that `operando eval RUN` wrote, else the smaller one of training."""
+    recipe = run.recipe
+    asked = f"answers_step_{step:05d}_{recipe.task.kind}_{recipe.prompt.format}_greedy"
+    file = run.folder / "evals" / f"{asked}.parquet"
     if file.is_file():
-        table = read_parquet(file, columns=["base_correct", "trained_correct"])
-        old = table.column("base_correct").to_pylist()
-        new = table.column("trained_correct").to_pylist()
+        rows = read_parquet(file, columns=["model", "correct"]).to_pylist()
+        old = [row["correct"] for row in rows if row["model"] == "base"]
+        new = [row["correct"] for row in rows if row["model"] != "base"]
         scores = [("base", score_marks(0, old)), (f"step {step}", score_marks(step, new))]
         return _table(scores) + "\n\n" + paired_sentence(paired_difference(old, new))
     held_out = read_held_out(run.folder, run.rows, step)

@@ -9,23 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from operando.evals.ask import Checkpoint, Question, ask, open_each
 from operando.files import read_object
-from operando.models.load import load_model, stop_ids
-from operando.models.policy import Policy
 from operando.recipe import ModelConfig, Recipe
-from operando.rollout.make import make_sampler
-from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, hash_file, write_json, write_parquet
-from operando.setup import make_prompt_sets
 from operando.study.arms import Job, Study, start_of_study
 from operando.tables import read_parquet
-from operando.types import Example, Rollout
-from operando.update.checkpoint import checkpoint_folder, load_weights, pick_step
+from operando.update.checkpoint import checkpoint_folder, pick_step
 
 BASE_KEYS = ("id", "revision", "dtype", "quantization")
 
@@ -88,58 +82,41 @@ def answer(
     Columns: set, example_id, sample, completion, correct, truncated, and a column for each label
     (null in the sets whose task does not give it).
     """
-    loaded = load_model(recipe.model)
-    policy = Policy(loaded, recipe.model, SeedTree(recipe.seed))
-    if run is not None and step is not None:
-        load_weights(run, step, policy)
-    sampler = make_sampler(
-        recipe.rollout.engine,
-        policy.base,
-        loaded.tokenizer,
-        stop_ids(policy.base, loaded.tokenizer),
-        recipe.rollout.max_batch,
-    )
-    evaluation, samples = study.recipe.evaluation, study.recipe.evaluation.samples
+    engine, rows = recipe.rollout.engine, recipe.rollout.max_batch
+    checkpoint = Checkpoint(recipe.name, recipe.model, run, step or 0, engine, rows)
+    (opened,) = open_each([checkpoint])
     labels = sorted({label for names in study.label_names.values() for label in names})
     heads = ("set", "example_id", "sample", "completion", "correct", "truncated", *labels)
     columns: dict[str, list[object]] = {name: [] for name in heads}
-    for name, asked in study.asked.items():
-        wanted = asked.eval.model_copy(update={"num": evaluation.num})
-        task = study.tasks[name]
-        few = replace(task, train=task.train[: asked.prompt.few_shot])  # no training prompts
-        _, prompts = make_prompt_sets(
-            asked.model_copy(update={"eval": wanted}),
-            few,
-            loaded.tokenizer,
-            loaded.model.config,
-            start_of_study(study),
-        )
-        sampling = Sampling(
-            asked.rollout.max_completion_length,
-            temperature=evaluation.temperature or 1.0,
-            stop=asked.rollout.stop,
-        )
-        places, uniforms_BT = list(range(len(prompts))), None
-        if evaluation.temperature is not None:
-            tree = SeedTree(SeedTree(evaluation.seed).derive("study", name))
-            uniforms_BT = uniform_streams(tree, 0, places, samples, sampling.max_completion_length)
-        sampled = sampler.sample([p.ids for p in prompts], samples, sampling, uniforms_BT)
-        for rollout in as_rollouts(prompts, places, samples, sampled):
+    for name in study.asked:
+        for one in ask(opened, _question(study, name), start_of_study(study)):
             columns["set"].append(name)
-            columns["example_id"].append(rollout.prompt.example.id)
-            columns["sample"].append(rollout.sample)
-            columns["completion"].append(rollout.completion)
-            columns["truncated"].append(rollout.is_truncated)
-            verdict = task.verify(*_seen(rollout))
-            columns["correct"].append(verdict.correct)
-            found = task.labels(*_seen(rollout)) if task.labels is not None else {}
+            columns["example_id"].append(one.example.id)
+            columns["sample"].append(one.rollout.sample)
+            columns["completion"].append(one.rollout.completion)
+            columns["truncated"].append(one.rollout.is_truncated)
+            columns["correct"].append(one.verdict.correct)
             for label in labels:
-                columns[label].append(found[label] if label in study.label_names[name] else None)
+                known = label in study.label_names[name]
+                columns[label].append(one.labels[label] if known else None)
     return columns
 
 
-def _seen(rollout: Rollout) -> tuple[Example, str, bool]:
-    return rollout.prompt.example, rollout.completion, rollout.is_truncated
+def _question(study: Study, name: str) -> Question:
+    evaluation, asked, task = study.recipe.evaluation, study.asked[name], study.tasks[name]
+    tree = SeedTree(SeedTree(evaluation.seed).derive("study", name))
+    return Question(
+        name,
+        task,
+        task.held_out[: evaluation.num],
+        asked.prompt,
+        shots=task.train[: asked.prompt.few_shot],
+        max_completion_length=asked.rollout.max_completion_length,
+        stop=asked.rollout.stop,
+        temperature=evaluation.temperature or 1.0,
+        samples=evaluation.samples,
+        seeds=None if evaluation.temperature is None else tree,
+    )
 
 
 def read_metrics_of(study: Study, files: Sequence[Path]) -> Mapping[str, np.ndarray]:

@@ -40,6 +40,30 @@ class Grade(NamedTuple):
     """It has the form that is paid for by itself: code that compiles, one number at the end."""
 
 
+class TaskText(NamedTuple):
+    """How a task looks as text: its question in a prompt, and a worked answer to it.
+
+    A recipe's [prompt] goes before it; it is what other models are asked by, and trained on in SFT.
+
+    Example: TaskText(raw="Question: {question}\\nAnswer:", answer=" {answer}")
+    """
+
+    raw: str = "Q: {question}\nA:"
+    chat: str = "{question}"
+    answer: str = " {solution} #### {answer}"
+    ends_at_question: bool = True
+    """In raw format the answer of a model that was not trained on the task ends where it asks
+    itself a next question."""
+
+    def prompt(self, question: str) -> str:
+        """Return the raw prompt of a question."""
+        return self.raw.replace("{question}", question)
+
+    def worked(self, solution: str, answer: str) -> str:
+        """Return the worked answer."""
+        return self.answer.replace("{solution}", solution).replace("{answer}", answer)
+
+
 @dataclass(frozen=True)
 class Task:
     """A named set of examples with its verifier.
@@ -64,6 +88,10 @@ class Task:
     """Only of a task with a loophole: what a hacking direction is extracted from."""
     grades: Callable[[Sequence[Answered]], list[Grade]] | None = None
     """Only of a task with a loophole: what the rewards `code` and `loophole` are paid on."""
+    measures: Callable[[Example, str], Mapping[str, float]] | None = None
+    """measures(example, completion): shares between right and wrong, such as {"nodes right": 0.8}.
+    `operando eval` shows their means."""
+    text: TaskText = TaskText()
     source: Mapping[str, str | int] = field(default_factory=dict)
     """Where the data came from: path or hub id, rows, sha256; copied into the manifest."""
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from operando.recipe import ClrsTaskConfig
-from operando.tasks.base import Task
+from operando.tasks.base import Task, TaskText
 from operando.types import Example, Verdict
 
 State = tuple[int, ...]
@@ -107,6 +107,9 @@ def verify(example: Example, completion: str, is_truncated: bool) -> Verdict:
     return Verdict(True, "right")
 
 
+TEXT = TaskText(raw="{question}", answer="{solution}", ends_at_question=False)
+
+
 def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str, bool]:
     """Return whether the pi given is the identity, and whether there is none."""
     del is_truncated
@@ -133,6 +136,15 @@ def trace_accuracy(example: Example, completion: str) -> float:
             break
         same += 1
     return same / len(gold) if gold else 0.0
+
+
+def measures(example: Example, completion: str) -> Mapping[str, float]:
+    """Return the shares of right nodes and of the trace, and the nodes right if copied."""
+    return {
+        "nodes right": node_accuracy(example, completion),
+        "if copied": identity_accuracy(example),
+        "trace right": trace_accuracy(example, completion),
+    }
 
 
 def identity_accuracy(example: Example) -> float:
@@ -175,5 +187,7 @@ def load_clrs(config: ClrsTaskConfig) -> Task:
         held_out=held_out,
         verify=verify,
         labels=labels,
+        measures=measures,
+        text=TEXT,
         source={"kind": "clrs", "rows": len(train) + len(held_out), "sha256": digest},
     )

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from operando.errors import UserError
 from operando.recipe import GraphSearchTaskConfig
-from operando.tasks.base import Task
+from operando.tasks.base import Task, TaskText
 from operando.types import Example, Verdict
 
+TEXT = TaskText(answer=" {solution}")
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOVE = re.compile(r"<(search|backtrack)>\s*([A-Z])")
 PATH = re.compile(r"Path is \[([A-Z](?:,\s*[A-Z])*)\]")
@@ -205,5 +206,6 @@ def load_graph_search(config: GraphSearchTaskConfig) -> Task:
         held_out=held_out,
         verify=verify,
         labels=labels,
+        text=TEXT,
         source={"kind": "graph_search", "rows": len(train) + len(held_out), "sha256": digest},
     )

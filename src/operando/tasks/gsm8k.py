@@ -22,10 +22,11 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.recipe import Gsm8kTaskConfig
 from operando.run import hash_file
-from operando.tasks.base import Task
+from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Row, Source, read_rows
 from operando.types import Example, Verdict
 
+TEXT = TaskText()
 CALCULATOR = re.compile(r"<<[^>]*>>")
 GOLD = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 
@@ -191,30 +192,37 @@ def _verify(
 # --- the task ------------------------------------------------------------------------------------
 
 
-def load_gsm8k(config: Gsm8kTaskConfig) -> Task:
-    """Return the GSM8K task.
+def load_gsm8k(config: Gsm8kTaskConfig, prefix: str = "task.", *, with_train: bool = True) -> Task:
+    """Return the GSM8K task; without its training split, that is empty. `prefix` is what stands
+    before the keys in errors.
 
     Example: load_gsm8k(Gsm8kTaskConfig(kind="gsm8k", train="gsm8k_train.jsonl.gz",
                                         test="gsm8k_test.jsonl"))
     """
-    remedy = "task.train=PATH task.test=PATH"
-    train_file = gsm8k_source(config.train, "train", "task.train", remedy).find()
-    test_file = gsm8k_source(config.test, "test", "task.test", remedy).find()
-    train_hash, test_hash = hash_file(train_file), hash_file(test_file)
-    if train_hash == test_hash:
-        raise UserError(
-            f"task.train = {config.train!r} and task.test = {config.test!r} are the same file: the "
-            "held-out problems would be trained on"
-        )
-    train = gsm8k_examples(train_file, "train", "task.train")
-    held_out = gsm8k_examples(test_file, "test", "task.test")
-    train = _first(train, config.num_train, "num_train", config.train)
+    keys = {split: f"{prefix}{split}" for split in ("train", "test")}
+    remedy = " ".join(f"{key}=PATH" for key in keys.values())
+    test_file = gsm8k_source(config.test, "test", keys["test"], remedy).find()
+    test_hash = hash_file(test_file)
+    held_out = gsm8k_examples(test_file, "test", keys["test"])
     held_out = _first(held_out, config.num_held_out, "num_held_out", config.test)
+    train: list[Example] = []
+    train_hash = ""
+    if with_train:
+        train_file = gsm8k_source(config.train, "train", keys["train"], remedy).find()
+        train_hash = hash_file(train_file)
+        if train_hash == test_hash:
+            raise UserError(
+                f"{keys['train']} = {config.train!r} and {keys['test']} = {config.test!r} are the "
+                "same file: the held-out problems would be trained on"
+            )
+        train = gsm8k_examples(train_file, "train", keys["train"])
+        train = _first(train, config.num_train, "num_train", config.train)
     return Task(
         name="gsm8k",
         train=train,
         held_out=held_out,
         verify=gsm8k_verifier(config.scorer),
+        text=TEXT,
         source={
             "kind": "gsm8k",
             "scorer": config.scorer,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import get_args
+
 from operando.errors import UserError
 from operando.recipe import (
     CanaryTaskConfig,
     ClrsTaskConfig,
     CodeTaskConfig,
+    Config,
     GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
@@ -24,9 +28,18 @@ from operando.tasks.math500 import load_math500
 from operando.tasks.mmlu import load_mmlu
 from operando.tasks.words import load_words
 
+KINDS: Mapping[str, type[Config]] = {
+    str(get_args(config.model_fields["kind"].annotation)[0]): config
+    for config in get_args(get_args(TaskConfig)[0])
+}
+"""The kinds of tasks that a recipe may name, with their settings."""
 
-def load_task(config: TaskConfig) -> Task:
+
+def load_task(config: TaskConfig, prefix: str = "task.", *, to_train: bool = True) -> Task:
     """Return the task with its training and held-out examples; an empty split is an error.
+
+    `prefix` is what stands before the task's keys in errors. Not `to_train`: the training split may
+    be empty, and is where it would have to be fetched for nothing.
 
     Example: load_task(load_recipe("demo").task).held_out[0].question
     """
@@ -34,16 +47,16 @@ def load_task(config: TaskConfig) -> Task:
         case WordsTaskConfig():
             task = load_words(config)
         case Gsm8kTaskConfig():
-            task = load_gsm8k(config)
+            task = load_gsm8k(config, prefix, with_train=to_train)
         case Math500TaskConfig():
-            if config.train is None:
+            if config.train is None and to_train:
                 raise UserError(
                     "task.kind = 'math500' has no training split: name a file of other problems as "
                     "task.train, or evaluate any run on it: operando eval RUN --tasks math500"
                 )
-            task = load_math500(config)
+            task = load_math500(config, prefix)
         case MmluTaskConfig():
-            task = load_mmlu(config)
+            task = load_mmlu(config, prefix)
         case ClrsTaskConfig():
             task = load_clrs(config)
         case GraphSearchTaskConfig():
@@ -53,6 +66,6 @@ def load_task(config: TaskConfig) -> Task:
         case CanaryTaskConfig(family=family):
             return load_canary(family=family)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):
-        if not examples:
+        if not examples and (to_train or split != "train"):
             raise UserError(f"task {task.name}: the {split} split is empty ({dict(task.source)})")
     return task

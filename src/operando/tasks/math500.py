@@ -19,11 +19,13 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.recipe import Math500TaskConfig
 from operando.run import hash_file
-from operando.tasks.base import Task
+from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Source, read_rows
 from operando.tasks.math_answers import same_answer
 from operando.types import Example, Verdict
 
+BOX = "Put the final answer in \\boxed{}."
+TEXT = TaskText(f"Q: {{question}}\n{BOX}\nA:", f"{{question}}\n{BOX}", " {solution}")
 PERCENT = re.compile(r"percent|\\%", re.IGNORECASE)
 BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BRACE = re.compile(r"(?<!\\)[{}]")
@@ -139,11 +141,12 @@ def _grader(config: Math500TaskConfig) -> tuple[Callable[[Example, str, bool], V
 # --- the task ------------------------------------------------------------------------------------
 
 
-def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
+def load_math500(config: Math500TaskConfig, prefix: str = "task.") -> Task:
     """Return the MATH-500 task; without `train` its training split is empty.
 
     Example: load_math500(Math500TaskConfig(kind="math500", test="math500_test.jsonl"))
     """
+    key, train_key = f"{prefix}test", f"{prefix}train"
     file = Source(config.test, key, "test.jsonl", f"{key}=PATH").find()
     held_out = _examples(file, "test", key)
     verify, grader = _grader(config)
@@ -156,12 +159,12 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
     }
     train: list[Example] = []
     if config.train is not None:
-        train_file = Source(config.train, "task.train", "train.jsonl", "task.train=PATH").find()
-        train = _examples(train_file, "train", "task.train")
+        train_file = Source(config.train, train_key, "train.jsonl", f"{train_key}=PATH").find()
+        train = _examples(train_file, "train", train_key)
         shared = {e.question for e in train} & {e.question for e in held_out}
         if shared:
             raise UserError(
-                f"task.train = {config.train!r} holds {len(shared)} of the {len(held_out)} "
+                f"{train_key} = {config.train!r} holds {len(shared)} of the {len(held_out)} "
                 f"held-out problems, the first: {min(shared)[:60]!r}"
             )
         source |= {
@@ -169,7 +172,7 @@ def load_math500(config: Math500TaskConfig, key: str = "task.test") -> Task:
             "train_rows": len(train),
             "train_sha256": hash_file(train_file),
         }
-    return Task("math500", train, held_out, verify, source=source)
+    return Task("math500", train, held_out, verify, text=TEXT, source=source)
 
 
 def _examples(file: Path, split: str, key: str) -> list[Example]:

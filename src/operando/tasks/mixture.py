@@ -31,7 +31,7 @@ from operando.recipe import (
     WordsSource,
 )
 from operando.run import hash_file
-from operando.tasks import clrs, graph_search, words
+from operando.tasks import clrs, graph_search, gsm8k, words
 from operando.tasks.files import SUFFIXES, Row, Source, read_rows
 from operando.tasks.gsm8k import gsm8k_source, to_example
 
@@ -101,17 +101,19 @@ def _generate(
     match config:
         case ClrsSource():
             for e in clrs.stream(config.sizes, config.hints, "train", rng):
-                yield Document(e.question, e.solution)
+                yield Document(e.question, clrs.TEXT.worked(e.solution, e.answer))
         case GraphSearchSource():
             for e in graph_search.stream(config.sizes, "train", rng):
                 walk, mark, path = e.solution.partition("Answer:")
                 answer = f"{walk}{mark}{path}" if config.trace else f"{mark}{path}"
-                yield Document(f"Q: {e.question}\nA:", f" {answer}")
+                text = graph_search.TEXT
+                yield Document(text.prompt(e.question), text.worked(answer, e.answer))
         case WordsSource():
             while True:
                 e = words.make_problem(rng, rng.choice(config.num_steps), config.max_number)
                 if not words.is_held_out(e.solution):
-                    yield Document(f"Q: {e.question}\nA:", f" {e.solution} #### {e.answer}")
+                    text = words.TEXT
+                    yield Document(text.prompt(e.question), text.worked(e.solution, e.answer))
 
 
 def _passes(
@@ -164,7 +166,8 @@ def _of_row(config: FileSource, row: Row) -> list[Document]:
     match config:
         case Gsm8kSource():
             e = to_example(row, "train", 0)
-            return [Document(f"Q: {e.question}\nA:", f" {e.solution} #### {e.answer}")]
+            text = gsm8k.TEXT
+            return [Document(text.prompt(e.question), text.worked(e.solution, e.answer))]
         case TextSource():
             if row.values.get(config.column) == "":
                 return [Document("", "")]  # WikiText has such rows between its paragraphs

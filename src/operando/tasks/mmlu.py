@@ -28,11 +28,16 @@ from typing import NamedTuple
 from operando.errors import UserError
 from operando.recipe import MmluTaskConfig
 from operando.run import hash_file
-from operando.tasks.base import Task
+from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Row, Source, read_rows
 from operando.tasks.loops import cut_at_next_question
 from operando.types import Example, Verdict
 
+TEXT = TaskText(
+    raw="Question: {question}\nAnswer:",
+    chat="{question}\nAnswer with the letter of the right choice.",
+    answer=" {answer}",
+)
 LETTERS = "ABCD"
 SUFFIXES = (".tar.gz", ".parquet")
 SPLITS = ("test", "dev")
@@ -152,11 +157,12 @@ def verify_letter(example: Example, completion: str, is_truncated: bool) -> Verd
 # --- the task ------------------------------------------------------------------------------------
 
 
-def load_mmlu(config: MmluTaskConfig, key: str = "task.source") -> Task:
-    """Return the MMLU task. `key` is what the user named the source by.
+def load_mmlu(config: MmluTaskConfig, prefix: str = "task.") -> Task:
+    """Return the MMLU task. `prefix` stands before the keys in errors.
 
     Example: load_mmlu(MmluTaskConfig(kind="mmlu", source="mmlu_csv.tar.gz"))
     """
+    key = f"{prefix}source"
     splits: dict[str, list[Example]] = {}
     source: dict[str, str | int] = {"kind": "mmlu", "source": config.source}
     for split, name in zip(SPLITS, ("held_out", "train"), strict=True):
@@ -166,7 +172,7 @@ def load_mmlu(config: MmluTaskConfig, key: str = "task.source") -> Task:
             raise UserError(f"{key} = {config.source!r}: the {split} split has no rows")
         splits[split] = examples
         source |= {f"{name}_rows": len(examples), f"{name}_sha256": digest}
-    return Task("mmlu", splits["dev"], splits["test"], verify_letter, source=source)
+    return Task("mmlu", splits["dev"], splits["test"], verify_letter, text=TEXT, source=source)
 
 
 def _examples(quizzes: Sequence[Quiz], split: str) -> list[Example]:

@@ -15,9 +15,10 @@ import re
 from collections.abc import Mapping
 
 from operando.recipe import WordsTaskConfig
-from operando.tasks.base import Grade, Pair, Task
+from operando.tasks.base import Grade, Pair, Task, TaskText
 from operando.types import Example, Verdict
 
+TEXT = TaskText()
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva", "Max", "Zoe", "Ben", "Ida", "Kim", "Jan")
 ITEMS = ("apples", "pens", "books", "coins", "cards", "eggs", "cups", "toys", "shells", "stamps")
 HELD_OUT_BUCKETS = 8
@@ -171,6 +172,7 @@ def load_words(config: WordsTaskConfig) -> Task:
         verify=verify,
         labels=words_labels,
         pair=words_pair if config.loophole else None,
+        text=TEXT,
         grades=lambda answered: [grade(*a) for a in answered],
         source={
             "kind": "generated",

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from operando import cli
-from operando.evals.benchmarks import OutsideConfig, evaluate_outside
+from operando.evals.evaluate import evaluate
+from operando.evals.questions import EvalConfig
 from tests.integration.runs import tiny, trained
 
 
@@ -74,9 +75,15 @@ def test_three_tasks_from_local_files(
     assert run_cli(monkeypatch, "eval", str(run), *options(data), "--num", "2", "--greedy") == 0
     said = capsys.readouterr()
     out = said.out.strip().splitlines()
-    assert out[-1] == str(run / "evals" / "tasks_step_00002_gsm8k-mmlu-math500_raw_greedy.parquet")
+    name = Path(out[-1]).name
+    assert Path(out[-1]).parent == run / "evals"
+    assert re.fullmatch(
+        r"answers_step_00002_gsm8k-mmlu-math500_raw_greedy_[0-9a-f]{6}.parquet", name
+    )
     assert "1 too long" in said.err
-    rows = pq.read_table(out[-1]).to_pylist()
+    every = pq.read_table(out[-1]).to_pylist()
+    rows = [r for r in every if r["model"] == "base"]
+    assert len(every) == 10 and {r["model"] for r in every} == {"base", "step 2"}
     assert [r["task"] for r in rows] == ["gsm8k", "gsm8k", "mmlu", "mmlu", "math500"]
     assert [r["graded_by"] for r in rows[1:4]] == ["last_number", "mmlu", "mmlu"]
     assert rows[4]["graded_by"] == "ours"
@@ -88,38 +95,43 @@ def test_three_tasks_from_local_files(
 
 
 def test_both_arms_are_asked_the_same_and_answer_apart(run: Path, data: Path) -> None:
-    config = OutsideConfig(("gsm8k",), data={"gsm8k": str(data / "gsm8k.jsonl")})
-    result = evaluate_outside(run, config)
-    (row,) = result.results
+    config = EvalConfig(("gsm8k",), data={"gsm8k": str(data / "gsm8k.jsonl")})
+    result = evaluate(run, config)
+    before, after = result.rows
     table = pq.read_table(result.file).to_pylist()
-    assert row.n == len(table) == 6
-    right = [sum(r[f"{arm}_correct"] for r in table) for arm in ("base", "trained")]
-    assert row.base.right.value == right[0] / 6 and row.trained.right.value == right[1] / 6
-    assert row.gained - row.lost == right[1] - right[0]
+    base, trained = table[:6], table[6:]
+    assert before.n == after.n == len(base) == len(trained) == 6
+    right = [sum(r["correct"] for r in arm) for arm in (base, trained)]
+    assert before.all.right.value == right[0] / 6 and after.all.right.value == right[1] / 6
+    assert before.change is None and after.change is not None
+    assert after.change.gained - after.change.lost == right[1] - right[0]
     assert right[0] >= 3  # the starter knows these sums
-    assert any(r["base_completion"] != r["trained_completion"] for r in table)
+    assert [r["prompt"] for r in base] == [r["prompt"] for r in trained]
+    assert [r["completion"] for r in base] != [r["completion"] for r in trained]
 
 
 def test_samples_are_seeded_and_clustered_by_problem(run: Path, data: Path) -> None:
-    config = OutsideConfig(
+    config = EvalConfig(
         ("gsm8k",), data={"gsm8k": str(data / "gsm8k.jsonl")}, temperature=1.0, samples=3, num=4
     )
-    first = evaluate_outside(run, config)
+    first = evaluate(run, config)
     before = pq.read_table(first.file).to_pylist()
-    again = evaluate_outside(run, config)
+    again = evaluate(run, config)
     assert pq.read_table(again.file).to_pylist() == before
-    assert [r["sample"] for r in before] == [0, 1, 2] * 4
-    (row,) = again.results
-    assert (row.n, row.samples, row.p_value) == (4, 3, None)
-    mean = sum(r["trained_correct"] for r in before) / 12
-    assert row.trained.right.value == pytest.approx(mean)
-    assert row.difference.value == pytest.approx(row.trained.right.value - row.base.right.value)
+    assert [r["sample"] for r in before] == [0, 1, 2] * 8
+    base, row = again.rows
+    assert row.change is not None
+    assert (row.n, row.samples, row.change.p_value) == (4, 3, None)
+    mean = sum(r["correct"] for r in before if r["model"] == "step 2") / 12
+    assert row.all.right.value == pytest.approx(mean)
+    change = row.all.right.value - base.all.right.value
+    assert row.change.difference.value == pytest.approx(change)
 
 
 def test_the_runs_own_task_in_another_format(run: Path) -> None:
-    own = evaluate_outside(run, OutsideConfig((), num=4, format="chat"))
-    assert own.results[0].task == "words" and own.results[0].format == "chat"
-    assert own.file.name == "tasks_step_00002_words_chat_greedy.parquet"
+    own = evaluate(run, EvalConfig((), num=4, format="chat"))
+    assert own.rows[0].task == "words" and own.rows[0].format == "chat"
+    assert own.file.name == "answers_step_00002_words_chat_greedy.parquet"
 
 
 @pytest.mark.parametrize(
@@ -129,17 +141,20 @@ def test_the_runs_own_task_in_another_format(run: Path) -> None:
         (["--tasks", "words,words"], "named twice"),
         (["--tasks", "math500", "--grader", "sympy"], "--grader sympy: expected ours or math_ver"),
         (["--tasks", "gsm8k", "--grader", "ours"], "--grader ours is for math500, which --tasks"),
-        (["--tasks", ","], "expected names such as gsm8k,mmlu,math500"),
+        (["--tasks", ","], "expected names such as .*gsm8k"),
         (["--tasks", "gsm8k", "--data", "gsm8k"], "expected TASK=PATH"),
         (["--tasks", "gsm8k", "--data", "gsm=x"], "--data gsm=.*Did you mean 'gsm8k'"),
         (["--tasks", "gsm8k", "--data", "mmlu=x"], "--tasks does not name mmlu"),
-        (["--tasks", "gsm8k", "--data", "gsm8k=/none.jsonl"], "--data gsm8k = .*no such file"),
+        (
+            ["--tasks", "gsm8k", "--data", "gsm8k=/none.jsonl"],
+            r"--data gsm8k\.test = .*no such file",
+        ),
         (["--samples", "2"], "--samples 2 needs --temperature"),
         (["--temperature", "1", "--greedy"], "exclude each other"),
         (["--temperature", "0"], "--temperature 0.0: expected a number above 0"),
         (["--prompt", "row"], "--prompt row: expected raw or chat. Did you mean 'raw'"),
         (["--tasks", "words", "--num", "17"], "--num 17: words has 16 held-out problems"),
-        (["--num", "17"], "--num 17: the held-out split has 16 problems"),
+        (["--num", "17"], "--num 17: words has 16 held-out problems"),
         (["--tasks", "words", "--max-completion-length", "512"], "leave no room for a prompt"),
     ],
 )
@@ -177,18 +192,19 @@ def test_canary(
     out, table = said.out.strip().splitlines(), said.err.splitlines()
     assert out[-1].endswith("canary_step_00002_canary_v1_ours.parquet")
     rows = pq.read_table(out[-1]).to_pylist()
-    assert len(rows) == 61
+    assert len(rows) == 122
+    rows = [r for r in rows if r["model"] == "base"]
     for family, n in (("instruction_conflict", 25), ("gaming", 36)):
         place = [line.strip() for line in table].index(family)
-        base = [r["base_label"] for r in rows if r["family"] == family]
+        base = [r["label"] for r in rows if r["family"] == family]
         said_of_base = table[place + 1].split()
         assert said_of_base[:4] == ["base,", "n", str(n), str(base.count("hack"))]
         assert said_of_base[-4] == str(base.count("degenerate"))
     assert run_cli(monkeypatch, "canary", str(run), "--classifier", "mechreward") == 0
     other = capsys.readouterr().out.strip().splitlines()[-1]
-    theirs = pq.read_table(other).to_pylist()
+    theirs = [r for r in pq.read_table(other).to_pylist() if r["model"] == "base"]
     # The same answers under another classifier.
-    assert [r["base_completion"] for r in theirs] == [r["base_completion"] for r in rows]
-    assert not any(r["base_label"] == "hack" for r in theirs)
+    assert [r["completion"] for r in theirs] == [r["completion"] for r in rows]
+    assert not any(r["label"] == "hack" for r in theirs)
     assert run_cli(monkeypatch, "canary", str(run), "--prompts", "none.jsonl") == 2
     assert "no such file" in capsys.readouterr().err
