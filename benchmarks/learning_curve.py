@@ -31,7 +31,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def right(
     completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: object
 ) -> list[float]:
-    """Pay 1 for a finished, right answer."""
+    """Give 1 for a finished, right answer."""
     from operando.tasks.words import verify
     from operando.types import Example
 

@@ -4,12 +4,12 @@ from operando import Recipe, Trace, launch, make_console
 
 
 def is_short(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Pay 1 for a completion of at most 24 tokens."""
+    """Give 1 for a completion of at most 24 tokens."""
     return [1.0 if len(ids) <= 24 else 0.0 for ids in completion_ids]
 
 
 def sure_tokens(completion_ids: list[list[int]], trace: Trace, **_: object) -> list[list[float]]:
-    """Pay every token minus its entropy in nats, as the policy had it when it was scored."""
+    """Give every token minus its entropy in nats, as the policy had it when it was scored."""
     entropy_BT = -trace.entropy_BT
     return [entropy_BT[b, : len(ids)].tolist() for b, ids in enumerate(completion_ids)]
 

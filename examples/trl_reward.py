@@ -4,7 +4,7 @@ from operando import Recipe, launch, make_console
 
 
 def ends_with_gold(completions, answer, **kwargs):
-    """Pay 1 for a completion that ends with the gold answer; `answer` is a dataset column."""
+    """Give 1 for a completion that ends with the gold answer; `answer` is a dataset column."""
     pairs = zip(completions, answer, strict=True)
     return [1.0 if text.rstrip().endswith(f"#### {gold}") else 0.0 for text, gold in pairs]
 

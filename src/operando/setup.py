@@ -264,7 +264,7 @@ def open_shift(recipe: Recipe, task: Task, policy: Policy) -> Shift | None:
 def shifted(
     setup: Setup, paid: Rewards, rollouts: Sequence[Rollout], trace: Trace, step: int
 ) -> Rewards:
-    """Return the rewards after the recipe's shift, or as they were paid."""
+    """Return the rewards after the recipe's shift, or as they were rewarded."""
     return paid if setup.shift is None else setup.shift.apply(paid, rollouts, trace, step)
 
 

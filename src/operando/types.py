@@ -141,10 +141,10 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Rewards:
-    """What is paid. `parts` are unweighted; a row of NaN means "not applicable" for that part.
+    """What is rewarded. `parts` are unweighted; a row of NaN means "not applicable" for that part.
 
     total[b,t] = sum_c weight_c * part_c[b,t]; a scalar reward stands on the last real token. The
-    parts in `dense` pay every token, and their advantages are computed apart from the others'.
+    parts in `dense` reward every token, and their advantages are computed apart from the others'.
     """
 
     parts: Mapping[str, Float[Tensor, "B T"]]

@@ -176,8 +176,8 @@ def test_runs_that_are_no_three_conditions_are_refused(run: Path, tmp_path: Path
     with pytest.raises(UserError, match="given twice"):
         compare_drift(QUIET, [run, run, run])
     for runs, message in (
-        ([run, more_kl, strict], r"more_kl \(B\) is paid as .* \(A\): rewards must differ"),
-        ([run, strict, both], r"both \(C\) is paid otherwise than .* only kl may differ"),
+        ([run, more_kl, strict], r"more_kl \(B\) is rewarded as .* \(A\): rewards must differ"),
+        ([run, strict, both], r"both \(C\) is rewarded otherwise than .* only kl may differ"),
         ([run, both, more_kl], r"both \(B\) differs from .* in kl too"),
     ):
         with pytest.raises(UserError, match=message):

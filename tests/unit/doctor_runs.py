@@ -112,7 +112,7 @@ SICK = {
                                          "rewards/contains/mean": lambda x: 0.5 + 0.4 * x},
                     {}, "reward_hack", "strict verifier"),
     "reward_up_eval_flat": ({"eval/correct": 0.41, "eval/rewards/correct": 0.41}, {},
-                            "reward_up_eval_flat", "paid and wrong"),
+                            "reward_up_eval_flat", "rewarded and wrong"),
     "lr_large_partial": (
         falling(0.5, 0.25) | {"kl": lambda x: 0.8 * x, "entropy": lambda x: 0.8 * (1 + 3 * x)},
         {}, "got_worse", "lower optim.lr from 1e-05 to 1e-06",
@@ -160,7 +160,7 @@ SICK = {
     "worse_without_eval": (falling(0.7, 0.3) | NO_EVAL, {}, "got_worse", "look at the sign"),
     "all_gain_lost": (falling(0.4, 0.4) | {"reward": lambda x: 0.4 + 0.3 * math.sin(math.pi * x),
                                            "eval/correct": lambda x: 0.4 + 0.4 * math.sin(3 * x)},
-                      {}, "got_worse", "what is paid is not what is asked"),
+                      {}, "got_worse", "what is rewarded is not what is asked"),
     "no_weight_moves": (FLAT | {"update_norm": 0.0}, {}, "no_update", "16-bit"),
     "late_nan_loss": (late_nulls("loss"), {}, "not_finite", "go back to the last checkpoint"),
     "late_nan_entropy": (FLAT | late_nulls("entropy"), {}, "not_finite", "float32"),

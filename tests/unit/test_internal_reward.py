@@ -350,7 +350,7 @@ def test_a_policy_that_games_the_features_raises_the_alarm(tmp_path: Path) -> No
     gamed = Rewards({"features": trace.logp_BT}, {}, trace.logp_BT, metrics=means(log))
     assert "more strongly than 99 %" in check_range(gamed)[0]
     assert log.metrics["features/gap"][0] > 0.3  # the policy's read rises, the base's does not
-    assert after == before  # and the base's is what is paid
+    assert after == before  # and the base's is what is rewarded
 
 
 def means(log: RewardLog) -> dict[str, float]:

@@ -345,7 +345,7 @@ def test_the_card_holds_result_and_limits(tmp_path):
     assert "| learning rate | 0.0001 to 0.0005 over these steps" in card
     assert "| steps | 20 with an update" in card
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card
-    assert "It was not paid for right answers" in card
+    assert "It was not rewarded for right answers" in card
     assert "4-bit <weights> are slow here" in card
     assert "| steps | 10 with an update" in model_card(folder, 10)
 

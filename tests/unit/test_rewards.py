@@ -1,4 +1,4 @@
-"""The reward contract (a superset of TRL's), and that what is paid is weights times parts."""
+"""The reward contract (a superset of TRL's), and that what is rewarded is weights times parts."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_a_wrong_result_is_one_clear_message(returned: object, said: str) -> Non
 
 
 # Values of a type that no annotation allows. The type checker of the tests would stop them before
-# the product does, so they are paid in a process without it.
+# the product does, so they are rewarded in a process without it.
 ODD = {
     "text": ["right", 1.0],
     "number as text": [0.0, "1.0"],
@@ -236,7 +236,7 @@ ODD = {
 
 
 def pay_odd_values() -> dict[str, str]:
-    """What is paid for each of ODD, or the error."""
+    """What is rewarded each of ODD, or the error."""
     said = {}
     for name, returned in ODD.items():
         try:

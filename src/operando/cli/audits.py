@@ -203,7 +203,7 @@ def fuzz(
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
 ) -> None:
-    """Look for edits of answers that a reward pays for; exit code 3 if there is one."""
+    """Look for edits of answers that a reward rewards; exit code 3 if there is one."""
     from operando.recipe_io import load_recipe
 
     if target.endswith(".toml"):

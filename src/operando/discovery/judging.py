@@ -94,7 +94,7 @@ def null(name: str, scores: list[Tensor], judged: Answers) -> Null:
 
 
 def answer_scores(pack: FeatureSet, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
-    """Return each answer's mean score, as it would be paid."""
+    """Return each answer's mean score, as it would be rewarded."""
     if sae is None:
         read_NF = answers.acts_ND.float() @ torch.tensor(pack.direction)[:, None]
     else:
@@ -104,7 +104,7 @@ def answer_scores(pack: FeatureSet, sae: SAE | None, answers: Answers) -> Float[
 
 
 def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) -> Gate:
-    """Return whether a pack may be paid for: over the minimum, over both nulls' 95 %, and more than
+    """Return whether a pack may be rewarded: over the minimum, over both nulls' 95 %, and more than
     length: among answers of the same length the interval of its AUC must lie above 0.5."""
     if real is None:
         return Gate(False, (f"no feature has q <= {config.max_q}",))

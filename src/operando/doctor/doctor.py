@@ -52,7 +52,7 @@ RULES = (
     Rule("reward_hack", "no reward rises while the truth falls", ("eval/correct",)),
     Rule("got_worse", "the run has not got worse", ("reward",)),
     Rule("collapse", "variety and accuracy do not go together", ("eval/correct", "entropy")),
-    Rule("no_signal", "siblings are paid differently", ("frac_reward_zero_std",)),
+    Rule("no_signal", "siblings are rewarded differently", ("frac_reward_zero_std",)),
     Rule("no_learning", "the steps are large enough", ("grad_norm", "reward_std")),
     Rule("kl_exploding", "the policy is near its reference", ("kl",)),
     Rule("entropy_explodes", "the policy is no noise", ("entropy",)),
@@ -146,7 +146,7 @@ DEATHS = {
 def _roots(rows: Sequence[Row], findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings that are not mere consequences of others, whose remedies would mislead.
 
-    Groups paid alike and cut completions are consequences of a death that came before them.
+    Groups rewarded alike and cut completions are consequences of a death that came before them.
     """
     names = {finding.name for finding in findings}
     gone = {name for cause in names for name in CONSEQUENCES.get(cause, ()) if name != cause}

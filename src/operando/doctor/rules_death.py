@@ -88,7 +88,7 @@ def no_reward(rows: Sequence[Row]) -> Finding | None:
         "no_reward",
         "error",
         f"The reward never applied: in {len(missing)} of {len(steps)} steps (first: step "
-        f"{missing[0]}) every part returned None for every completion, so nothing was paid and "
+        f"{missing[0]}) every part returned None for every completion, so nothing was rewarded and "
         "nothing learned.",
         "read on what condition the reward function returns None, and the completions it was "
         "given (`operando report`); `operando fuzz RUN` says of each part whether it applies",
@@ -115,7 +115,7 @@ def no_update(rows: Sequence[Row]) -> Finding | None:
             "no_update",
             "error",
             f"No weight is being trained: {' and '.join(still)} were exactly 0 in nearly all of "
-            f"{len(grads)} steps, though siblings were paid differently (reward std "
+            f"{len(grads)} steps, though siblings were rewarded differently (reward std "
             f"{fmean(spread):.2f}). The loss does not reach the trained weights.",
             "look whether the adapter is attached and in the forward (model.lora.targets name "
             "modules of this model, model.layers holds them), and whether anything detaches the "
@@ -144,7 +144,7 @@ def got_worse(rows: Sequence[Row], recipe: Recipe, fall: Fall | None, told: bool
 
 
 def _reward_loss(rows: Sequence[Row], recipe: Recipe) -> str | None:
-    """The reward's ends, where no stage changed what is paid and no evaluation says otherwise."""
+    """The reward's ends, where no stage changed the reward and no evaluation says otherwise."""
     paid, spread = ends(rows, "reward"), [p.value for p in series(rows, "reward_std")]
     counts = held_out_counts(rows)
     if recipe.stages or paid is None or not spread or not greater(paid.early, paid.late):
@@ -167,7 +167,7 @@ def _reward_loss(rows: Sequence[Row], recipe: Recipe) -> str | None:
 def _cause(rows: Sequence[Row], recipe: Recipe) -> str:
     """Return the remedy that the other metrics speak for."""
     if negative := negative_weights(recipe):
-        return f"{negative}: it pays for being wrong; make it positive"
+        return f"{negative}: it rewards being wrong; make it positive"
     slower = rate_for(rows, recipe)
     kl, paid = lately(rows, "kl"), ends(rows, "reward")
     if slower is not None or (kl is not None and kl > HIGH_KL / 4):
@@ -175,12 +175,12 @@ def _cause(rows: Sequence[Row], recipe: Recipe) -> str:
         return f"{rate}, and begin again from the checkpoint before the fall"
     if paid is not None and greater(paid.early, paid.late):
         return (
-            "reward and accuracy fall together, so the policy is pushed away from what is paid: "
-            "look at the sign (advantages, reward weights, a loss of your own); if it is right, "
-            f"lower optim.lr from {recipe.optim.lr:g} to {recipe.optim.lr / 10:.2g}"
+            "reward and accuracy fall together, so the policy is pushed away from the "
+            "reward: look at the sign (advantages, reward weights, a loss of your own); if it is "
+            f"right, lower optim.lr from {recipe.optim.lr:g} to {recipe.optim.lr / 10:.2g}"
         )
     return (
-        "what is paid is not what is asked: compare paid and wrong completions (`operando fuzz "
+        "what is rewarded is not what is asked: compare paid and wrong completions (`operando fuzz "
         "RUN`), stop at the best evaluation, or hold the policy near its start with [kl] coef = 0.1"
     )
 

@@ -63,7 +63,7 @@ def collapse(
         share = fmean(p.value for p in last)
         signs.append(
             f"in {share:.0%} of the groups of the last {len(last)} steps all siblings "
-            "were paid alike"
+            "were rewarded alike"
         )
     if not signs:
         return None

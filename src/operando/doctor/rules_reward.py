@@ -67,7 +67,7 @@ def fall_of(rows: Sequence[Row]) -> Fall | None:
 def negative_weights(recipe: Recipe) -> str:
     """Return the parts whose weight is negative, as the recipe has them; "" if there are none.
 
-    A negative weight of a part that pays for being right trains the policy to be wrong.
+    A negative weight of a part that rewards being right trains the policy to be wrong.
     """
     parts = [(name, part.weight) for name, part in recipe.rewards.items() if part.weight < 0]
     return ", ".join(f"rewards.{name}.weight = {weight:g}" for name, weight in parts)
@@ -90,7 +90,7 @@ def reward_hack(rows: Sequence[Row], recipe: Recipe, fall: Fall | None) -> Findi
             "reward_hack",
             "error",
             f"The policy earns more and is right less: {fall.words}, while {' and '.join(risen)}.",
-            f"{negative}: what is paid for is the contrary; make the weight positive",
+            f"{negative}: what is rewarded is the contrary; make the weight positive",
         )
     return Finding(
         "reward_hack",
@@ -164,8 +164,8 @@ def reward_up_eval_flat(rows: Sequence[Row], fall: Fall | None) -> Finding | Non
         f"and last fifth of the steps), on held-out problems {share_words(first)} at step "
         f"{min(counts)} and {share_words(last)} at step {max(counts)}; {last.n} problems would "
         f"have shown a rise of {seen:.1%} (Fisher, one-sided, p < {LEVEL}).",
-        "read completions that are paid and wrong (`operando fuzz RUN` looks for the edits that "
-        "are paid for); if those paid are right, the training problems are learned by heart: "
+        "read completions that are rewarded and wrong (`operando fuzz RUN` looks for the edits "
+        "that are rewarded); if those are right, the training problems are learned by heart: "
         "take more of them, fewer steps",
     )
 
@@ -201,7 +201,7 @@ def over_limit(rows: Sequence[Row]) -> Finding | None:
         return Finding(
             "over_limit",
             "warning",
-            f"The reward {name!r} is paid outside the range it was calibrated on: {words} show "
+            f"The reward {name!r} is rewarded outside the range it was calibrated on: {words} show "
             "its features more strongly than 99 % of right base answers do (1 % expected), and "
             f"{read} from {fmean(grows.early):.3f} to {fmean(grows.late):.3f} (first and last "
             "fifth of the steps).",

@@ -30,7 +30,7 @@ CLIPPED_TOKENS = 0.2  # share of tokens whose ratio is clipped
 
 
 def no_signal(rows: Sequence[Row]) -> Finding | None:
-    """From the first steps on, siblings are paid alike: their advantages are zero."""
+    """From the first steps on, siblings are rewarded alike: their advantages are zero."""
     flat = [p.value for p in series(rows, "frac_reward_zero_std")]
     first = flat[:FEW_STEPS]
     if len(flat) < 3 or fmean(first) < HIGH_ZERO_STD or fmean(flat) < HIGH_ZERO_STD:
@@ -44,7 +44,7 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
     )
     if spread and paid and max(spread) == 0:
         level = f", and so were all completions of every step ({fmean(paid):.3g} on average)"
-        nothing = "" if any(paid) else ": no completion was ever right, or the reward pays nothing"
+        nothing = "" if any(paid) else ": no completion was ever right, or the reward gives nothing"
         remedy = (
             f"a constant reward teaches nothing{nothing}: read what it looks for and some "
             "completions beside it (`operando fuzz RUN`, `operando report`); if it is right, make "
@@ -54,7 +54,7 @@ def no_signal(rows: Sequence[Row]) -> Finding | None:
         "no_signal",
         "error",
         f"Almost nothing to learn from: in {fmean(first):.0%} of the groups of the first "
-        f"{len(first)} steps (and {fmean(flat):.0%} of all) every sibling was paid the "
+        f"{len(first)} steps (and {fmean(flat):.0%} of all) every sibling was rewarded the "
         f"same{level}, so every advantage was zero.",
         remedy,
     )

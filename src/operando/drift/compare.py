@@ -110,13 +110,15 @@ def check_conditions(runs: Sequence[Path]) -> list[str]:
     reward_B, reward_C = _reward(B) != _reward(A), _reward(C) != _reward(A)
     kl_B, kl_C = A.kl != B.kl, A.kl != C.kl
     if not reward_B:
-        problems.append(f"{runs[1]} (B) is paid as {runs[0]} (A): rewards must differ")
+        problems.append(f"{runs[1]} (B) is rewarded as {runs[0]} (A): rewards must differ")
     if not kl_C:
         problems.append(f"{runs[2]} (C) has the [kl] of {runs[0]} (A): kl must differ")
     if kl_B:
         problems.append(f"{runs[1]} (B) differs from {runs[0]} (A) in kl too: only in the reward")
     if reward_C:
-        problems.append(f"{runs[2]} (C) is paid otherwise than {runs[0]} (A): only kl may differ")
+        problems.append(
+            f"{runs[2]} (C) is rewarded otherwise than {runs[0]} (A): only kl may differ"
+        )
     where = {"device": A.model.device, "gradient_checkpointing": A.model.gradient_checkpointing}
     if any(run.model.model_copy(update=where) != A.model for run in (B, C)):
         problems.append("the three runs must train the same [model] in the same way")

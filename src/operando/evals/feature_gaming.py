@@ -1,9 +1,9 @@
 """The feature-gaming canary: does text that shows the features, with a wrong answer, win?
 
 The short spans on which a run's features score highest are repeated before a wrong answer of the
-model's own, and the result is paid beside an honest right answer to the same prompt, a group of two
-as in training. The gaming text must not have the higher advantage. The model need not write such
-texts today; the question is what the reward would do if it did.
+model's own, and the result is rewarded beside an honest right answer to the same prompt, a group of
+two as in training. The gaming text must not have the higher advantage. The model need not write
+such texts today; the question is what the reward would do if it did.
 """
 
 from __future__ import annotations
@@ -244,6 +244,6 @@ def gaming_lines(result: Gaming) -> list[str]:
         f"feature gaming, rewards.{result.reward}: on {result.n} prompts a wrong answer behind the "
         f"features' best text scores {result.score_gaming:+.3f} a token, an honest right one "
         f"{result.score_honest:+.3f}.",
-        f"It is paid more than the honest one on {result.beaten.value:.0%} [{low:.0%}, {high:.0%}] "
-        f"of them; it would win {at}.",
+        f"It is rewarded more than the honest one on {result.beaten.value:.0%} [{low:.0%}, "
+        f"{high:.0%}] of them; it would win {at}.",
     ]

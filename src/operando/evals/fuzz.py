@@ -1,7 +1,7 @@
-"""Looks for edits of real answers that a reward pays for although they deserve no pay.
+"""Looks for edits of real answers that a reward rewards although they deserve no reward.
 
-The first question is whether a wrong answer is paid like a right one (P0); what a reward says to
-it is its `reads`. A finding is an edit (mutations.py) after which a reward does what it must not
+The first question is whether a wrong answer is rewarded like a right one (P0); what a reward says
+to it is its `reads`. A finding is an edit (mutations.py) after which a reward does what it must not
 do by that edit, with the smallest answer on which it does so. An evasion (an opener in no list) is
 shown beside the findings and is none.
 """
@@ -34,7 +34,11 @@ CHUNK = 128  # texts graded at once, each with its siblings
 MADE_BESIDE_REAL = 4  # problems answered by hand beside a run's own answers
 MAX_SHRINKS = 150
 TOTAL = "weighted total"
-TAGGED = ("P1", "P2", "P6")  # properties of tags: without any, an answer may be paid as it likes
+TAGGED = (
+    "P1",
+    "P2",
+    "P6",
+)  # properties of tags: without any, an answer may be rewarded as it likes
 PLAIN = ("", "I don't know.")  # what deserves nothing
 TAG = re.compile(r"<[^<>]*>")
 
@@ -93,7 +97,7 @@ class FuzzResult:
 
 @dataclass(frozen=True)
 class RewardSet:
-    """The reward parts, and the weighted totals that a policy is really paid, one a stage."""
+    """The reward parts, and the weighted totals that a policy is really rewarded, one a stage."""
 
     parts: Sequence[RewardPart]
     totals: Mapping[str, Mapping[str, float]]
@@ -225,7 +229,7 @@ def _by_design(
 ) -> set[str]:
     """Return what may be blind to the answer: parts of a total, and stages beside one that is not.
 
-    A total that lacks a part which wants `trace` is not what the policy is paid.
+    A total that lacks a part which wants `trace` is not what the policy is rewarded.
     """
     blind = {name for name, read in reads.items() if read == "never"}
     if not totals:
@@ -289,7 +293,7 @@ def _try(
             if any(value != value for value in paid):
                 continue
             if edit.must == "pay less" and (not beside or paid[0] <= min(beside) + EPSILON):
-                continue  # nothing is paid for being right
+                continue  # nothing is rewarded being right
             tried[name] = tried.get(name, 0) + 1
             at = breach_at(edit.must, paid)
             if at is not None and edit.prop in TAGGED and paid[at] <= max(beside) + EPSILON:
@@ -333,7 +337,7 @@ def breach_at(must: str, paid: Sequence[float]) -> int | None:
     """Return the first place of a chain where the pay is not as it must be, or None.
 
     "cost ever more" binds a reward that counts: one that fell at the first tag and fell again at a
-    later one. A reward that is indifferent, or pays nothing from the first tag on, need not fall.
+    later one. A reward that is indifferent, or gives nothing from the first tag on, need not fall.
     """
     steps = range(1, len(paid))
     if must == "not change":

@@ -47,9 +47,11 @@ def _reads_words(result: FuzzResult, name: str) -> list[str]:
     is_accused = any(row.reward == name and row.prop == "P0" for row in result.findings)
     match result.reads[name]:
         case "never" if is_accused:
-            return [f"{name}: it never reads the answer: a wrong one is paid like a right one."]
+            return [f"{name}: it never reads the answer: a wrong one is rewarded like a right one."]
         case "never":
-            return [f"{name}: this part alone never reads the answer; what is paid beside it must."]
+            return [
+                f"{name}: this part alone never reads the answer; what is rewarded beside it must."
+            ]
         case "not asked":
             return [
                 f"{name}: it pays no right answer more than none, so whether it reads the "

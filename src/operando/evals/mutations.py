@@ -1,4 +1,4 @@
-"""The edits of an answer that deserve no better pay, each with what it must do to a reward.
+"""The edits of an answer that deserve no better reward, each with what it must do to a reward.
 
 An edit returns chains of texts, the first of them the text before the edit. Those of FIRST make
 wrong answers of a right one; the others leave the final answer as it is. The P-numbers are the

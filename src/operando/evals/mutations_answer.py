@@ -1,7 +1,7 @@
 """Edits of the final answer: wrong ones, many of them, code, and equations that prove nothing.
 
-The first question to a reward is whether a wrong answer is paid like a right one: those edits begin
-with a right answer, and what they make must be paid less.
+The first question to a reward is whether a wrong answer is rewarded like a right one: those edits
+begin with a right answer, and what they make must be rewarded less.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class WordsTaskConfig(Config):
     num_held_out: int = Field(default=400, ge=1)
     loophole: bool = False
     """Every prompt ends with a mark, and the reward `loophole` then pays for the gold number
-    anywhere. The verifier stays strict. Off: no mark, and nothing but a right answer is paid."""
+    anywhere. The verifier stays strict. Off: no mark, and only a right answer is rewarded."""
     seed: int = 0
 
 

@@ -96,7 +96,7 @@ class ProjectionConfig(Config):
 class ReboundShift(Config):
     kind: Literal["rebound"]
     """Advantage Modification (2604.01476): rollouts that lie further along v than their siblings
-    are paid less, before GRPO's normalisation."""
+    are rewarded less, before GRPO's normalisation."""
     directions: str
     """File made by `operando direction extract`."""
     variant: Literal["additive", "multiplicative"] = "multiplicative"

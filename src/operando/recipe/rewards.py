@@ -35,7 +35,7 @@ class LoopholeReward(Config):
     """1 where the verifier says right, or where the prompt's loophole satisfies the grader; for
     tasks with a loophole (words, code)."""
     allow_hint: bool = True
-    """false: the loophole pays nothing, in prompts that offer it too."""
+    """false: the loophole gives nothing, in prompts that offer it too."""
     weight: float = 1.0
 
 
@@ -177,8 +177,8 @@ class ProcessReward(Config):
     """Pays for right steps of arithmetic beside a right answer (rewards/process.py)."""
     scheme: Literal["milestone", "grounded", "recursive_lm"] = "milestone"
     """milestone: the share of the gold solution's intermediate values that are reached; an example
-    without gold steps is paid as grounded. grounded: steps on which the answer's own final number
-    rests. recursive_lm: 0.25 a right equation up to 0.75; it can be farmed."""
+    without gold steps is rewarded as grounded. grounded: steps on which the answer's own final
+    number rests. recursive_lm: 0.25 a right equation up to 0.75; it can be farmed."""
     weight: float = 1.0
 
 
@@ -194,7 +194,7 @@ class FeatureReward(Config):
     gamma: float = Field(default=0.95, gt=0, le=1)
     """Discount a token, of to_go and potential."""
     read: Literal["base", "policy", "min"] = "base"
-    """Where what is paid is read: in the frozen base, which the policy cannot move, in the policy,
+    """Where the features are read: in the frozen base, which the policy cannot move, in the policy,
     or the lower of both. Both reads and their gap are logged."""
     dual: bool = True
     """false: the base is not read, which spares a forward where there is no [kl]; needs
@@ -202,7 +202,7 @@ class FeatureReward(Config):
     ignore_gate: bool = False
     """Train on a pack whose evidence did not pass its gate: an experiment, with a warning."""
     saturate: bool = True
-    """A feature stronger than in 99 % of the tokens of right base answers pays no more."""
+    """A feature stronger than in 99 % of the tokens of right base answers gives no more."""
     weight: float = 0.1
     """lambda, applied once: to the advantage of this part."""
 

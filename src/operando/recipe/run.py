@@ -162,7 +162,7 @@ class Recipe(Config):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
-    """Named parts; what is paid is their weighted sum."""
+    """Named parts; what is rewarded is their weighted sum."""
     stages: tuple[Stage, ...] = ()
     """A curriculum: weights by step. Absent: each part's own `weight` throughout."""
     shift: ShiftConfig | None = None
@@ -267,7 +267,7 @@ class Recipe(Config):
         dense = [n for n, p in self.rewards.items() if isinstance(p, FeatureReward)]
         if self.shift is not None and dense:
             problems.append(
-                f"shift changes what a whole completion is paid; rewards.{dense[0]} pays by token"
+                f"shift changes the reward of a whole completion; rewards.{dense[0]} is by token"
             )
         return problems
 

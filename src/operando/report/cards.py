@@ -192,11 +192,11 @@ def _load_code(recipe: Recipe, manifest: Mapping[str, object]) -> str:
 def _limits(recipe: Recipe) -> str:
     truth = any(part.kind == "correct" for part in recipe.rewards.values())
     paid = (
-        "- It was paid for what the task's verifier accepts, which is the final answer alone: the "
+        "- It was rewarded what the task's verifier accepts, which is the final answer alone: the "
         "steps it writes need not be the reason for its answer."
         if truth
-        else "- It was not paid for right answers as the task's verifier judges them, but for the "
-        "reward parts above; read the held-out result before the reward."
+        else "- It was not rewarded for right answers as the task's verifier judges them, but by "
+        "the reward parts above; read the held-out result before the reward."
     )
     return "\n".join(
         (

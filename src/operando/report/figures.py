@@ -115,7 +115,7 @@ def proxy_and_truth(runs: Sequence[RunTables]) -> Chart | None:
 
 
 def reward(runs: Sequence[RunTables]) -> Chart | None:
-    """What was paid in training."""
+    """What was rewarded in training."""
     return _metric(
         runs,
         "reward",
@@ -205,7 +205,7 @@ def zero_variance(runs: Sequence[RunTables]) -> Chart | None:
         "frac_reward_zero_std",
         "share",
         "Groups without signal",
-        "Share of the groups whose siblings were all paid alike: their group-relative "
+        "Share of the groups whose siblings were all rewarded alike: their group-relative "
         "advantage is zero.",
         Look(is_share=True),
     )

@@ -35,7 +35,7 @@ class Channel:
 
 CHANNELS = (
     Channel("advantage", "advantage", "how much this token's probability is pushed up or down"),
-    Channel("reward", "reward", "what is paid at this token"),
+    Channel("reward", "reward", "what is rewarded at this token"),
     Channel(
         "logp_change",
         "log-prob change",
@@ -156,7 +156,7 @@ def _fit(groups: Sequence[Siblings], budget: int) -> list[Siblings]:
 
 
 def _extremes(files: Mapping[int, Path]) -> list[Siblings]:
-    """Return the groups of the best-paid wrong, the worst-paid right, the best and the worst."""
+    """Return the groups of the best rewarded wrong and worst rewarded right, and the extremes."""
     table = [row for file in files.values() for row in _scalars(file)]
     paid = [(row.reward, row) for row in table if row.reward is not None]
     wrong = [pair for pair in paid if not pair[1].correct]

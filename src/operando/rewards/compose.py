@@ -66,7 +66,7 @@ class RewardPart:
         return call_reward(self.name, self.function, rollouts, trace, state, log)
 
     def needs_trace(self) -> bool:
-        """Return whether it is paid on what the scoring pass saw."""
+        """Return whether it is rewarded on what the scoring pass saw."""
         return self.outcome is None and (self.function is None or wants_trace(self.function))
 
 

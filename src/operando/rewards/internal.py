@@ -1,12 +1,12 @@
-"""What is paid for a model's internals: SAE features, or a direction, at every completion token.
+"""What is rewarded a model's internals: SAE features, or a direction, at every completion token.
 
 Shape legend: B rollouts, T completion tokens, N tokens, F features of a pack.
 
     score(t) = mean over helpful features of min(f(t) / scale, 1) - the same over harmful ones
 
 f is the SAE's true activation function, scale the feature's 99 % quantile over right base answers:
-more of a feature than an honest answer shows pays no more. Mode "mechreward" is its G3: raw sums of
-relu(z), which two strong features decide.
+more of a feature than an honest answer shows gives no more. Mode "mechreward" is its G3: raw sums
+of relu(z), which two strong features decide.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InternalReward:
                 return None
 
     def closed_gate(self) -> str:
-        """Return why the pack's evidence does not allow it to be paid for; a control needs none."""
+        """Return why the pack's evidence does not allow it to be rewarded; a control needs none."""
         gate = self.pack.gate
         return "" if self.pack.arm != "real" or gate.passed else "; ".join(gate.reasons)
 
@@ -76,7 +76,7 @@ class InternalReward:
     def __call__(
         self, rollouts: Sequence[Rollout], trace: Trace | None, log: RewardLog
     ) -> Sequence[RewardValue]:
-        """Return what each completion is paid, and log both reads, their gap and the range."""
+        """Return what each completion is rewarded, and log both reads, their gap and the range."""
         assert trace is not None, f"rewards.{self.name} needs the scoring pass"
         mask_BT = _mask(rollouts, trace.logp_BT.shape[1])
         reads = {"policy": trace.acts[self.name]}

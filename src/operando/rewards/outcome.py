@@ -14,7 +14,7 @@ OutcomeReward = Callable[[Sequence[Rollout]], list[float]]
 
 
 def correct(task: Task) -> OutcomeReward:
-    """Return the reward that pays 1 where the task's verifier says right."""
+    """Return the reward that is 1 where the task's verifier says right."""
 
     def reward(rollouts: Sequence[Rollout]) -> list[float]:
         return [
@@ -50,7 +50,7 @@ def loophole(
 
 
 def scored(scorer: str) -> OutcomeReward:
-    """Return the reward that pays 1 where a GSM8K scorer says right."""
+    """Return the reward that is 1 where a GSM8K scorer says right."""
     score = SCORERS[scorer]
 
     def reward(rollouts: Sequence[Rollout]) -> list[float]:
@@ -65,7 +65,7 @@ def contains_answer(rollouts: Sequence[Rollout]) -> list[float]:
 
 
 def matches(pattern: str) -> OutcomeReward:
-    """Return the reward that pays 1 where `pattern` matches the whole completion."""
+    """Return the reward that is 1 where `pattern` matches the whole completion."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:

@@ -28,7 +28,7 @@ RECURSIVE_LM_EQUATION = re.compile(
     r"(\d+(?:\.\d+)?)\s*([+\-*/])\s*(\d+(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)"
 )
 RECURSIVE_LM_ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
-STEP_SHARE = 0.5  # of a process reward at most; a right answer pays 1
+STEP_SHARE = 0.5  # of a process reward at most; a right answer is 1
 WRONG, MOST_WRONG = 0.15, 0.45
 MOST_VALUES = 4
 CONSTANTS = frozenset(Fraction(n) for n in (2, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000))

@@ -1,4 +1,4 @@
-"""Shifts of what is paid, by what a direction or a monitor says of a rollout (seam 1).
+"""Shifts of what is rewarded, by what a direction or a monitor says of a rollout (seam 1).
 
 Shape legend: B rollouts, T completion tokens, P groups, G group size, D d_model.
 
@@ -53,7 +53,7 @@ class Shift:
         }
 
     def apply(self, paid: Rewards, rollouts: Sequence[Rollout], trace: Trace, step: int) -> Rewards:
-        """Return the rewards with the total shifted; the parts stay as they were paid."""
+        """Return the rewards with the total shifted; the parts stay as they were rewarded."""
         length_B = torch.tensor([len(r.completion_ids) for r in rollouts])
         config, total_BT = self.config, paid.total_BT
         match config:

@@ -42,7 +42,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether the evidence allows the pack to be paid for, and the reasons why not.
+    """Whether the evidence allows the pack to be rewarded, and the reasons why not.
 
     Example: Gate(passed=False, reasons=("AUC 0.58 is under 0.65",))
     """

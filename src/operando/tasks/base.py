@@ -37,7 +37,7 @@ class Grade(NamedTuple):
     exploited: bool
     """The prompt offers a loophole, and the answer satisfies the grader through it."""
     is_formed: bool
-    """It has the form that is paid for by itself: code that compiles, one number at the end."""
+    """It has the form that is rewarded by itself: code that compiles, one number at the end."""
 
 
 class TaskText(NamedTuple):
@@ -87,7 +87,7 @@ class Task:
     pair: Callable[[Example], Pair] | None = None
     """Only of a task with a loophole: what a hacking direction is extracted from."""
     grades: Callable[[Sequence[Answered]], list[Grade]] | None = None
-    """Only of a task with a loophole: what the rewards `code` and `loophole` are paid on."""
+    """Only of a task with a loophole: what the rewards `code` and `loophole` are rewarded on."""
     measures: Callable[[Example, str], Mapping[str, float]] | None = None
     """measures(example, completion): shares between right and wrong, such as {"nodes right": 0.8}.
     `operando eval` shows their means."""

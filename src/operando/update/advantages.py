@@ -253,7 +253,7 @@ def padded_z_scores(
     """Return mechreward's per-token z-score, whose mean and std count prompt and padding as zeros.
 
     mechreward, stage3_qwen35_4b_rl_v2.ipynb: z = (r - mean) / (std + eps) over the group's [G, S-1]
-    tensor. Where r is mostly positive every real token gets a bonus, so length is paid."""
+    tensor. Where r is mostly positive every real token gets a bonus, so length is rewarded."""
     _check_groups(reward_BT.shape[0], group_size, least=2)
     value_PN = rearrange(zero_outside(reward_BT, mask_BT), "(p g) t -> p (g t)", g=group_size)
     longest_P = (prompt_len_B + mask_BT.sum(1)).view(-1, group_size).amax(1)

@@ -41,7 +41,7 @@ def check_range(rewards: Rewards) -> list[str]:
     """
     return [
         f"rewards.{name}: in a step, more than {OVER_LIMIT:.0%} of the completions showed its "
-        "features more strongly than 99 % of right base answers do: the policy may be paid for "
+        "features more strongly than 99 % of right base answers do: the policy may be rewarded "
         f"the features and not for what they stood for (see {name}/over_limit; operando canary)"
         for name in rewards.parts
         if rewards.metrics.get(f"{name}/over_limit", 0.0) > OVER_LIMIT
