@@ -18,6 +18,15 @@ GROUPS = {
     "Parts of the loop": ("load_task", "Task", "load_model", "Policy", "make_sampler", "Sampling"),
     "What passes between them": ("Example", "Rollout", "Batch", "Trace", "Rewards"),
     "Look inside": ("load_sae", "load_chain", "load_directions"),
+    "Ask and compare": (
+        "evaluate",
+        "EvalConfig",
+        "checkpoints",
+        "open_each",
+        "Question",
+        "ask",
+        "compare",
+    ),
     "Figures and errors": ("Interval", "UserError"),
 }
 HEAD = """\

@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "EvalConfig",
     "Example",
     "Interval",
     "Policy",
+    "Question",
     "Recipe",
     "Rewards",
     "Rollout",
@@ -26,6 +28,10 @@ __all__ = [
     "Task",
     "Trace",
     "UserError",
+    "ask",
+    "checkpoints",
+    "compare",
+    "evaluate",
     "launch",
     "load_chain",
     "load_directions",
@@ -35,6 +41,7 @@ __all__ = [
     "load_task",
     "make_console",
     "make_sampler",
+    "open_each",
     "report",
     "train",
 ]
@@ -43,6 +50,9 @@ if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_ho
     from operando.display import make_console
     from operando.drift.published import load_chain
     from operando.errors import UserError
+    from operando.evals.ask import Question, ask, checkpoints, compare, open_each
+    from operando.evals.evaluate import evaluate
+    from operando.evals.questions import EvalConfig
     from operando.launch import launch
     from operando.models.directions import load_directions
     from operando.models.load import load_model
