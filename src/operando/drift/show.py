@@ -5,83 +5,79 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from operando.drift.chain import ARMS, Arm, ChainConfig, sae_folder, training_of
 from operando.drift.frozen_sae import FrozenReport
 from operando.drift.model_diff import Effect, GridReport
 from operando.drift.report import DriftReport
 from operando.drift.transitions import MEASURES, NO_DRIFT, DriftRow
 from operando.run import atomic_path
+from operando.tables import TextTable, interval, table
 
 
 def training_table(
     run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
-) -> Table:
+) -> TextTable:
     """Return how the training of the chains went: one row a site, stage and arm, mean over seeds.
 
     The curve of every SAE, an entry an epoch, is in its folder's training.json.
     """
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
-    for column in ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead"):
-        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
+    rows = []
     for site in configs:
         for step in stages:
             for arm in ("first",) if step == stages[0] else ARMS:
                 own: Arm = "real" if arm == "first" else arm
                 of_seed = [training_of(sae_folder(run, own, s, step, site)) for s in seeds]
                 config, num = of_seed[0].settings, len(of_seed)
-                table.add_row(
-                    site.removesuffix(".hook_resid_post"),
-                    str(step),
-                    arm,
-                    str(config.k),
-                    f"{config.lr:g}",
-                    f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
-                    f"{sum(t.val_error for t in of_seed) / num:.4f}",
-                    f"{sum(t.dead for t in of_seed) / num:.1%}",
+                rows.append(
+                    (
+                        site.removesuffix(".hook_resid_post"),
+                        str(step),
+                        arm,
+                        str(config.k),
+                        f"{config.lr:g}",
+                        f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
+                        f"{sum(t.val_error for t in of_seed) / num:.4f}",
+                        f"{sum(t.dead for t in of_seed) / num:.1%}",
+                    )
                 )
-    return table
+    title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
+    heads = ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead")
+    return table(title, heads, rows, words=("site", "arm"))
 
 
-def drift_table(report: DriftReport) -> Table:
-    """Return one row a transition and measure: real, null, share, excess, p and q; 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+def drift_table(report: DriftReport) -> TextTable:
+    """Return one row a transition and measure: real, null, share, excess, p and q."""
     floor = max((row.p_floor for row in report.transitions), default=float("nan"))
-    table.title = (
+    rows: list[Sequence[str]] = []
+    for site in dict.fromkeys(row.site for row in report.transitions):
+        rows.append([site.removesuffix(".hook_resid_post")])
+        rows += [_drift_row(row) for row in report.transitions if row.site == site]
+        matched = [_drift_row(row) for row in report.by_match if row.site == site]
+        rows += [["best match"], *matched] if matched else []
+    title = (
         f"{report.run}: drift of decoder and encoder (1 - mean cosine), decoupling (1 - r), "
         f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds; "
         f"p can't be under {floor:.3f}; q of all measures"
     )
-    for column in ("steps", "measure", "real", "null", "null/real %", "excess, 1e-3", "p", "q"):
-        left = column in ("steps", "measure")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    for site in dict.fromkeys(row.site for row in report.transitions):
-        table.add_row(site.removesuffix(".hook_resid_post"))
-        _add_rows(table, [row for row in report.transitions if row.site == site])
-        matched = [row for row in report.by_match if row.site == site]
-        if matched:
-            table.add_row("best match")
-            _add_rows(table, matched)
-    return table
+    heads = ("steps", "measure", "real", "null", "null/real %", "excess, 1e-3", "p", "q")
+    return table(title, heads, rows, words=("steps", "measure"))
 
 
-def _add_rows(table: Table, rows: Sequence[DriftRow]) -> None:
-    for row in rows:
-        numbers = ["undefined", "", "", "", "", ""]
-        if row.real == row.real:
-            digits = 0 if row.measure == "decoupling" else 1
-            value, low, high = (f"{1e3 * x:+.{digits}f}" for x in row.excess)
-            numbers = [
-                f"{row.real:.4f}",
-                f"{row.null:.4f}",
-                _share(row.share),
-                f"{value} [{low}, {high}]",
-                f"{row.p:.3f}",
-                f"{row.q:.3f}",
-            ]
-        table.add_row(f"{row.from_step}-{row.to_step}", row.measure, *numbers)
+def _drift_row(row: DriftRow) -> tuple[str, ...]:
+    head = (f"{row.from_step}-{row.to_step}", row.measure)
+    if row.real != row.real:
+        return (*head, "undefined")
+    digits = 0 if row.measure == "decoupling" else 1
+    value, low, high = (f"{1e3 * x:+.{digits}f}" for x in row.excess)
+    return (
+        *head,
+        f"{row.real:.4f}",
+        f"{row.null:.4f}",
+        _share(row.share),
+        f"{value} [{low}, {high}]",
+        f"{row.p:.3f}",
+        f"{row.q:.3f}",
+    )
 
 
 def _share(share: tuple[float, float, float]) -> str:
@@ -91,17 +87,14 @@ def _share(share: tuple[float, float, float]) -> str:
     return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def stage_table(report: DriftReport) -> Table:
+def stage_table(report: DriftReport) -> TextTable:
     """Return features in use by stage, both arms."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
+    title = (
         "features in use: 2^H by frequency and by energy; births and deaths beyond counting noise "
         "(bursts within a text count as firings: read them beside the null arm)"
     )
-    for column in ("site", "step", "arm", "2^H", "2^H energy", "alive", "born", "died"):
-        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
-    for row in report.stages:
-        table.add_row(
+    rows = [
+        (
             row.site.removesuffix(".hook_resid_post"),
             str(row.step),
             row.arm,
@@ -111,7 +104,10 @@ def stage_table(report: DriftReport) -> Table:
             f"{row.born:.1f}",
             f"{row.died:.1f}",
         )
-    return table
+        for row in report.stages
+    ]
+    heads = ("site", "step", "arm", "2^H", "2^H energy", "alive", "born", "died")
+    return table(title, heads, rows, words=("site", "arm"))
 
 
 def verdict_lines(report: DriftReport) -> list[str]:
@@ -180,38 +176,32 @@ def draw_drift(report: DriftReport, target: Path) -> Path:
     return target
 
 
-def frozen_table(report: FrozenReport) -> Table:
+def frozen_table(report: FrozenReport) -> TextTable:
     """Return one row a stage, then the warning row of unpaired halves of the base's texts."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
-        f"{report.run}: one SAE at {report.site}, not refitted; the same {report.tokens:,} tokens "
-        f"at all stages, {report.sinks} sinks left out"
-    )
-    table.add_column("step")
-    for column in ("FVU", "cosine", "changed (q <= 0.05)", "|delta|", "beta", "delta CE"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in report.stages:
         first = row is report.stages[0]
         changed = report.control if first else row.changed
-        table.add_row(
-            f"{row.step} (base against itself)" if first else str(row.step),
-            f"{row.fvu:.4f}",
-            f"{row.cosine:.6f}",
-            f"{changed} of {report.features}",
-            f"{row.abs_delta:.2e}",
-            _quartiles(row.beta),
-            f"{row.delta_ce:+.4f}",
+        rows.append(
+            (
+                f"{row.step} (base against itself)" if first else str(row.step),
+                f"{row.fvu:.4f}",
+                f"{row.cosine:.6f}",
+                f"{changed} of {report.features}",
+                f"{row.abs_delta:.2e}",
+                _quartiles(row.beta),
+                f"{row.delta_ce:+.4f}",
+            )
         )
-    table.add_row(
-        "0 (warning: unpaired halves of its texts)",
-        "",
-        "",
-        f"{report.halves.changed} of {report.features}",
-        f"{report.halves.abs_delta:.2e}",
-        "",
-        "",
+    changed = f"{report.halves.changed} of {report.features}"
+    name = "0 (warning: unpaired halves of its texts)"
+    rows.append((name, "", "", changed, f"{report.halves.abs_delta:.2e}"))
+    title = (
+        f"{report.run}: one SAE at {report.site}, not refitted; the same {report.tokens:,} tokens "
+        f"at all stages, {report.sinks} sinks left out"
     )
-    return table
+    heads = ("step", "FVU", "cosine", "changed (q <= 0.05)", "|delta|", "beta", "delta CE")
+    return table(title, heads, rows, words=("step",))
 
 
 def _quartiles(beta: tuple[float, float, float] | None) -> str:
@@ -221,67 +211,54 @@ def _quartiles(beta: tuple[float, float, float] | None) -> str:
     return f"{median:.3f} ({low:.3f} to {high:.3f})"
 
 
-def feature_table(report: FrozenReport, num: int = 10) -> Table:
+def feature_table(report: FrozenReport, num: int = 10) -> TextTable:
     """Return the features whose mean activation changed most from the base to the last stage."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    last = report.stages[-1].step
     diff = report.diff
     order = diff.delta_act_TM[-1].abs().argsort(descending=True)[:num]
     moved = [j for j in order.tolist() if diff.delta_act_TM[-1, j] != 0]
-    table.title = f"features with the largest |delta|, base to step {last}"
-    if not moved:
-        table.title += ": none, every mean activation is the base's"
-    for column in ("feature", "rate", "mean activation", "delta", "beta", "q"):
-        table.add_column(column, justify="right")
+    rows = []
     for j in moved:
         rate, act, beta = diff.rate_TM.value[:, j], diff.mean_act_TM[:, j], diff.beta_TM[:, j]
         low, high = float(diff.rate_TM.low[-1, j]), float(diff.rate_TM.high[-1, j])
-        table.add_row(
-            str(j),
-            f"{rate[0]:.2%} to {rate[-1]:.2%} ({low:.2%} to {high:.2%})",
-            f"{act[0]:.4f} to {act[-1]:.4f}",
-            f"{diff.delta_act_TM[-1, j]:+.4f}",
-            f"{beta[0]:.3f} to {beta[-1]:.3f}",
-            f"{diff.q_TM[-1, j]:.3f}",
+        rows.append(
+            (
+                str(j),
+                f"{rate[0]:.2%} to {rate[-1]:.2%} ({low:.2%} to {high:.2%})",
+                f"{act[0]:.4f} to {act[-1]:.4f}",
+                f"{diff.delta_act_TM[-1, j]:+.4f}",
+                f"{beta[0]:.3f} to {beta[-1]:.3f}",
+                f"{diff.q_TM[-1, j]:.3f}",
+            )
         )
-    return table
+    title = f"features with the largest |delta|, base to step {report.stages[-1].step}"
+    if not moved:
+        title += ": none, every mean activation is the base's"
+    return table(title, ("feature", "rate", "mean activation", "delta", "beta", "q"), rows)
 
 
-def grid_table(report: GridReport) -> Table:
+def grid_table(report: GridReport) -> TextTable:
     """Return for each site and measure the 2 x 2 of model and text with the effects beside it."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
+    rows = []
+    for row in report.rows:
+        base, last = f"{row.base_on_base:.4f}", f"{row.last_on_base:.4f}"
+        site = row.site.removesuffix(".hook_resid_post")
+        rows.append((site, row.measure, "base", base, last, _effect(row.model_on_base)))
+        base, last = f"{row.base_on_last:.4f}", f"{row.last_on_last:.4f}"
+        effects = (_effect(row.model_on_last), _effect(row.text))
+        rows.append(("", "", "last", base, last, *effects))
+    title = (
         f"{report.run}: the base and step {report.step} on the base's text ({report.prompts[0]} "
         f"prompts, {report.tokens[0]:,} tokens) and the last steps' ({report.prompts[1]} prompts, "
         f"{report.tokens[1]:,} tokens); 95 % intervals over prompts"
     )
-    for column in ("site", "measure", "text by", "base", "last", "model changed", "text changed"):
-        left = column in ("site", "measure", "text by")
-        table.add_column(column, justify="left" if left else "right")
-    for row in report.rows:
-        table.add_row(
-            row.site.removesuffix(".hook_resid_post"),
-            row.measure,
-            "base",
-            f"{row.base_on_base:.4f}",
-            f"{row.last_on_base:.4f}",
-            _effect(row.model_on_base),
-            "",
-        )
-        table.add_row(
-            "",
-            "",
-            "last",
-            f"{row.base_on_last:.4f}",
-            f"{row.last_on_last:.4f}",
-            _effect(row.model_on_last),
-            _effect(row.text),
-        )
-    return table
+    words = ("site", "measure", "text by")
+    heads = (*words, "base", "last", "model changed", "text changed")
+    return table(title, heads, rows, words)
 
 
 def _effect(effect: Effect) -> str:
-    return f"{effect.value:+.4f} ({effect.low:+.4f} to {effect.high:+.4f}), p {effect.p:.3f}"
+    limits = interval((effect.value, effect.low, effect.high), "+.4f")
+    return f"{limits}, p {effect.p:.3f}"
 
 
 def grid_lines(report: GridReport) -> list[str]:

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from operando.evals.fuzz import EPSILON, FuzzResult, Row
+from operando.tables import table
 
 
 def show_fuzz(result: FuzzResult) -> Group:
     """Return every breach as a table, whether each reward reads the answer, then the smallest
     example of each finding."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
-        f"{result.target}: {result.num_right} right and {result.num_wrong} wrong answers; "
-        f"{len(result.findings)} findings"
-    )
-    for column in ("reward", "edit", "must", "breached/tried", "most"):
-        table.add_column(
-            column, justify="right" if column in ("breached/tried", "most") else "left"
-        )
+    cells = []
     for name, reads in result.reads.items():
         rows = [row for row in result.rows if row.reward == name]
         if not any(row.breaches and not row.is_evasion for row in rows):
             tried = sum(row.tried for row in rows if not row.is_evasion)
             said = "nothing found" if reads == "right" else "nothing else found"
-            table.add_row(name, said if tried else "nothing tried", "", f"0/{tried}", "")
+            cells.append((name, said if tried else "nothing tried", "", f"0/{tried}"))
         for row in sorted(rows, key=lambda row: row.is_evasion):
             if row.breaches:
-                table.add_row(
-                    name,
-                    f"{row.prop} {row.edit}",
-                    "(evasion)" if row.is_evasion else row.must,
-                    f"{row.breaches}/{row.tried}",
-                    f"{row.largest_gain:.3f}" if row.largest_gain > EPSILON else "free",
-                )
-    for name in result.left_out:
-        table.add_row(name, "left out: it wants trace", "", "", "")
+                must = "(evasion)" if row.is_evasion else row.must
+                most = f"{row.largest_gain:.3f}" if row.largest_gain > EPSILON else "free"
+                tried = f"{row.breaches}/{row.tried}"
+                cells.append((name, f"{row.prop} {row.edit}", must, tried, most))
+    cells += [(name, "left out: it wants trace") for name in result.left_out]
+    title = (
+        f"{result.target}: {result.num_right} right and {result.num_wrong} wrong answers; "
+        f"{len(result.findings)} findings"
+    )
+    heads = ("reward", "edit", "must", "breached/tried", "most")
+    shown = table(title, heads, cells, words=heads[:3])
     said = [Text(line) for name in result.reads for line in _reads_words(result, name)]
-    return Group(table, *said, *(_example(row) for row in result.findings))
+    return Group(shown, *said, *(_example(row) for row in result.findings))
 
 
 def _reads_words(result: FuzzResult, name: str) -> list[str]:

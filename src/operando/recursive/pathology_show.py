@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from operando.recursive.pathology import Pathology
 from operando.recursive.pathology_tests import Number
-
-COLUMNS = (("", 27), ("model", 9), ("95 %", 18), ("random", 18), ("shuffled", 8))
+from operando.tables import table
 
 
 def pathology_tables(result: Pathology) -> Group:
@@ -22,18 +21,13 @@ def pathology_tables(result: Pathology) -> Group:
         f"random: {len(result.baseline_seeds)} untrained models of this config (seeds "
         f"{result.baseline_seeds[0]} to {result.baseline_seeds[-1]})"
     )
-    parts: list[Text | Table] = [Text(head)]
+    rows: list[Sequence[str | Text]] = []
     for test in result.tests:
         line = Text(f"\n{test.verdict}: {test.name}", style="bold")
-        line.append(f": {test.why}", style="not bold")
-        table = Table(box=None, pad_edge=False)
-        for column, width in COLUMNS:
-            justify = "right" if column else "left"
-            table.add_column(column, justify=justify, min_width=width, no_wrap=True)
-        for number in test.numbers:
-            table.add_row(*_row(number))
-        parts += [line, table]
-    return Group(*parts, Text(f"\nwithout a control: {result.without_control}", style="dim"))
+        rows += [[line.append(f": {test.why}", style="not bold")], *map(_row, test.numbers)]
+    shown = table("", ("", "model", "95 %", "random", "shuffled"), rows)
+    note = f"\nwithout a control: {result.without_control}"
+    return Group(Text(head), shown, Text(note, style="dim"))
 
 
 def _row(number: Number) -> tuple[str, ...]:

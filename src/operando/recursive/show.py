@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Group
-from rich.table import Table
 
 from operando.recursive.data import Race
 from operando.recursive.draft_heads import Drafted
 from operando.recursive.drafting import Drafting
 from operando.recursive.halting import Halting
-from operando.stats.intervals import Interval, wilson
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _limits(value: Interval, form: str = ".1%") -> str:
-    return f"{value.value:{form}} ({value.low:{form}} to {value.high:{form}})"
-
+from operando.stats.intervals import wilson
+from operando.tables import TextTable, interval, table
 
 # --- halting -------------------------------------------------------------------------------------
 
@@ -44,12 +30,9 @@ def halting_tables(result: Halting) -> Group:
     return Group(*parts, result.verdict)  # pyright: ignore[reportArgumentType]
 
 
-def _trials(result: Halting) -> Table:
-    table = _table(
-        "thresholds, on training prompts", ("tau", "mean loops", "right", "lost", "agreement", "")
-    )
-    for trial in result.trials:
-        table.add_row(
+def _trials(result: Halting) -> TextTable:
+    rows = [
+        (
             f"{trial.tau}",
             f"{trial.mean_loops:.2f}",
             f"{trial.accuracy:.1%}",
@@ -57,38 +40,32 @@ def _trials(result: Halting) -> Table:
             f"{trial.agreement:.2%}",
             "chosen" if trial == result.chosen else "" if result.rule.allows(trial) else "no",
         )
-    return table
+        for trial in result.trials
+    ]
+    heads = ("tau", "mean loops", "right", "lost", "agreement", "")
+    return table("thresholds, on training prompts", heads, rows)
 
 
-def _ways(result: Halting) -> Table:
-    columns = ("", "right", "minus full depth, 95 %", "+", "-", "agreement, 95 %")
-    table = _table(f"{result.n} held-out prompts", columns)
-    table.add_row("full depth", f"{result.full_accuracy:.1%}")
-    for way in result.ways:
-        against = way.against
-        table.add_row(
+def _ways(result: Halting) -> TextTable:
+    rows = [("full depth", f"{result.full_accuracy:.1%}")]
+    rows += [
+        (
             way.exits.name,
             f"{way.accuracy:.1%}",
-            _limits(against.difference, "+.1%"),
-            f"{against.gained}",
-            f"{against.lost}",
-            _limits(way.agreement),
+            interval(way.against.difference, "+.1%"),
+            f"{way.against.gained}",
+            f"{way.against.lost}",
+            interval(way.agreement, ".1%"),
         )
-    return table
+        for way in result.ways
+    ]
+    heads = ("", "right", "minus full depth, 95 %", "+", "-", "agreement, 95 %")
+    return table(f"{result.n} held-out prompts", heads, rows)
 
 
-def _loops(result: Halting) -> Table:
-    columns = (
-        "",
-        "loops",
-        "in completions",
-        "core saved",
-        "model saved",
-        "tokens by loops 1, 2, ...",
-    )
-    table = _table("", columns)
-    for way in result.ways:
-        table.add_row(
+def _loops(result: Halting) -> TextTable:
+    rows = [
+        (
             way.exits.name,
             f"{way.exits.mean_loops():.2f}",
             f"{way.completion_mean:.2f}",
@@ -96,17 +73,20 @@ def _loops(result: Halting) -> Table:
             f"{way.saved.whole:.1%}",
             " ".join(map(str, way.exits.loops)),
         )
-    return table
+        for way in result.ways
+    ]
+    each = "tokens by loops 1, 2, ..."
+    heads = ("", "loops", "in completions", "core saved", "model saved", each)
+    return table("", heads, rows, words=("", each))
 
 
-def _probabilities(result: Halting) -> Table:
-    columns = ("halt probabilities", "ECE", "base rate", "log loss", "base rate", "settled", "n")
-    table = _table("", columns)
-    for name, one in (
-        ("all tokens", result.calibration),
-        ("predict the completion", result.completion_calibration),
-    ):
-        table.add_row(
+def _probabilities(result: Halting) -> TextTable:
+    named = {
+        "all tokens": result.calibration,
+        "predict the completion": result.completion_calibration,
+    }
+    rows = [
+        (
             name,
             f"{one.ece:.4f}",
             f"{one.ece_base_rate:.4f}",
@@ -115,16 +95,19 @@ def _probabilities(result: Halting) -> Table:
             f"{one.settled:.2%}",
             f"{one.n}",
         )
-    return table
+        for name, one in named.items()
+    ]
+    first = "halt probabilities"
+    heads = (first, "ECE", "base rate", "log loss", "base rate", "settled", "n")
+    return table("", heads, rows, words=(first,))
 
 
-def _race(title: str, race: Race, over: str) -> Table:
-    table = _table(title, ("", "tokens/s, median", "gain, median", "rounds"))
-    for name, seconds in race.seconds.items():
-        table.add_row(
-            name, f"{race.rate(name):,.0f}", f"{race.gain(name, over):.2f}x", f"{len(seconds)}"
-        )
-    return table
+def _race(title: str, race: Race, over: str) -> TextTable:
+    rows = [
+        (name, f"{race.rate(name):,.0f}", f"{race.gain(name, over):.2f}x", f"{len(seconds)}")
+        for name, seconds in race.seconds.items()
+    ]
+    return table(title, ("", "tokens/s, median", "gain, median", "rounds"), rows)
 
 
 # --- drafting ------------------------------------------------------------------------------------
@@ -132,22 +115,8 @@ def _race(title: str, race: Race, over: str) -> Table:
 
 def drafting_tables(result: Drafting) -> Group:
     """Return the heads, the numbers of drafts, and on held-out prompts drafting beside none."""
-    table = _table(
-        f"heads, {result.n} held-out prompts",
+    rows = [
         (
-            "head",
-            "CE untrained",
-            "CE trained",
-            "right",
-            "untrained",
-            "table",
-            "accepted",
-            "untrained",
-            "n",
-        ),
-    )
-    for i, (before, after) in enumerate(zip(result.before, result.after, strict=True)):
-        table.add_row(
             f"{i + 1}",
             f"{before.loss:.3f}",
             f"{after.loss:.3f}",
@@ -158,10 +127,14 @@ def drafting_tables(result: Drafting) -> Group:
             _acceptance(result.untrained, i),
             f"{after.n}",
         )
+        for i, (before, after) in enumerate(zip(result.before, result.after, strict=True))
+    ]
+    heads = ("head", "CE untrained", "CE trained", "right", "untrained", "table")
+    heads = (*heads, "accepted", "untrained", "n")
     rates = ", ".join(f"{g}: {rate:.2f}x" for g, rate in result.rates.items() if g)
     written = result.written or "none, for no drafts are faster"
     parts: list[object] = [
-        table,
+        table(f"heads, {result.n} held-out prompts", heads, rows),
         f"gain by drafts, on training prompts: {rates}; chosen: {written}",
         f"tokens per call: {result.drafted.tokens_per_call:.2f}, untrained "
         f"{result.untrained.tokens_per_call:.2f}, without drafts 1.00",
