@@ -64,6 +64,8 @@ class TextTable:
             gap = _gap([least[c] for c in places], options.max_width)
             room = options.max_width - gap * (len(places) - 1)
             widths = _shrunk([most[c] for c in places], [least[c] for c in places], room)
+            hard = [1 if self.columns[c] in self.words else least[c] for c in places]
+            widths = _shrunk(widths, hard, room)
             yield from self._lines(console, places, widths, " " * gap)
 
     def _widths(self, column: int) -> tuple[int, int]:
@@ -73,11 +75,10 @@ class TextTable:
         whole = _longest(line for cell in cells for line in cell.splitlines())
         if head in self.words:
             words = _longest(word for cell in cells for word in cell.split())
-            whole_or_word = min(words, LONGEST_WORD)
+            least = max(1, _longest(head.split()), min(words, LONGEST_WORD))
         else:
-            whole_or_word = whole
-        least = max(1, _longest(head.split()), whole_or_word)
-        return least, max(least, whole, _longest(head.splitlines()))
+            least = max(1, _longest(head.split()), whole)
+        return least, max(least, whole, cell_len(head))
 
     def _blocks(self, least: Sequence[int], width: int) -> list[list[int]]:
         """Return the columns that stand beside each other: all, or where they don't fit, as many
