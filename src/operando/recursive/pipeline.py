@@ -42,11 +42,9 @@ from operando.recipe_io import (
     recipe_file,
 )
 from operando.recursive.data import SourceConfig
-from operando.recursive.drafting import DraftingConfig, calibrate_drafting
-from operando.recursive.halting import HaltingConfig, calibrate_halting
-from operando.recursive.pathology import audit_pathology
-from operando.recursive.pathology_show import pathology_tables
-from operando.recursive.show import drafting_tables, halting_tables
+from operando.recursive.drafting import DraftingConfig, calibrate_drafting, drafting_tables
+from operando.recursive.halting import HaltingConfig, calibrate_halting, halting_tables
+from operando.recursive.pathology import audit_pathology, pathology_tables
 from operando.run import atomic_path, differences, write_json
 from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
 from operando.stats.intervals import Interval, paired_difference
