@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from operando.models.freeze import Certificate
-from operando.pretrain.lm import PretrainProgress
+from operando.pretrain.fit import PretrainProgress
 from operando.setup import StepReport
 from operando.tables import TextTable, table
 from operando.text import shown
