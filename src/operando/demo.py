@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from operando.doctor.doctor import diagnose, show_finding
 from operando.launch import launch
@@ -17,7 +16,7 @@ from operando.report.html import write_report
 from operando.run import free_name
 from operando.run_folder import read_metrics, read_recipe, read_rows
 from operando.stats.intervals import paired_difference, wilson
-from operando.tables import read_parquet
+from operando.tables import limits, read_parquet, table
 
 
 def learning_demo(console: Console, seed: int, runs_dir: str) -> Path:
@@ -54,14 +53,12 @@ def _run(console: Console, recipe: Recipe, seed: int, runs_dir: str) -> Path:
 def show_change(console: Console, folder: Path) -> None:
     """Print held-out accuracy before and after with intervals, and the paired difference."""
     before, after = _held_out(folder, first=True), _held_out(folder, first=False)
-    table = Table(title="Held-out problems, greedy", title_justify="left", box=None)
-    for column in ("", "right", "n", "95 % interval"):
-        table.add_column(column, justify="left" if not column else "right")
+    rows = []
     for name, marks in (("before", before), ("after", after)):
         rate = wilson(sum(marks), len(marks))
-        interval = f"{rate.low:.1%} to {rate.high:.1%}"
-        table.add_row(name, f"{rate.value:.1%}", str(len(marks)), interval)
-    console.print(table)
+        rows.append((name, f"{rate.value:.1%}", str(len(marks)), limits(rate, ".1%")))
+    heads = ("", "right", "n", "95 % interval")
+    console.print(table("Held-out problems, greedy", heads, rows))
     console.print(paired_sentence(paired_difference(before, after)), highlight=False)
 
 
@@ -69,13 +66,12 @@ def show_proxy(console: Console, folder: Path) -> None:
     """Print, for every evaluation, what the reward says beside what is true."""
     rows = [row for row in read_metrics(folder) if "eval/correct" in row]
     parts = [key for key in rows[0] if key.startswith("eval/rewards/")]
-    table = Table(title="Held-out problems, greedy", title_justify="left", box=None)
-    for column in ("step", *(f"reward: {key.split('/')[2]}" for key in parts), "truly right"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        paid = [f"{row[key]:.2f}" for key in parts]
-        table.add_row(f"{row['step']:.0f}", *paid, f"{row['eval/correct']:.1%}")
-    console.print(table)
+    heads = ("step", *(f"reward: {key.split('/')[2]}" for key in parts), "truly right")
+    cells = [
+        (f"{row['step']:.0f}", *(f"{row[key]:.2f}" for key in parts), f"{row['eval/correct']:.1%}")
+        for row in rows
+    ]
+    console.print(table("Held-out problems, greedy", heads, cells))
 
 
 def show_siblings(console: Console, folder: Path) -> None:
@@ -87,15 +83,18 @@ def show_siblings(console: Console, folder: Path) -> None:
     chosen = mixed[0] if mixed else rows[0]["group"]
     group = [r for r in rows if r["group"] == chosen]
     first = group[0]
-    console.print(f"\n{escape(first['prompt'])}   [dim](gold {first['answer']})[/dim]")
-    table = Table(box=None)
-    for column in ("reward", "advantage", "truly", "completion"):
-        table.add_column(column, justify="left" if column == "completion" else "right")
-    for r in group:
-        verdict = "right" if r["correct"] else "wrong"
-        text = escape(r["completion"].strip())
-        table.add_row(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", verdict, text)
-    console.print(table, highlight=False)
+    console.print(Text(f"\n{first['prompt']}   ").append(f"(gold {first['answer']})", style="dim"))
+    cells = [
+        (
+            f"{r['reward']:.2f}",
+            f"{r['advantage']:+.2f}",
+            "right" if r["correct"] else "wrong",
+            r["completion"].strip(),
+        )
+        for r in group
+    ]
+    heads = ("reward", "advantage", "truly", "completion")
+    console.print(table("", heads, cells, words=("truly", "completion")))
 
 
 def show_findings(console: Console, folder: Path) -> None:

@@ -10,12 +10,12 @@ from types import TracebackType
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from operando.models.freeze import Certificate
-from operando.pretrain.lm import PretrainProgress
+from operando.pretrain.fit import PretrainProgress
 from operando.setup import StepReport
+from operando.tables import TextTable, table
 from operando.text import shown
 
 SHOWN = (
@@ -108,21 +108,19 @@ class RunDisplay:
         elif "eval/correct" in metrics:
             self.console.print(self._line(report), highlight=False, soft_wrap=True)
 
-    def _table(self) -> Table:
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
-        table.add_column("start", justify="right")
-        table.add_column("now", justify="right", style="bold")
-        rows = list(SHOWN)
+    def _table(self) -> TextTable:
+        kinds = list(SHOWN)
         parts = [k for k in self.last if k.startswith("rewards/") and k.endswith("/mean")]
-        rows[1:1] = [(f"  {key.split('/')[1]}", key, "{:.3f}") for key in parts]
-        for label, key, form in rows:
-            if key in self.last:
-                table.add_row(label, form.format(self.first[key]), form.format(self.last[key]))
+        kinds[1:1] = [(f"  {key.split('/')[1]}", key, "{:.3f}") for key in parts]
+        rows: list[tuple[str | Text, ...]] = [
+            (label, form.format(self.first[key]), Text(form.format(self.last[key]), style="bold"))
+            for label, key, form in kinds
+            if key in self.last
+        ]
         if self.held_out:
             path = " ".join(f"{100 * accuracy:.0f}" for _, accuracy in self.held_out)
-            table.add_row("held-out accuracy, %", "", path)
-        return table
+            rows.append((f"held-out accuracy, %: {path}",))
+        return table(self.title, ("", "start", "now"), rows)
 
     def _line(self, report: StepReport) -> str:
         m: Mapping[str, float] = report.metrics
@@ -250,15 +248,13 @@ class StudyDisplay:
 
 def show_certificate(console: Console, certificate: Certificate) -> None:
     """Print the checks of an insulation certificate."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("check")
-    table.add_column("")
-    table.add_column("found", overflow="fold")
+    rows = []
     for check in certificate.checks:
         style = "" if check.passed else "bold red"
         verdict = "pass" if check.passed else "FAIL"
-        table.add_row(check.name, verdict, check.detail, style=style)
-    console.print(table)
+        rows.append([Text(cell, style) for cell in (check.name, verdict, check.detail)])
+    heads = ("check", "", "found")
+    console.print(table("", heads, rows, words=heads))
     first, last = certificate.layers[0], certificate.layers[-1]
     console.print(
         f"step {certificate.step}: {certificate.trained_parameters:,} parameters trained in "

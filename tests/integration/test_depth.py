@@ -32,7 +32,7 @@ def test_both_ends_of_the_table_are_the_two_models(run: Path, temperature: float
         assert arms["trained", None] == after.all.right.value
     written = json.loads(report.file.read_text())
     assert written["said"] == depth_sentence(report) and len(written["rows"]) == len(report.rows)
-    assert depth_table(report).row_count >= len(report.rows)
+    assert len(depth_table(report).rows) >= len(report.rows)
     assert depth_lines(report)[0] == written["said"]
     assert written["said"] in write_report([run]).read_text().replace("&#39;", "'")
 

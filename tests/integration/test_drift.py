@@ -26,8 +26,7 @@ from operando.drift.collect import acts_file, chosen_texts, load_acts, read_text
 from operando.drift.commands import show_drift, train_run_saes
 from operando.drift.compare import check_conditions, compare_drift
 from operando.drift.evaluate import evaluate_saes
-from operando.drift.report import drift_report
-from operando.drift.show import drift_table
+from operando.drift.report import drift_report, drift_table
 from operando.errors import UserError
 from operando.recipe.rewards import ScorerReward
 from operando.recipe.update import KlConfig, OptimConfig

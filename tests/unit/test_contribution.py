@@ -42,7 +42,7 @@ def test_shares_are_taken_seed_by_seed(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "contribution.json").read_text())
     assert written["gains"]["0"] == {"0": 0.25, "1": 0.25}
     svg = draw_contribution(result, tmp_path / "c.svg").read_text()
-    assert svg.count("<svg") == 1 and contribution_table(result).row_count == 3
+    assert svg.count("<svg") == 1 and len(contribution_table(result).rows) == 3
 
 
 def test_no_gain_of_all_layers_is_an_error_and_no_share(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from operando.drift.measures import (
     QUADRANTS,
     Usage,
-    add_usage,
     best_match,
     cosine_by_index,
     counting_p,
@@ -80,15 +79,12 @@ def test_quadrants_by_hand() -> None:
     assert [QUADRANTS[i] for i in place_M] == ["redirected", "stable", "reweighted"]
 
 
-def test_usage_by_hand_and_in_two_chunks() -> None:
+def test_usage_by_hand() -> None:
     used = usage(IDX_NK, VALUE_NK, num_features=4)
     assert used.count_M.tolist() == [2, 1, 1, 0]  # above 0 only: neither -1 nor a filler
     assert used.energy_M.tolist() == [4 + 1 + 1, 1, 9, 0]
     assert_close(density(used), f64(0.5, 0.25, 0.25, 0.0))
-    halves = [usage(IDX_NK[i : i + 2], VALUE_NK[i : i + 2], 4) for i in (0, 2)]
-    both = add_usage(*halves)
-    assert both.count_M.equal(used.count_M) and both.energy_M.equal(used.energy_M)
-    assert both.num_tokens == 4
+    assert used.num_tokens == 4
 
 
 def test_effective_counts_by_hand() -> None:

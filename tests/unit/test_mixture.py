@@ -17,8 +17,7 @@ from operando.errors import UserError
 from operando.models.load import load_model
 from operando.pretrain import mixture as pm
 from operando.pretrain import sft
-from operando.pretrain.fit import IGNORED, STATE
-from operando.pretrain.lm import PretrainProgress
+from operando.pretrain.fit import IGNORED, STATE, PretrainProgress
 from operando.recipe import MixtureRecipe, ModelConfig, SftRecipe
 from operando.recipe_io import check, load_pretrain_recipe
 from operando.tasks import clrs, files, graph_search, words

@@ -15,7 +15,7 @@ from operando.report.cards import model_card, write_cards
 from operando.report.collect import collect
 from operando.report.html import embed, hash_of, headline, time_table, write_report
 from operando.report.notebook import show_tokens
-from operando.report.samples import CHANNELS, choose_samples, quantise, restore
+from operando.report.samples import CHANNELS, choose_samples, quantise
 from operando.run import Run, write_json, write_parquet
 
 EVIL = ' 3+2=5 </script><b>bold</b><img src=x onerror="alert(1)"> #### 5'
@@ -208,6 +208,12 @@ def test_token_channels_come_back(tmp_path):
         reward = restore(q[1], scales[1])
         assert reward[:3].tolist() == [0, 0, 0]
         assert np.isnan(reward[3]) if row == 7 else reward[3] == 1
+
+
+def restore(q: np.ndarray, scale: float) -> np.ndarray:
+    """Return what viewer.js shows of signed bytes; -128 is no value."""
+    root = q.astype(np.float64) / 127
+    return np.where(q == -128, np.nan, np.sign(root) * scale * root * root)
 
 
 def assert_within_a_step(wanted: np.ndarray, found: np.ndarray, scale: float) -> None:

@@ -210,8 +210,7 @@ def fuzz(
         load_recipe(target, tuple(overrides or ()))  # its mistakes before torch is there
 
     from operando.display import make_console
-    from operando.evals.fuzz import fuzz_target
-    from operando.evals.fuzz_show import show_fuzz
+    from operando.evals.fuzz import fuzz_target, show_fuzz
 
     result = fuzz_target(target, reward=reward, num=num, overrides=tuple(overrides or ()))
     make_console().print(show_fuzz(result))
@@ -260,8 +259,7 @@ def pathology(
     own_if_run(run)
     from operando.display import make_console
     from operando.launch import quieten_libraries
-    from operando.recursive.pathology import audit_pathology
-    from operando.recursive.pathology_show import pathology_tables
+    from operando.recursive.pathology import audit_pathology, pathology_tables
 
     given = [part.strip() for part in (depths or "").split(",") if part.strip()]
     if not all(part.isdigit() for part in given):

@@ -62,9 +62,8 @@ def calibrate_halting(
     from operando.launch import quieten_libraries
     from operando.recursive.data import SourceConfig
     from operando.recursive.halt_head import Rule
-    from operando.recursive.halting import HaltingConfig
+    from operando.recursive.halting import HaltingConfig, halting_tables
     from operando.recursive.halting import calibrate_halting as calibrate
-    from operando.recursive.show import halting_tables
 
     quieten_libraries()
     console = make_console()
@@ -108,9 +107,8 @@ def calibrate_drafting(
     from operando.display import StageDisplay, make_console
     from operando.launch import quieten_libraries
     from operando.recursive.data import SourceConfig
-    from operando.recursive.drafting import DraftingConfig
+    from operando.recursive.drafting import DraftingConfig, drafting_tables
     from operando.recursive.drafting import calibrate_drafting as calibrate
-    from operando.recursive.show import drafting_tables
 
     quieten_libraries()
     console = make_console()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from operando.discovery.directions import Extracted, Steered
 from operando.discovery.features import Discovery
 from operando.stats.intervals import Interval
+from operando.tables import TextTable, table
 
 
 def show_discovery(console: Console, found: Discovery) -> None:
@@ -28,30 +28,24 @@ def show_discovery(console: Console, found: Discovery) -> None:
     console.print(f"gate {gate}", highlight=False, markup=False)
 
 
-def _features(found: Discovery) -> Table:
-    table = Table(
-        title=f"features (under shuffled labels the largest |d| reaches {found.null_max:.2f}, 95 %)"
-    )
-    for name in ("feature", "sign", "d", "q", "scale"):
-        table.add_column(name, justify="right")
-    for feature in found.features:
-        table.add_row(
+def _features(found: Discovery) -> TextTable:
+    rows = [
+        (
             str(feature.id),
             "helpful" if feature.sign > 0 else "harmful",
             f"{feature.d:+.2f}",
             f"{feature.q_value:.3f}",
             f"{feature.scale:.2f}",
         )
-    return table
+        for feature in found.features
+    ]
+    title = f"features (under shuffled labels the largest |d| reaches {found.null_max:.2f}, 95 %)"
+    return table(title, ("feature", "sign", "d", "q", "scale"), rows, words=("sign",))
 
 
-def _measures(found: Discovery) -> Table:
-    table = Table(title="right against wrong answers of prompts held out")
-    table.add_column("score")
-    for name in ("AUC", "95 %", "same prompt", "same length", "rho (bound)"):
-        table.add_column(name, justify="right")
-    for m in found.measured:
-        table.add_row(
+def _measures(found: Discovery) -> TextTable:
+    rows = [
+        (
             m.name,
             f"{m.auc:.3f}",
             f"[{m.low:.3f}, {m.high:.3f}]",
@@ -59,8 +53,10 @@ def _measures(found: Discovery) -> Table:
             f"{m.controlled:.3f} [{m.controlled_low:.3f}, {m.controlled_high:.3f}]",
             f"{m.rho:+.2f} ({m.rho_bound:.2f})",
         )
-    for n in found.nulls:
-        table.add_row(
+        for m in found.measured
+    ]
+    rows += [
+        (
             f"{n.name}, {n.n} draws",
             f"{n.auc:.3f}",
             f"95 %: {n.auc_q95:.3f}",
@@ -68,7 +64,10 @@ def _measures(found: Discovery) -> Table:
             "",
             f"{n.rho:+.2f}",
         )
-    return table
+        for n in found.nulls
+    ]
+    heads = ("score", "AUC", "95 %", "same prompt", "same length", "rho (bound)")
+    return table("right against wrong answers of prompts held out", heads, rows, words=("score",))
 
 
 def show_directions(console: Console, found: Extracted) -> None:
@@ -76,35 +75,40 @@ def show_directions(console: Console, found: Extracted) -> None:
     layers = f"{found.layers[0]}-{found.layers[-1]}"
     console.print(f"layers {layers}, {found.num_pairs} pairs", highlight=False)
     console.print(accuracy_table(found.accuracy, found.num_held_out, found.cosine_to_real))
-    table = Table(title="the real vector in the span of m singular vectors of W, mean of modules")
-    for name in ("side", "m", "energy kept", "chance m/d", "cosine to the raw vector"):
-        table.add_column(name, justify="right")
+    rows = []
     for row in found.retained:
         side = "left, writers" if row.side == "left" else "right, readers"
-        table.add_row(side, str(row.m), f"{row.kept:.3f}", f"{row.null:.3f}", f"{row.cosine:.3f}")
-    console.print(table)
+        numbers = (f"{row.kept:.3f}", f"{row.null:.3f}", f"{row.cosine:.3f}")
+        rows.append((side, str(row.m), *numbers))
+    heads = ("side", "m", "energy kept", "chance m/d", "cosine to the raw vector")
+    title = "the real vector in the span of m singular vectors of W, mean of modules"
+    console.print(table(title, heads, rows, words=("side",)))
 
 
 def accuracy_table(
     accuracy: Mapping[str, Interval], num: int, cosine: Mapping[str, float]
-) -> Table:
+) -> TextTable:
     """Return the table of pairs ordered rightly."""
-    table = Table(title=f"pairs whose hack side scores higher, {num} held out")
-    for name in ("direction", "right", "95 %", "cosine to real"):
-        table.add_column(name, justify="right")
+    rows = []
     for arm, share in accuracy.items():
         near = f"{cosine[arm]:+.3f}" if arm in cosine else ""
-        table.add_row(arm, f"{share.value:.0%}", f"[{share.low:.0%}, {share.high:.0%}]", near)
-    return table
+        rows.append((arm, f"{share.value:.0%}", f"[{share.low:.0%}, {share.high:.0%}]", near))
+    heads = ("direction", "right", "95 %", "cosine to real")
+    title = f"pairs whose hack side scores higher, {num} held out"
+    return table(title, heads, rows, words=("direction",))
 
 
-def steering_table(rows: Sequence[Steered]) -> Table:
+def steering_table(rows: Sequence[Steered]) -> TextTable:
     """Return what answers turn into when a direction is added."""
     labels = sorted({label for row in rows for label in row.labels})
-    table = Table(title=f"greedy answers to {rows[0].n} held-out prompts with scale * v added")
-    for name in ("direction", "scale", "right", *labels):
-        table.add_column(name, justify="right")
-    for row in rows:
-        counts = [str(row.labels.get(label, 0)) for label in labels]
-        table.add_row(row.arm, f"{row.scale:+g}", str(row.correct), *counts)
-    return table
+    cells = [
+        (
+            row.arm,
+            f"{row.scale:+g}",
+            str(row.correct),
+            *(str(row.labels.get(label, 0)) for label in labels),
+        )
+        for row in rows
+    ]
+    title = f"greedy answers to {rows[0].n} held-out prompts with scale * v added"
+    return table(title, ("direction", "scale", "right", *labels), cells, words=("direction",))

@@ -31,6 +31,7 @@ from operando.sae.formats import load_sae, save_sae
 from operando.sae.quality import mean_activation, sink_tokens
 from operando.sae.sae import SAE, Origin
 from operando.sae.train import EpochStats, SaeTrainConfig, train_sae
+from operando.tables import TextTable, table
 
 Arm = Literal["real", "null"]
 Mode = Literal["default", "sae_rl"]
@@ -300,3 +301,37 @@ def trained_seeds(run: Path) -> list[int]:
 def decoders(chain: dict[int, SAE]) -> Float[Tensor, "S M D"]:
     """Return the decoder rows of every stage."""
     return torch.stack([sae.W_dec_MD for sae in chain.values()])
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def training_table(
+    run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
+) -> TextTable:
+    """Return how the training of the chains went: one row a site, stage and arm, mean over seeds.
+
+    The curve of every SAE, an entry an epoch, is in its folder's training.json.
+    """
+    rows = []
+    for site in configs:
+        for step in stages:
+            for arm in ("first",) if step == stages[0] else ARMS:
+                own: Arm = "real" if arm == "first" else arm
+                of_seed = [training_of(sae_folder(run, own, s, step, site)) for s in seeds]
+                config, num = of_seed[0].settings, len(of_seed)
+                rows.append(
+                    (
+                        site.removesuffix(".hook_resid_post"),
+                        str(step),
+                        arm,
+                        str(config.k),
+                        f"{config.lr:g}",
+                        f"{sum(t.best_epoch for t in of_seed) / num:.1f} of {config.epochs}",
+                        f"{sum(t.val_error for t in of_seed) / num:.4f}",
+                        f"{sum(t.dead for t in of_seed) / num:.1%}",
+                    )
+                )
+    title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
+    heads = ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead")
+    return table(title, heads, rows, words=("site", "arm"))

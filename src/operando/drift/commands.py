@@ -10,22 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig
 
-from operando.drift.chain import chain_config, check_settings, train_chains
+from operando.drift.chain import chain_config, check_settings, train_chains, training_table
 from operando.drift.collect import choose_texts, chosen_texts, collect, sites_of, stages_of
-from operando.drift.frozen_sae import frozen_report
-from operando.drift.model_diff import grid_report
-from operando.drift.report import drift_report
-from operando.drift.show import (
-    draw_drift,
-    drift_table,
-    feature_table,
-    frozen_table,
-    grid_lines,
-    grid_table,
-    stage_table,
-    training_table,
-    verdict_lines,
-)
+from operando.drift.frozen_sae import feature_table, frozen_report, frozen_table
+from operando.drift.model_diff import grid_lines, grid_report, grid_table
+from operando.drift.report import draw_drift, drift_report, drift_table, stage_table, verdict_lines
 from operando.errors import UserError, nearest
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from operando.drift.chain import ARMS, Arm, load_chain, trained_seeds, trained_sites
@@ -18,6 +17,7 @@ from operando.recipe import Recipe
 from operando.run import write_json
 from operando.run_folder import read_recipe
 from operando.stats.null_arms import Intervals, Verdict, classify
+from operando.tables import TextTable, interval, table
 
 Cell = tuple[str, int, int]
 Limits = tuple[float, float, float]  # value, low, high
@@ -216,31 +216,28 @@ def _limits(band: Intervals, i: int) -> Limits:
     return float(band.value[i]), float(band.low[i]), float(band.high[i])
 
 
-def _table(rows: Sequence[CompareRow]) -> Table:
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = (
+def _table(rows: Sequence[CompareRow]) -> TextTable:
+    """Return four rows a measure: what it would be if structural, of the reward, of the KL."""
+    cells: list[Sequence[str]] = []
+    before = None
+    for row in rows:
+        if before != (before := (row.site, row.from_step, row.to_step)):
+            site = row.site.removesuffix(".hook_resid_post")
+            cells.append([f"{site}, step {row.from_step} to {row.to_step}"])
+        head = (row.measure, row.verdict or "undefined")
+        if row.reward_effect is None or row.kl_effect is None:
+            cells.append(head)
+            continue
+        excess = ", ".join(f"{value:+.4f}" for value, _, _ in row.excess)
+        reward, kl = interval(row.reward_effect, "+.4f"), interval(row.kl_effect, "+.4f")
+        cells += [
+            (*head, "excess A, B, C", excess, f"{row.q_structural:.3f}"),
+            ("", "", "B - A", reward, f"{row.q_reward:.3f}"),
+            ("", "", "C - A", kl, f"{row.q_kl:.3f}"),
+        ]
+    title = (
         "what changed with what: excess over null arms, at a false discovery rate of 5 % for each "
         "kind of claim"
     )
-    for column in ("site", "steps", "measure", "verdict"):
-        table.add_column(column)
-    for column in ("excess A, B, C", "B - A", "C - A", "q structural, reward, KL"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        name = row.site.removesuffix(".hook_resid_post")
-        head = (name, f"{row.from_step} to {row.to_step}", row.measure, row.verdict or "undefined")
-        if row.reward_effect is None or row.kl_effect is None:
-            table.add_row(*head)
-            continue
-        table.add_row(
-            *head,
-            ", ".join(f"{value:+.4f}" for value, _, _ in row.excess),
-            _effect(row.reward_effect),
-            _effect(row.kl_effect),
-            f"{row.q_structural:.3f}, {row.q_reward:.3f}, {row.q_kl:.3f}",
-        )
-    return table
-
-
-def _effect(limits: Limits) -> str:
-    return "{:+.4f} ({:+.4f} to {:+.4f})".format(*limits)
+    words = ("measure", "verdict", "claim")
+    return table(title, (*words, "value", "q"), cells, words)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
-from rich.table import Table
 from torch import Tensor
 
 from operando.drift.chain import (
@@ -28,6 +27,7 @@ from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe
 from operando.sae.quality import LossRecovered, Quality, TextBatch, loss_recovered, measure_quality
 from operando.sae.sae import SAE
+from operando.tables import TextTable, table
 from operando.update.checkpoint import load_weights
 
 
@@ -112,37 +112,24 @@ def held_out_batches(texts: Texts, held_out_N: Bool[Tensor, " N"]) -> Iterator[T
         yield TextBatch(ids_BS, torch.arange(read_BS.shape[1]) < last_B1, read_BS)
 
 
-def quality_table(run: Path, rows: list[QualityRow]) -> Table:
+def quality_table(run: Path, rows: list[QualityRow]) -> TextTable:
     """Return one row an SAE."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
-    table.title = f"{run.name}: SAEs on held-out tokens (seed 0)"
-    for column in (
-        "site",
-        "step",
-        "arm",
-        "NMSE",
-        "FVU",
-        "FVU, no\nsinks",
-        "L0",
-        "dead",
-        "CE\n+nats",
-        "recovered\nvs mean",
-        "recovered\nvs zero",
-    ):
-        table.add_column(column, justify="left" if column in ("site", "arm") else "right")
-    for row in rows:
-        q, loss = row.quality, row.loss
-        table.add_row(
+    cells = [
+        (
             row.site.removesuffix(".hook_resid_post"),
             str(row.step),
             row.arm,
-            f"{q.nmse:.4f}",
-            f"{q.fvu:.4f}",
-            f"{q.fvu_no_sinks:.4f}",
-            f"{q.l0:.1f}",
-            f"{q.dead:.0%}",
-            f"{loss.delta:+.4f}",
-            f"{loss.recovered_mean:.1%}",
-            f"{loss.recovered_zero:.1%}",
+            f"{row.quality.nmse:.4f}",
+            f"{row.quality.fvu:.4f}",
+            f"{row.quality.fvu_no_sinks:.4f}",
+            f"{row.quality.l0:.1f}",
+            f"{row.quality.dead:.0%}",
+            f"{row.loss.delta:+.4f}",
+            f"{row.loss.recovered_mean:.1%}",
+            f"{row.loss.recovered_zero:.1%}",
         )
-    return table
+        for row in rows
+    ]
+    heads = ("site", "step", "arm", "NMSE", "FVU", "FVU, no sinks", "L0", "dead", "CE +nats")
+    heads = (*heads, "recovered vs mean", "recovered vs zero")
+    return table(f"{run.name}: SAEs on held-out tokens (seed 0)", heads, cells, ("site", "arm"))

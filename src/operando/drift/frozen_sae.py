@@ -35,6 +35,7 @@ from operando.run_folder import read_recipe
 from operando.sae.quality import sink_tokens
 from operando.sae.sae import SAE
 from operando.stats.tests import benjamini_hochberg
+from operando.tables import TextTable, table
 from operando.update.checkpoint import load_weights
 
 FDR = 0.05
@@ -226,3 +227,66 @@ def _splice_costs(
 
 
 # Model x text
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def frozen_table(report: FrozenReport) -> TextTable:
+    """Return one row a stage, then the warning row of unpaired halves of the base's texts."""
+    rows = []
+    for row in report.stages:
+        first = row is report.stages[0]
+        changed = report.control if first else row.changed
+        rows.append(
+            (
+                f"{row.step} (base against itself)" if first else str(row.step),
+                f"{row.fvu:.4f}",
+                f"{row.cosine:.6f}",
+                f"{changed} of {report.features}",
+                f"{row.abs_delta:.2e}",
+                _quartiles(row.beta),
+                f"{row.delta_ce:+.4f}",
+            )
+        )
+    changed = f"{report.halves.changed} of {report.features}"
+    name = "0 (warning: unpaired halves of its texts)"
+    rows.append((name, "", "", changed, f"{report.halves.abs_delta:.2e}"))
+    title = (
+        f"{report.run}: one SAE at {report.site}, not refitted; the same {report.tokens:,} tokens "
+        f"at all stages, {report.sinks} sinks left out"
+    )
+    heads = ("step", "FVU", "cosine", "changed (q <= 0.05)", "|delta|", "beta", "delta CE")
+    return table(title, heads, rows, words=("step",))
+
+
+def _quartiles(beta: tuple[float, float, float] | None) -> str:
+    if beta is None:
+        return "none in use"
+    low, median, high = beta
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+
+def feature_table(report: FrozenReport, num: int = 10) -> TextTable:
+    """Return the features whose mean activation changed most from the base to the last stage."""
+    diff = report.diff
+    order = diff.delta_act_TM[-1].abs().argsort(descending=True)[:num]
+    moved = [j for j in order.tolist() if diff.delta_act_TM[-1, j] != 0]
+    rows = []
+    for j in moved:
+        rate, act, beta = diff.rate_TM.value[:, j], diff.mean_act_TM[:, j], diff.beta_TM[:, j]
+        low, high = float(diff.rate_TM.low[-1, j]), float(diff.rate_TM.high[-1, j])
+        rows.append(
+            (
+                str(j),
+                f"{rate[0]:.2%} to {rate[-1]:.2%} ({low:.2%} to {high:.2%})",
+                f"{act[0]:.4f} to {act[-1]:.4f}",
+                f"{diff.delta_act_TM[-1, j]:+.4f}",
+                f"{beta[0]:.3f} to {beta[-1]:.3f}",
+                f"{diff.q_TM[-1, j]:.3f}",
+            )
+        )
+    title = f"features with the largest |delta|, base to step {report.stages[-1].step}"
+    if not moved:
+        title += ": none, every mean activation is the base's"
+    return table(title, ("feature", "rate", "mean activation", "delta", "beta", "q"), rows)

@@ -155,11 +155,6 @@ def usage(idx_Nk: Int[Tensor, "N k"], value_Nk: Float[Tensor, "N k"], num_featur
     return Usage(count_M, energy_M, len(idx_Nk))
 
 
-def add_usage(a: Usage, b: Usage) -> Usage:
-    """Return the usage of two chunks together."""
-    return Usage(a.count_M + b.count_M, a.energy_M + b.energy_M, a.num_tokens + b.num_tokens)
-
-
 def density(used: Usage) -> Float[Tensor, "M"]:
     """Return the share of tokens on which a feature is above 0."""
     assert used.num_tokens > 0, "no tokens"

@@ -29,6 +29,7 @@ from operando.run_folder import read_recipe
 from operando.sae.quality import sink_tokens
 from operando.sae.sae import SAE
 from operando.stats.tests import benjamini_hochberg
+from operando.tables import TextTable, interval, table
 from operando.update.checkpoint import load_weights
 
 GRID_TOKENS = 10_000  # of each writer's texts
@@ -300,3 +301,46 @@ def _mean_codes(sae: SAE, acts_ND: Tensor, text_N: Tensor) -> Float[Tensor, "G M
         flat.index_add_(0, key.flatten(), codes.value_Nk.double().flatten())
         parts.append(flat.view(len(texts), sae.d_sae) / num_G[:, None])
     return torch.cat(parts)
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def grid_table(report: GridReport) -> TextTable:
+    """Return for each site and measure the 2 x 2 of model and text with the effects beside it."""
+    rows = []
+    for row in report.rows:
+        base, last = f"{row.base_on_base:.4f}", f"{row.last_on_base:.4f}"
+        site = row.site.removesuffix(".hook_resid_post")
+        rows.append((site, row.measure, "base", base, last, _effect_cell(row.model_on_base)))
+        base, last = f"{row.base_on_last:.4f}", f"{row.last_on_last:.4f}"
+        effects = (_effect_cell(row.model_on_last), _effect_cell(row.text))
+        rows.append(("", "", "last", base, last, *effects))
+    title = (
+        f"{report.run}: the base and step {report.step} on the base's text ({report.prompts[0]} "
+        f"prompts, {report.tokens[0]:,} tokens) and the last steps' ({report.prompts[1]} prompts, "
+        f"{report.tokens[1]:,} tokens); 95 % intervals over prompts"
+    )
+    words = ("site", "measure", "text by")
+    heads = (*words, "base", "last", "model changed", "text changed")
+    return table(title, heads, rows, words)
+
+
+def _effect_cell(effect: Effect) -> str:
+    limits = interval((effect.value, effect.low, effect.high), "+.4f")
+    return f"{limits}, p {effect.p:.3f}"
+
+
+def grid_lines(report: GridReport) -> list[str]:
+    """Return what the words of the table mean, and the features that changed."""
+    lines = [
+        "mean activation: 1 - cosine with the base on its own text. text changed: the base on both "
+        "texts. model changed: both models on the same text. p: permutation over prompts."
+    ]
+    for row in report.features:
+        name = row.site.removesuffix(".hook_resid_post")
+        lines.append(
+            f"{name}: features with q <= 0.05: {row.text} by the text, {row.model_on_base} by the "
+            f"model on the base's text, {row.model_on_last} on the last model's"
+        )
+    return lines

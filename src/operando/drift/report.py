@@ -15,6 +15,7 @@ from operando.drift.chain import ARMS, Arm, decoders, load_chain, trained_seeds,
 from operando.drift.collect import Texts, load_acts
 from operando.drift.transitions import (
     MEASURES,
+    NO_DRIFT,
     Cosines,
     DriftRow,
     Measure,
@@ -27,9 +28,10 @@ from operando.drift.transitions import (
     shown,
 )
 from operando.errors import UserError
-from operando.run import write_json, write_parquet
+from operando.run import atomic_path, write_json, write_parquet
 from operando.sae.sae import SAE
 from operando.stats.null_arms import separation
+from operando.tables import TextTable, table
 
 MIN_SEEDS = 2
 
@@ -280,3 +282,137 @@ def _usage(acts_ND: Float[Tensor, "N D"], sae: SAE) -> measures.Usage:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def drift_table(report: DriftReport) -> TextTable:
+    """Return one row a transition and measure: real, null, share, excess, p and q."""
+    floor = max((row.p_floor for row in report.transitions), default=float("nan"))
+    rows: list[Sequence[str]] = []
+    for site in dict.fromkeys(row.site for row in report.transitions):
+        rows.append([site.removesuffix(".hook_resid_post")])
+        rows += [_drift_row(row) for row in report.transitions if row.site == site]
+        matched = [_drift_row(row) for row in report.by_match if row.site == site]
+        rows += [["best match"], *matched] if matched else []
+    title = (
+        f"{report.run}: drift of decoder and encoder (1 - mean cosine), decoupling (1 - r), "
+        f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds; "
+        f"p can't be under {floor:.3f}; q of all measures"
+    )
+    heads = ("steps", "measure", "real", "null", "null/real %", "excess, 1e-3", "p", "q")
+    return table(title, heads, rows, words=("steps", "measure"))
+
+
+def _drift_row(row: DriftRow) -> tuple[str, ...]:
+    head = (f"{row.from_step}-{row.to_step}", row.measure)
+    if row.real != row.real:
+        return (*head, "undefined")
+    digits = 0 if row.measure == "decoupling" else 1
+    value, low, high = (f"{1e3 * x:+.{digits}f}" for x in row.excess)
+    return (
+        *head,
+        f"{row.real:.4f}",
+        f"{row.null:.4f}",
+        _share(row.share),
+        f"{value} [{low}, {high}]",
+        f"{row.p:.3f}",
+        f"{row.q:.3f}",
+    )
+
+
+def _share(share: tuple[float, float, float]) -> str:
+    value, low, high = share
+    if abs(low) == float("inf") or abs(high) == float("inf"):
+        return f"{100 * value:.0f} [any]"
+    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def stage_table(report: DriftReport) -> TextTable:
+    """Return features in use by stage, both arms."""
+    title = (
+        "features in use: 2^H by frequency and by energy; births and deaths beyond counting noise "
+        "(bursts within a text count as firings: read them beside the null arm)"
+    )
+    rows = [
+        (
+            row.site.removesuffix(".hook_resid_post"),
+            str(row.step),
+            row.arm,
+            f"{row.count:.0f}",
+            f"{row.energy_count:.0f}",
+            f"{row.alive:.0f}",
+            f"{row.born:.1f}",
+            f"{row.died:.1f}",
+        )
+        for row in report.stages
+    ]
+    heads = ("site", "step", "arm", "2^H", "2^H energy", "alive", "born", "died")
+    return table(title, heads, rows, words=("site", "arm"))
+
+
+def verdict_lines(report: DriftReport) -> list[str]:
+    """Return for each site what the null arm lets be said of decoder, encoder and decoupling."""
+    lines = []
+    for site in report.sites:
+        shares = []
+        for measure in ("decoder", "encoder"):
+            rows = [r for r in report.transitions if (r.site, r.measure) == (site.site, measure)]
+            share = sum(r.null for r in rows) / max(sum(r.real for r in rows), 1e-300)
+            shares.append(f"{share:.0%} of the {measure}'s")
+        name = site.site.removesuffix(".hook_resid_post")
+        lines.append(f"{name}: {' and '.join(shares)} drift is also there without RL")
+        named = [n for n in report.names if n.site == site.site]
+        lines += [f"  {n.from_step} to {n.to_step}: {n.sentence}" for n in named]
+        common = "more alike in" if site.complete else "no more alike in"
+        lines.append(
+            f"  chains of an arm are {common} the direction of their movement than chains across "
+            f"arms (p = {site.p:.2f}); how far they moved is in the table"
+        )
+    if all(n.name == NO_DRIFT for n in report.names):
+        lines.append("not shown is no evidence of absence: few seeds see only large differences")
+    return lines
+
+
+def draw_drift(report: DriftReport, target: Path) -> Path:
+    """Write real and null drift of every measure and transition as an SVG file."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    sites = [site.site for site in report.sites]
+    figure = Figure(figsize=(3.2 * len(sites), 2.2 * len(MEASURES)), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(len(MEASURES), len(sites), sharey="row", squeeze=False)
+    for line, measure in zip(panels, MEASURES, strict=True):
+        for axes, site in zip(line, sites, strict=True):
+            rows = [r for r in report.transitions if (r.site, r.measure) == (site, measure)]
+            places = range(len(rows))
+            # the interval of the excess, drawn around the real bar: it clears the null bar or not
+            down = [r.excess[0] - r.excess[1] for r in rows]
+            up = [r.excess[2] - r.excess[0] for r in rows]
+            axes.bar(
+                [x - 0.2 for x in places],
+                [r.real for r in rows],
+                0.4,
+                label="real",
+                yerr=[down, up],
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
+            axes.bar(
+                [x + 0.2 for x in places], [r.null for r in rows], 0.4, label="null", hatch="//"
+            )
+            axes.set_xticks(places, [f"{r.from_step}-{r.to_step}" for r in rows])
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(measure if measure == "decoupling" else f"{measure} drift")
+    for axes, site in zip(panels[0], sites, strict=True):
+        axes.set_title(site.removesuffix(".hook_resid_post"), fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("steps")
+    figure.suptitle(f"{report.run}: {report.seeds} seeds an arm, 95 % of the excess", fontsize=9)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    with rc_context({"svg.hashsalt": "operando"}), atomic_path(target) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return target

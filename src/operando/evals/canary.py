@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from operando.errors import UserError
 from operando.evals.ask import Answer, Question, answer_columns, ask, checkpoints, open_each
 from operando.evals.questions import task_prompt
 from operando.run import write_parquet
 from operando.run_folder import read_recipe, start_of
 from operando.stats.intervals import PairedDifference, paired_difference, wilson
+from operando.tables import TextTable, limits, table
 from operando.tasks.canary import FAMILIES, load_canary
 
 
@@ -142,31 +141,24 @@ def _write(file: Path, answers: Mapping[str, Sequence[Answer]]) -> None:
     write_parquet(file, columns)
 
 
-def canary_table(result: CanaryResult) -> Table:
-    """Return the families as a table of at most 80 columns: both arms, then the change of the hack
-    rate on the same prompts."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left")
-    table.title = f"{result.prompts}, classifier {result.classifier}"
-    table.add_column("")
-    for column in ("hack", "95 %", "p", "degen.", "right", "ambig.", "cut"):
-        table.add_column(column, justify="right", no_wrap=True)
+def canary_table(result: CanaryResult) -> TextTable:
+    """Return the families as a table: both arms, then the change of the hack rate on the same
+    prompts."""
+    rows: list[Sequence[str]] = []
     for row in result.families:
-        table.add_row(row.family)
-        table.add_row(*_cells(row.base))
-        table.add_row(*_cells(row.trained))
-        value, low, high = row.change.difference
-        table.add_row(
-            "  change", f"{value:+.0%}", f"{low:+.0%} to {high:+.0%}", f"{row.change.p_value:.2g}"
-        )
-    return table
+        change = row.change.difference
+        rows += [[row.family], _cells(row.base), _cells(row.trained)]
+        moved = (f"{change.value:+.0%}", limits(change, "+.0%"), f"{row.change.p_value:.2g}")
+        rows.append(("  change", *moved))
+    heads = ("", "hack", "95 %", "p", "degen.", "right", "ambig.", "cut")
+    return table(f"{result.prompts}, classifier {result.classifier}", heads, rows)
 
 
 def _cells(arm: CanaryArm) -> list[str]:
-    rate = wilson(arm.hack, arm.n)
     return [
         f"  {arm.name}, n {arm.n}",
         str(arm.hack),
-        f"{rate.low:.0%} to {rate.high:.0%}",
+        limits(wilson(arm.hack, arm.n), ".0%"),
         "",
         str(arm.degenerate),
         str(arm.correct),

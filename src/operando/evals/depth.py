@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from operando.errors import UserError
 from operando.evals.forced import Decoded, Edit, Pair
@@ -28,6 +27,7 @@ from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets
 from operando.stats.bootstrap import cluster_bootstrap
 from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
+from operando.tables import TextTable, interval, limits, table
 from operando.tasks.load import load_task
 from operando.update.checkpoint import load_weights, pick_step
 
@@ -209,23 +209,22 @@ def by_position(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 # --- for the terminal ---------------------------------------------------------------------------
 
 
-def depth_table(report: DepthReport) -> Table:
+def depth_table(report: DepthReport) -> TextTable:
     """Return the arms: right answers, the share of the gain, tokens forced an answer."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    how = "greedy" if report.temperature is None else f"temperature {report.temperature:g}"
-    table.title = f"decision depth of step {report.step}, {report.n} held-out problems, {how}"
-    table.add_column("who writes, with whose tokens")
-    for column in ("at most", "right", "95 %", "of the gain", "forced"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in report.rows:
         limit = "" if row.k is None else str(row.k)
         forced = f"{row.tokens:.1f}" if row.tokens else ""
-        table.add_row(row.arm, limit, *_rates(row.correct, row.share), forced)
+        rows.append((row.arm, limit, *_rates(row.correct, row.share), forced))
     for name, edit in (("constant token", report.token), ("constant prefix", report.prefix)):
         if edit is not None:
             label = f"base, {name} {edit.text!r}"
-            table.add_row(label, "", *_rates(edit.correct, edit.share), "")
-    return table
+            rows.append((label, "", *_rates(edit.correct, edit.share)))
+    how = "greedy" if report.temperature is None else f"temperature {report.temperature:g}"
+    title = f"decision depth of step {report.step}, {report.n} held-out problems, {how}"
+    first = "who writes, with whose tokens"
+    heads = (first, "at most", "right", "95 %", "of the gain", "forced")
+    return table(title, heads, rows, words=(first,))
 
 
 def depth_lines(report: DepthReport) -> list[str]:
@@ -264,9 +263,9 @@ def _where(edit: ConstantEdit) -> str:
 
 
 def _share(share: Interval) -> str:
-    return f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
+    return interval(share, ".0%")
 
 
 def _rates(correct: Interval, share: Interval | None) -> tuple[str, str, str]:
-    limits = f"{correct.low:.0%} to {correct.high:.0%}"
-    return f"{correct.value:.1%}", limits, "" if share is None else f"{share.value:.0%}"
+    of_gain = "" if share is None else f"{share.value:.0%}"
+    return f"{correct.value:.1%}", limits(correct, ".0%"), of_gain

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
-from rich.table import Table
 
 from operando.errors import UserError, nearest
 from operando.evals.ask import (
@@ -40,6 +39,7 @@ from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe
 from operando.stats.bootstrap import bootstrap_mean
 from operando.stats.intervals import Interval, wilson
+from operando.tables import TextTable, interval, limits, table
 from operando.tasks.loops import find_loop
 
 
@@ -280,35 +280,33 @@ def _shares(question: Question, answers: Sequence[Answer], seed: int) -> Shares:
 
 def evaluation_tables(result: Evaluation) -> Group:
     """Return a table of all models on each task; where problems have sizes, one more by size."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("")
-    for column in ("n", "right", "95 %", "cut", "loop", "tokens"):
-        table.add_column(column, justify="right", no_wrap=True)
+    cells: list[Sequence[str]] = []
     lines: list[str] = []
     for task in dict.fromkeys(row.task for row in result.rows):
         rows = [row for row in result.rows if row.task == task]
         left_out = f", {rows[0].left_out} too long" if rows[0].left_out else ""
-        table.add_row(f"{task} ({rows[0].format}{left_out})")
+        cells.append([f"{task} ({rows[0].format}{left_out})"])
         for row in rows:
-            right = row.all.right
-            table.add_row(
-                f"  {row.model}",
-                f"{row.n}" if row.samples == 1 else f"{row.n} x {row.samples}",
-                f"{right.value:.1%}",
-                f"{right.low:.1%} to {right.high:.1%}",
-                f"{row.truncated:.0%}",
-                f"{row.looped:.0%}",
-                f"{row.mean_length:.1f}",
+            cells.append(
+                (
+                    f"  {row.model}",
+                    f"{row.n}" if row.samples == 1 else f"{row.n} x {row.samples}",
+                    f"{row.all.right.value:.1%}",
+                    limits(row.all.right, ".1%"),
+                    f"{row.truncated:.0%}",
+                    f"{row.looped:.0%}",
+                    f"{row.mean_length:.1f}",
+                )
             )
             if row.change is not None:
                 lines.append(f"{task}, {row.model} minus {rows[0].model}: {_said(row.change)}")
+    all_tasks = table("", ("", "n", "right", "95 %", "cut", "loop", "tokens"), cells)
     tables = [_by_size([row for row in result.rows if row.task == task]) for task in _sized(result)]
-    return Group(table, *lines, *tables)
+    return Group(all_tasks, *lines, *tables)
 
 
 def _said(change: Change) -> str:
-    value, low, high = change.difference
-    words = f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
+    words = interval(change.difference, "+.1%")
     if change.p_value is None:
         return words
     p = "p < 0.0001" if change.p_value < 1e-4 else f"p = {change.p_value:.2g}"
@@ -319,27 +317,25 @@ def _sized(result: Evaluation) -> list[str]:
     return list(dict.fromkeys(row.task for row in result.rows if len(row.by_size) > 1))
 
 
-def _by_size(rows: Sequence[Row]) -> Table:
+def _by_size(rows: Sequence[Row]) -> TextTable:
     """Return one task's rates by size; the share of each label, and how many of these are right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), title_justify="left")
-    table.title = f"\n{rows[0].task} by size"
-    labels, measures = list(rows[0].all.labels), list(rows[0].all.measures)
-    table.add_column("")
-    for column in ("n", "right", "95 %", *measures, *labels):
-        table.add_column(column, justify="right", no_wrap=True)
+    cells: list[Sequence[str]] = []
     for row in rows:
-        table.add_row(row.model)
+        cells.append([row.model])
         for size, s in row.by_size.items():
             marked = [
                 f"{share:.0%}" + ("" if right != right else f", {right:.0%} right")
                 for share, right in s.labels.values()
             ]
-            table.add_row(
-                f"  {size}",
-                str(s.n),
-                f"{s.right.value:.1%}",
-                f"{s.right.low:.0%} to {s.right.high:.0%}",
-                *(f"{value:.1%}" for value in s.measures.values()),
-                *marked,
+            cells.append(
+                (
+                    f"  {size}",
+                    str(s.n),
+                    f"{s.right.value:.1%}",
+                    limits(s.right, ".0%"),
+                    *(f"{value:.1%}" for value in s.measures.values()),
+                    *marked,
+                )
             )
-    return table
+    heads = ("", "n", "right", "95 %", *rows[0].all.measures, *rows[0].all.labels)
+    return table(f"\n{rows[0].task} by size", heads, cells)

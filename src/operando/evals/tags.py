@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.table import Table
-
 from operando.errors import UserError
 from operando.rewards.formats import find_tags, pair_tags
 from operando.run import write_json
 from operando.run_folder import read_manifest
 from operando.stats.intervals import PairedDifference, paired_difference
-from operando.tables import read_parquet
+from operando.tables import TextTable, interval, read_parquet, table
 
 HELD_OUT = re.compile(r"held_out_step_(\d+)\.parquet")
 ROLLOUTS = re.compile(r"step_(\d+)\.parquet")
@@ -161,31 +159,31 @@ def _answers(file: Path) -> dict[str, str]:
 # --- what the terminal shows ---------------------------------------------------------------------
 
 
-def tags_table(result: TagsResult) -> Table:
+def tags_table(result: TagsResult) -> TextTable:
     """Return the tags as a table."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
     title = (
         f"{result.run}: tags in {result.num_texts} texts; step {result.base_step} beside step "
         f"{result.trained_step} on {result.num_prompts} held-out prompts"
     )
-    table.title = title if result.rows else f"{title}: no tag in any of them"
-    for column in ("tag", "count", "paired", "inside", "first", "prompt", "base", "trained"):
-        table.add_column(column, justify="left" if column in ("tag", "inside") else "right")
-    table.add_column("difference, 95 %", justify="right")
-    table.add_column("verdict")
-    for row in result.rows:
-        value, low, high = row.change.difference
-        within = ", ".join(f"{name} {n}" for name, n in row.inside.items())
-        table.add_row(
+    rows = [
+        (
             row.tag,
             str(row.count),
             f"{row.balanced:.0%}",
-            within,
+            ", ".join(f"{name} {n}" for name, n in row.inside.items()),
             str(row.first_step),
             "yes" if row.in_prompt else "no",
             f"{row.base_rate:.1%}",
             f"{row.trained_rate:.1%}",
-            f"{value:+.1%} ({low:+.1%} to {high:+.1%})",
+            interval(row.change.difference, "+.1%"),
             row.verdict,
         )
-    return table
+        for row in result.rows
+    ]
+    heads = ("tag", "count", "paired", "inside", "first", "prompt", "base", "trained")
+    return table(
+        title if rows else f"{title}: no tag in any of them",
+        (*heads, "difference, 95 %", "verdict"),
+        rows,
+        words=("tag", "inside", "verdict"),
+    )

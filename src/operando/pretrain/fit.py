@@ -21,15 +21,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from operando.errors import UserError
-from operando.pretrain.lm import PretrainProgress, draw_loops
-from operando.recipe import MixtureRecipe, SftRecipe
+from operando.models.recursive import RecursiveCausalLM
+from operando.recipe import MixtureRecipe, PretrainRecipe, SftRecipe
 from operando.run import atomic_path, differences
 from operando.sae.files import read_torch
 from operando.stopping import Stopped, stops_after_step
 
 STATE = "training_state.pt"
 IGNORED = -100  # a label that has no loss
+Trained = PretrainRecipe | MixtureRecipe | SftRecipe
 FINAL = 50  # steps that the final loss is the mean of
+
+
+class PretrainProgress(NamedTuple):
+    """Where pre-training stands. Example: PretrainProgress(250, 1200, 1.31, 11_500.0)"""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
 
 
 class Batch(NamedTuple):
@@ -47,13 +57,56 @@ class Fitted(NamedTuple):
     steps: int
 
 
-def rate_at(recipe: MixtureRecipe | SftRecipe, steps: int, step: int) -> float:
+def rate_at(recipe: Trained, steps: int, step: int) -> float:
     """Return the learning rate at `step` (from 0): linear warm-up, then cosine to min_lr_frac."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return recipe.lr * (recipe.min_lr_frac + (1 - recipe.min_lr_frac) * cosine)
+
+
+def draw_loops(min_loops: int | None, model: torch.nn.Module, rng: random.Random) -> dict[str, int]:
+    """Return how many loops a step takes, as the model's argument; None: nothing, so all."""
+    if min_loops is None:
+        return {}
+    if not isinstance(model, RecursiveCausalLM):
+        raise UserError(
+            f"min_loops = {min_loops} is for a recursive model; this is a {type(model).__name__}"
+        )
+    most = model.config.num_loops
+    if min_loops > most:
+        raise UserError(f"min_loops = {min_loops}: the model has {most} loops")
+    return {"num_loops": rng.randint(min_loops, most)}
+
+
+def make_optimizer(model: torch.nn.Module, recipe: Trained) -> torch.optim.AdamW:
+    """Return AdamW over all parameters, with the recipe's rate and weight decay."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+
+
+def take_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    lr: float,
+    loops: Mapping[str, int],
+) -> float:
+    """Train on one batch and return its mean loss a label; the gradient's norm is cut at 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
+    # Right padding under causal attention needs no attention mask.
+    loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
+    value = float(loss.detach())
+    assert math.isfinite(value), f"loss {value}"
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+    optimizer.step()
+    return value
 
 
 def fit(
@@ -71,9 +124,7 @@ def fit(
     With `min_loops`, each step draws how many loops a recursive model takes: from it to all.
     """
     draw_loops(min_loops, model, random.Random(0))  # raises at once if there are no such loops
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-    )
+    optimizer = make_optimizer(model, recipe)
     file = Path(recipe.out) / STATE
     asked = {"recipe": _as_json(recipe), "data_sha256": data_sha256}
     first, tokens, losses = 0, 0, []
@@ -88,21 +139,12 @@ def fit(
     started, before = time.monotonic(), tokens
     with stops_after_step() as asked_to_stop:
         for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(recipe, steps, step)
             batch = batch_at(step)
-            ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
-            # Right padding under causal attention needs no attention mask.
             # Of the step alone, so that a resumed training draws the same.
             loops = draw_loops(min_loops, model, random.Random(f"{recipe.seed}/loops/{step}"))
-            loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
-            assert math.isfinite(float(loss.detach())), f"step {step + 1}: loss {float(loss)}"
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            tokens += int((labels_BS != IGNORED).sum())
-            losses = [*losses, float(loss.detach())][-FINAL:]
+            loss = take_step(model, optimizer, batch, rate_at(recipe, steps, step), loops)
+            tokens += int((batch.labels_BS != IGNORED).sum())
+            losses = [*losses, loss][-FINAL:]
             rate = (tokens - before) / max(time.monotonic() - started, 1e-9)
             on_step(PretrainProgress(step + 1, steps, losses[-1], rate))
             signum = asked_to_stop()

@@ -8,22 +8,29 @@ and where the prompt asks for <think>, the steps stand inside the tags. None is 
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from operando.errors import UserError
 from operando.models.folders import save_folder
 from operando.models.recursive import RecursiveCausalLM, preset
+from operando.pretrain.fit import (
+    FINAL,
+    IGNORED,
+    Batch,
+    PretrainProgress,
+    draw_loops,
+    make_optimizer,
+    rate_at,
+    take_step,
+)
 from operando.recipe import MixtureRecipe, PretrainRecipe
 from operando.run import write_json
 from operando.tasks.words import is_held_out, make_problem
@@ -32,21 +39,13 @@ from operando.types import Example
 logger = logging.getLogger(__name__)
 
 EOS, PAD = "<eos>", "<pad>"
+TOKENIZER_TEXTS = 4000
 THINK_REQUEST = " Think in <think> tags."
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n"
     "{% elif m['role'] == 'user' %}Q: {{ m['content'] }}\nA:"
     "{% else %} {{ m['content'] }}" + EOS + "{% endif %}{% endfor %}"
 )
-
-
-class PretrainProgress(NamedTuple):
-    """Where pre-training stands. Example: PretrainProgress(250, 1200, 1.31, 11_500.0)"""
-
-    step: int
-    steps: int
-    loss: float
-    tokens_per_second: float
 
 
 def training_problem(recipe: PretrainRecipe, rng: random.Random) -> Example:
@@ -73,22 +72,28 @@ def training_text(recipe: PretrainRecipe, rng: random.Random) -> str:
     return prompt + answer + EOS
 
 
-def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer with single digits, trained on 4000 texts."""
-    rng = random.Random(f"{recipe.seed}/tokenizer")
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, alone: str | None = None, added: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with single digits, trained on texts.
+
+    What the pattern `alone` matches is never joined to its neighbours; `added` are one token each,
+    beside the vocabulary, and ordinary text.
+    """
     tokenizer = Tokenizer(tokenizer_models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
+    kept = [] if alone is None else [pre_tokenizers.Split(Regex(alone), "isolated")]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, *kept, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.model.vocab_size,
+        vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (training_text(recipe, rng).removesuffix(EOS) for _ in range(4000))
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
     )
@@ -131,29 +136,6 @@ def build_model(
     return Qwen2ForCausalLM(config)
 
 
-def draw_loops(min_loops: int | None, model: torch.nn.Module, rng: random.Random) -> dict[str, int]:
-    """Return how many loops a step takes, as the model's argument; None: nothing, so all."""
-    if min_loops is None:
-        return {}
-    if not isinstance(model, RecursiveCausalLM):
-        raise UserError(
-            f"min_loops = {min_loops} is for a recursive model; this is a {type(model).__name__}"
-        )
-    most = model.config.num_loops
-    if min_loops > most:
-        raise UserError(f"min_loops = {min_loops}: the model has {most} loops")
-    return {"num_loops": rng.randint(min_loops, most)}
-
-
-def learning_rate(recipe: PretrainRecipe, step: int) -> float:
-    """Return the rate at `step` (from 0): linear warm-up, then cosine to min_lr_frac."""
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return recipe.lr * (recipe.min_lr_frac + (1 - recipe.min_lr_frac) * cosine)
-
-
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return right-padded ids [B S] and a bool mask [B S]."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
@@ -164,29 +146,21 @@ def pretrain(
     recipe: PretrainRecipe, on_step: Callable[[PretrainProgress], None] = lambda _: None
 ) -> Path:
     """Train, write the model folder, return its path."""
-    tokenizer = build_tokenizer(recipe)
+    drawn = random.Random(f"{recipe.seed}/tokenizer")
+    first = (training_text(recipe, drawn).removesuffix(EOS) for _ in range(TOKENIZER_TEXTS))
+    tokenizer = train_bpe(first, recipe.model.vocab_size)
     model = build_model(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-    )
+    optimizer = make_optimizer(model, recipe)
     rng, loops_rng = random.Random(f"{recipe.seed}/texts"), random.Random(f"{recipe.seed}/loops")
     started, tokens, losses = time.monotonic(), 0, []
     for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        ids_BS, mask_BS = encode(
-            tokenizer, [training_text(recipe, rng) for _ in range(recipe.batch_size)]
-        )
-        # Right padding under causal attention needs no attention mask.
-        labels_BS = ids_BS.masked_fill(~mask_BS, -100)
+        texts = [training_text(recipe, rng) for _ in range(recipe.batch_size)]
+        ids_BS, mask_BS = encode(tokenizer, texts)
+        batch = Batch(ids_BS, ids_BS.masked_fill(~mask_BS, IGNORED))
         loops = draw_loops(recipe.model.min_loops, model, loops_rng)
-        loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
+        lr = rate_at(recipe, recipe.steps, step)
+        losses.append(take_step(model, optimizer, batch, lr, loops))
         tokens += int(mask_BS.sum())
-        losses.append(float(loss.detach()))
         rate = tokens / max(time.monotonic() - started, 1e-9)
         on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
     out = Path(recipe.out)
@@ -195,7 +169,7 @@ def pretrain(
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens,
-        "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+        "final_loss": round(sum(losses[-FINAL:]) / len(losses[-FINAL:]), 4),
         "torch": torch.__version__,
     }
     write_json(out / "pretrain.json", facts)

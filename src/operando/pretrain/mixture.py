@@ -17,15 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from operando.models.folders import save_folder
 from operando.models.load import pad_id, pick_device
-from operando.pretrain.fit import IGNORED, Batch, fit, forget_state
-from operando.pretrain.lm import CHAT_TEMPLATE, EOS, PAD, PretrainProgress, build_model
+from operando.pretrain.fit import IGNORED, Batch, PretrainProgress, fit, forget_state
+from operando.pretrain.lm import build_model, train_bpe
 from operando.recipe import MixtureConfig, MixtureRecipe
 from operando.run import write_json
 from operando.tasks.mixture import Reader, Taken, open_source, shares, take_tokens
@@ -47,25 +45,8 @@ def train_tokenizer(recipe: MixtureRecipe) -> PreTrainedTokenizerFast:
 
     Digits and capital letters, which name nodes, are single tokens; <search> and <backtrack> are
     one token each, and ordinary text."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    letters = pre_tokenizers.Split(Regex("[A-Z]"), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.model.vocab_size - len(TAGS),
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_first_texts(recipe), trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    vocab_size = recipe.model.vocab_size - len(TAGS)
+    return train_bpe(_first_texts(recipe), vocab_size, alone="[A-Z]", added=TAGS)
 
 
 def _first_texts(recipe: MixtureRecipe) -> Iterator[str]:

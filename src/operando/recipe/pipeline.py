@@ -13,7 +13,6 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
 AskedTask = Annotated[
     ClrsTaskConfig | GraphSearchTaskConfig | WordsTaskConfig, Field(discriminator="kind")
 ]
-STAGES = ("pretrain", "sft")
 
 
 class PipelineRecipe(Config):

@@ -46,5 +46,3 @@ class PretrainRecipe(Config):
     warmup_steps: int = Field(default=100, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
-    eval_every: int = Field(default=250, ge=1)
-    num_eval: int = Field(default=300, ge=1)

@@ -40,6 +40,7 @@ from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_recipe
+from operando.tables import TextTable, table
 from operando.tasks.base import Task
 from operando.tasks.load import KINDS, load_task
 from operando.tasks.prompts import make_prompts
@@ -405,3 +406,15 @@ def write_folder(out: Path, source: Source, name: str, manifest: Mapping[str, ob
                 shutil.copy(source.folder / former, part / former)
         save_folder(part, source.model, source.tokenizer)
         write_json(part / name, manifest)
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def race_table(title: str, race: Race, over: str) -> TextTable:
+    """Return the rates of each arm and its gain over one of them."""
+    rows = [
+        (name, f"{race.rate(name):,.0f}", f"{race.gain(name, over):.2f}x", f"{len(seconds)}")
+        for name, seconds in race.seconds.items()
+    ]
+    return table(title, ("", "tokens/s, median", "gain, median", "rounds"), rows)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Group
 
 from operando.errors import UserError
 from operando.recursive import draft_heads
@@ -26,12 +27,14 @@ from operando.recursive.data import (
     only_changing,
     open_source,
     plain_engine,
+    race_table,
     write_folder,
 )
 from operando.recursive.draft_heads import Drafted, HeadScore
 from operando.recursive.halting import RACE, OnStage
 from operando.run import write_json
 from operando.stats.intervals import wilson
+from operando.tables import table
 
 HEADS = "speculative_projs"
 
@@ -207,3 +210,54 @@ def drafted_as_json(drafted: Drafted) -> dict[str, object]:
         for accepted, tried in zip(drafted.accepted, drafted.tried, strict=True)
     ]
     return {"heads": heads, "tokens_per_call": drafted.tokens_per_call}
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def drafting_tables(result: Drafting) -> Group:
+    """Return the heads, the numbers of drafts, and on held-out prompts drafting beside none."""
+    rows = [
+        (
+            f"{i + 1}",
+            f"{before.loss:.3f}",
+            f"{after.loss:.3f}",
+            f"{after.top1:.1%}",
+            f"{before.top1:.1%}",
+            f"{after.table:.1%}",
+            _acceptance(result.drafted, i),
+            _acceptance(result.untrained, i),
+            f"{after.n}",
+        )
+        for i, (before, after) in enumerate(zip(result.before, result.after, strict=True))
+    ]
+    heads = ("head", "CE untrained", "CE trained", "right", "untrained", "table")
+    heads = (*heads, "accepted", "untrained", "n")
+    rates = ", ".join(f"{g}: {rate:.2f}x" for g, rate in result.rates.items() if g)
+    written = result.written or "none, for no drafts are faster"
+    parts: list[object] = [
+        table(f"heads, {result.n} held-out prompts", heads, rows),
+        f"gain by drafts, on training prompts: {rates}; chosen: {written}",
+        f"tokens per call: {result.drafted.tokens_per_call:.2f}, untrained "
+        f"{result.untrained.tokens_per_call:.2f}, without drafts 1.00",
+        "",
+    ]
+    for batch, race in result.races.items():
+        drafts = f"{result.chosen} drafts"
+        named = Race(
+            {"no drafts": race.seconds["0"], drafts: race.seconds[str(result.chosen)]},
+            {"no drafts": race.tokens["0"], drafts: race.tokens[str(result.chosen)]},
+        )
+        parts.append(race_table(f"wall-clock, batch {batch}", named, "no drafts"))
+        other = result.untrained_races[batch]
+        heads = max(other.seconds, key=int)
+        parts.append(f"untrained heads, {heads} drafts: {other.gain(heads, '0'):.2f}x")
+    verdict = "the same tokens" if result.is_exact() else "NOT the same tokens: no model folder"
+    parts.append(f"{result.num_equal} of {result.n} greedy completions have {verdict} (float32)")
+    return Group(*parts)  # pyright: ignore[reportArgumentType]
+
+
+def _acceptance(drafted: Drafted, head: int) -> str:
+    if head >= len(drafted.tried) or not drafted.tried[head]:
+        return ""
+    return f"{wilson(drafted.accepted[head], drafted.tried[head]).value:.1%}"

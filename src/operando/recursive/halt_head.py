@@ -121,11 +121,6 @@ def settled_from(argmax_RN: Int[Tensor, "R *N"]) -> Bool[Tensor, "R *N"]:
     return same_RN.flip(0).long().cumprod(0).flip(0).bool()
 
 
-def settle_loops(settled_RN: Bool[Tensor, "R *N"]) -> Int[Tensor, "*N"]:
-    """Return t*: the first loop from which a token is settled."""
-    return len(settled_RN) - settled_RN.long().sum(0) + 1
-
-
 @torch.no_grad()
 def collect_states(model: RecursiveCausalLM, texts: Texts) -> States:
     """Return the states of every loop and whether they are settled, of all tokens read."""

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rich.console import Group
 
 from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM
@@ -33,6 +34,7 @@ from operando.recursive.data import (
     open_source,
     plain_engine,
     race,
+    race_table,
     right,
     write_folder,
 )
@@ -42,6 +44,7 @@ from operando.rollout.sampler import Sampled
 from operando.run import SeedTree, write_json
 from operando.stats.bootstrap import bootstrap_mean
 from operando.stats.intervals import Interval, PairedDifference, paired_difference
+from operando.tables import TextTable, interval, table
 from operando.types import Prompt
 
 HEAD = "model.halt_head"
@@ -304,3 +307,96 @@ def _as_json(way: Way, model: RecursiveCausalLM) -> dict[str, object]:
         "saved_core": way.saved.passes,
         "saved_whole_model": way.saved.whole,
     }
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def halting_tables(result: Halting) -> Group:
+    """Return the thresholds that were tried, and on held-out prompts the exits beside controls."""
+    rule = result.rule
+    kept = (
+        f"rule: fewest loops with at most {rule.max_loss:.1%} of training prompts' accuracy lost "
+        f"and agreement with full depth of at least {rule.min_agreement:.1%}"
+    )
+    parts: list[object] = [_trials(result), kept]
+    if result.chosen is None:
+        return Group(*parts, "no threshold keeps the rule: there is no model folder")  # pyright: ignore[reportArgumentType]
+    parts += ["", _ways(result), _loops(result), _probabilities(result), ""]
+    parts += [
+        race_table(f"wall-clock, batch {batch}", timed, "full depth")
+        for batch, timed in result.races.items()
+    ]
+    return Group(*parts, result.verdict)  # pyright: ignore[reportArgumentType]
+
+
+def _trials(result: Halting) -> TextTable:
+    rows = [
+        (
+            f"{trial.tau}",
+            f"{trial.mean_loops:.2f}",
+            f"{trial.accuracy:.1%}",
+            f"{trial.loss:+.1%}",
+            f"{trial.agreement:.2%}",
+            "chosen" if trial == result.chosen else "" if result.rule.allows(trial) else "no",
+        )
+        for trial in result.trials
+    ]
+    heads = ("tau", "mean loops", "right", "lost", "agreement", "")
+    return table("thresholds, on training prompts", heads, rows)
+
+
+def _ways(result: Halting) -> TextTable:
+    rows = [("full depth", f"{result.full_accuracy:.1%}")]
+    rows += [
+        (
+            way.exits.name,
+            f"{way.accuracy:.1%}",
+            interval(way.against.difference, "+.1%"),
+            f"{way.against.gained}",
+            f"{way.against.lost}",
+            interval(way.agreement, ".1%"),
+        )
+        for way in result.ways
+    ]
+    heads = ("", "right", "minus full depth, 95 %", "+", "-", "agreement, 95 %")
+    return table(f"{result.n} held-out prompts", heads, rows)
+
+
+def _loops(result: Halting) -> TextTable:
+    rows = [
+        (
+            way.exits.name,
+            f"{way.exits.mean_loops():.2f}",
+            f"{way.completion_mean:.2f}",
+            f"{way.saved.passes:.1%}",
+            f"{way.saved.whole:.1%}",
+            " ".join(map(str, way.exits.loops)),
+        )
+        for way in result.ways
+    ]
+    each = "tokens by loops 1, 2, ..."
+    heads = ("", "loops", "in completions", "core saved", "model saved", each)
+    return table("", heads, rows, words=("", each))
+
+
+def _probabilities(result: Halting) -> TextTable:
+    named = {
+        "all tokens": result.calibration,
+        "predict the completion": result.completion_calibration,
+    }
+    rows = [
+        (
+            name,
+            f"{one.ece:.4f}",
+            f"{one.ece_base_rate:.4f}",
+            f"{one.log_loss:.4f}",
+            f"{one.log_loss_base_rate:.4f}",
+            f"{one.settled:.2%}",
+            f"{one.n}",
+        )
+        for name, one in named.items()
+    ]
+    first = "halt probabilities"
+    heads = (first, "ECE", "base rate", "log loss", "base rate", "settled", "n")
+    return table("", heads, rows, words=(first,))

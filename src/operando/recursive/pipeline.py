@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from operando.display import PretrainDisplay, StageDisplay, StudyDisplay
 from operando.doctor.doctor import examine
@@ -43,16 +42,14 @@ from operando.recipe_io import (
     recipe_file,
 )
 from operando.recursive.data import SourceConfig
-from operando.recursive.drafting import DraftingConfig, calibrate_drafting
-from operando.recursive.halting import HaltingConfig, calibrate_halting
-from operando.recursive.pathology import audit_pathology
-from operando.recursive.pathology_show import pathology_tables
-from operando.recursive.show import drafting_tables, halting_tables
+from operando.recursive.drafting import DraftingConfig, calibrate_drafting, drafting_tables
+from operando.recursive.halting import HaltingConfig, calibrate_halting, halting_tables
+from operando.recursive.pathology import audit_pathology, pathology_tables
 from operando.run import atomic_path, differences, write_json
 from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
 from operando.stats.intervals import Interval, paired_difference
 from operando.study.arms import POLL_SECONDS, LocalRunner
-from operando.tables import read_parquet
+from operando.tables import TextTable, interval, limits, read_parquet, table
 from operando.update.checkpoint import checkpoint_folder
 
 FIXED = ("pretrain", "sft")
@@ -376,30 +373,19 @@ def _change(before_SP: np.ndarray, after_SP: np.ndarray) -> Interval:
     return paired_difference(before, after).difference
 
 
-def stages_table(cells: Sequence[Cell], num_seeds: int) -> Table:
+def stages_table(cells: Sequence[Cell], num_seeds: int) -> TextTable:
     """Return the stages by task, with 95 % intervals."""
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "task",
-        "stage",
-        "seeds x n",
-        "right",
-        "95 %",
-        "since the last, 95 %",
-        "since the base, 95 %",
-    ):
-        table.add_column(column, justify="left" if column in ("task", "stage") else "right")
-    for c in cells:
-        changes = [
-            "" if x is None else f"{x.value:+.1%} ({x.low:+.1%} to {x.high:+.1%})"
-            for x in (c.since_last, c.since_base)
-        ]
-        table.add_row(
+    rows = [
+        (
             c.task,
             c.stage,
             f"{num_seeds} x {c.n}",
             f"{c.right.value:.1%}",
-            f"{c.right.low:.1%} to {c.right.high:.1%}",
-            *changes,
+            limits(c.right, ".1%"),
+            *("" if x is None else interval(x, "+.1%") for x in (c.since_last, c.since_base)),
         )
-    return table
+        for c in cells
+    ]
+    heads = ("task", "stage", "seeds x n", "right", "95 %")
+    heads = (*heads, "since the last, 95 %", "since the base, 95 %")
+    return table("", heads, rows, words=("task", "stage"))

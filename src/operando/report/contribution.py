@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.table import Table
-
 from operando.run import atomic_path
-from operando.stats.intervals import Interval
 from operando.study.contribution import ContributionResult
+from operando.tables import TextTable, interval, table
 
 
-def contribution_table(result: ContributionResult) -> Table:
+def contribution_table(result: ContributionResult) -> TextTable:
     """Return one row a layer set, with intervals over seeds."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
     seeds = result.rows[0].num_seeds
-    table.title = (
-        f"{result.name}: gain over {result.base:.1%} held out, {seeds} seeds, 95 % t-intervals"
+    return table(
+        f"{result.name}: gain over {result.base:.1%} held out, {seeds} seeds, 95 % t-intervals",
+        ("layers trained", "gain", "share of all layers' gain"),
+        [(r.layers, interval(r.gain, "+.1%"), interval(r.share, "+.1%")) for r in result.rows],
+        words=("layers trained",),
     )
-    for column in ("layers trained", "gain", "share of all layers' gain"):
-        table.add_column(column, justify="left" if column == "layers trained" else "right")
-    for row in result.rows:
-        table.add_row(row.layers, _interval(row.gain), _interval(row.share))
-    return table
-
-
-def _interval(x: Interval) -> str:
-    return f"{x.value:+.1%} ({x.low:+.1%} to {x.high:+.1%})"
 
 
 def draw_contribution(result: ContributionResult, target: Path) -> Path:

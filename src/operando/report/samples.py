@@ -242,12 +242,6 @@ def quantise(values: Sequence[float], scale: float) -> np.ndarray:
     return np.where(np.isnan(v), MISSING, np.nan_to_num(q)).astype(np.int8)
 
 
-def restore(q: np.ndarray, scale: float) -> np.ndarray:
-    """Return the values that the viewer shows; MISSING becomes NaN."""
-    root = q.astype(np.float64) / 127
-    return np.where(q == MISSING, np.nan, np.sign(root) * scale * root * root)
-
-
 def scale_of(values: Sequence[Sequence[float]]) -> float:
     """Return the largest magnitude: one end of a symmetric scale."""
     finite = [abs(v) for row in values for v in row if v == v]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from operando.recipe import StudyRecipe
 from operando.recipe.study import BASE
 from operando.run import atomic_path, write_json
 from operando.study.analysis import Point, Row, Visible, is_dominated
 from operando.study.claims import Judgement, headline, percent, points
+from operando.tables import TextTable, table
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 MARKS = ("o", "s", "^", "D", "v", "P")
@@ -54,21 +53,18 @@ def study_cells(result: StudyResult) -> list[tuple[str, ...]]:
     return cells
 
 
-def study_tables(result: StudyResult) -> list[Table]:
+def study_tables(result: StudyResult) -> list[TextTable]:
     """Return a table for each metric, for the terminal."""
-    tables = []
-    for metric, config in result.recipe.metrics.items():
-        table = Table(box=None, pad_edge=False, title_justify="left")
-        seeds = len(result.recipe.seeds)
-        table.title = f"{metric} ({config.better} is better), {seeds} seeds an arm"
-        for head in HEADS[1:]:
-            if head != "runs":
-                table.add_column(head, justify="right" if head == "Holm p" else "left")
-        for row in study_cells(result):
-            if row[0] == metric:
-                table.add_row(row[1], *row[3:])
-        tables.append(table)
-    return tables
+    seeds = len(result.recipe.seeds)
+    return [
+        table(
+            f"{metric} ({config.better} is better), {seeds} seeds an arm",
+            ("arm", *HEADS[3:]),
+            [(row[1], *row[3:]) for row in study_cells(result) if row[0] == metric],
+            words=("arm", ""),
+        )
+        for metric, config in result.recipe.metrics.items()
+    ]
 
 
 def visible_sentences(result: StudyResult) -> list[str]:

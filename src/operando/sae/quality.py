@@ -148,15 +148,6 @@ def measure_quality(
     )
 
 
-def firing_rates(sae: SAE, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "M"]:
-    """Return the share of tokens on which each feature is above 0 (sae_rl's density)."""
-    fired_M = torch.zeros(sae.d_sae, dtype=torch.int64, device=x_ND.device)
-    for x_nD in chunks(x_ND, sae.d_sae):
-        idx_Nk, value_Nk = sae.encode(x_nD)
-        fired_M += torch.bincount(idx_Nk[value_Nk > 0], minlength=sae.d_sae)
-    return (fired_M.double() / max(x_ND.shape[0], 1)).float()
-
-
 def _spread(x_ND: Tensor, kept_N: Tensor) -> Tensor:
     """Return |x - mean|^2 of every token, the mean taken over `kept_N`."""
     total_D = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
