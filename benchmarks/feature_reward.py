@@ -22,7 +22,8 @@ from rich.console import Console
 
 from operando.launch import launch
 from operando.models.load import load_model
-from operando.recipe import ModelConfig, PromptConfig, Recipe
+from operando.recipe.data import ModelConfig, PromptConfig
+from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.run_folder import read_metrics
 from operando.sae.feature_set import (

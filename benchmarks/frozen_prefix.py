@@ -31,7 +31,7 @@ from operando.launch import quieten_libraries
 from operando.models.load import STARTER, Loaded, load_model
 from operando.models.policy import Policy, flat_rows
 from operando.models.prefix import Prefix
-from operando.recipe import LoraConfig, ModelConfig
+from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Example, Prompt, Rollout, make_batch
 

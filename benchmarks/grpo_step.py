@@ -40,7 +40,7 @@ def run_operando(args: argparse.Namespace) -> dict[str, object]:
     from rich.console import Console
 
     from operando.launch import launch
-    from operando.recipe import Recipe
+    from operando.recipe.run import Recipe
     from operando.recipe_io import check
     from operando.run_folder import read_metrics
 
@@ -90,7 +90,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, object]:
 
     from operando.models.layers import parse_layer_set
     from operando.models.load import resolve
-    from operando.recipe import WordsTaskConfig
+    from operando.recipe.data import WordsTaskConfig
     from operando.tasks.words import load_words
 
     where = resolve(args.model)

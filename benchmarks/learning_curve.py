@@ -46,7 +46,7 @@ def run_operando(args: argparse.Namespace) -> list[float]:
     from rich.console import Console
 
     from operando.launch import launch
-    from operando.recipe import Recipe
+    from operando.recipe.run import Recipe
     from operando.recipe_io import check
     from operando.run_folder import read_metrics
 
@@ -91,7 +91,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     from operando.models.load import STARTER
-    from operando.recipe import WordsTaskConfig
+    from operando.recipe.data import WordsTaskConfig
     from operando.tasks.words import load_words
 
     config = WordsTaskConfig(kind="words", num_steps=NUM_STEPS, num_train=NUM_TRAIN, num_held_out=1)

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from operando.recipe import ProcessReward, WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
+from operando.recipe.rewards import ProcessReward
 from operando.rewards.process import RECURSIVE_LM_EQUATION, process, reached, steps_of
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt, Rollout

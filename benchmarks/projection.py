@@ -20,7 +20,8 @@ from rich.console import Console
 from operando.launch import launch
 from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model
-from operando.recipe import ModelConfig, Recipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.run_folder import read_metrics
 from operando.sae.feature_set import model_digest

@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from operando.launch import quieten_libraries
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
-from operando.recipe import LoraConfig, ModelConfig, WordsTaskConfig
+from operando.recipe.data import LoraConfig, ModelConfig, WordsTaskConfig
 from operando.rollout.engine import Engine
 from operando.rollout.sampler import Sampling, uniform_streams
 from operando.run import SeedTree

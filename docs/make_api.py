@@ -15,7 +15,15 @@ import operando
 PAGE = Path(__file__).with_name("api.md")
 GROUPS = {
     "Train": ("load_recipe", "Recipe", "launch", "make_console", "train", "Run", "report"),
-    "Parts of the loop": ("load_task", "Task", "load_model", "Policy", "make_sampler", "Sampling"),
+    "Parts of the loop": (
+        "load_task",
+        "Task",
+        "ModelConfig",
+        "load_model",
+        "Policy",
+        "make_sampler",
+        "Sampling",
+    ),
     "What passes between them": ("Example", "Rollout", "Batch", "Trace", "Rewards"),
     "Look inside": ("load_sae", "load_chain", "load_directions"),
     "Ask and compare": (

@@ -13,17 +13,12 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from operando.recipe import (
-    Config,
-    MixtureConfig,
-    MixtureRecipe,
-    PipelineRecipe,
-    PretrainRecipe,
-    Recipe,
-    SftRecipe,
-    StudyRecipe,
-)
-from operando.recipe.study import Bound
+from operando.recipe.base import Config
+from operando.recipe.mixture import MixtureConfig, MixtureRecipe, SftRecipe
+from operando.recipe.pipeline import PipelineRecipe
+from operando.recipe.pretrain import PretrainRecipe
+from operando.recipe.run import Recipe
+from operando.recipe.study import Bound, StudyRecipe
 
 UNLISTED = (Bound,)  # written in one line: { above = x } or { below = x }
 PAGE = Path(__file__).with_name("recipes.md")

@@ -2,9 +2,8 @@
 
 import torch
 
-from operando import load_model
+from operando import ModelConfig, load_model
 from operando.models.hooks import ActivationReader
-from operando.recipe import ModelConfig
 
 loaded = load_model(ModelConfig(id="starter"))
 num_layers = loaded.model.config.num_hidden_layers

@@ -18,6 +18,7 @@ __all__ = [
     "EvalConfig",
     "Example",
     "Interval",
+    "ModelConfig",
     "Policy",
     "Question",
     "Recipe",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_ho
     from operando.models.directions import load_directions
     from operando.models.load import load_model
     from operando.models.policy import Policy
+    from operando.recipe.data import ModelConfig
     from operando.recipe.run import Recipe
     from operando.recipe_io import load_recipe
     from operando.report.html import write_report as report

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from operando.doctor.doctor import diagnose, show_finding
 from operando.launch import launch
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import load_recipe
 from operando.report.cards import paired_sentence
 from operando.report.html import write_report

@@ -19,7 +19,7 @@ from operando.doctor.doctor import diagnose, show_finding, shown_live
 from operando.files import read_object
 from operando.models.load import count_layers
 from operando.models.memory import memory_lines
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study

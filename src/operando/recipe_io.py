@@ -11,16 +11,13 @@ from pydantic import ValidationError
 
 from operando.errors import UserError, nearest
 from operando.files import brief, is_file, parser_said, read_text
-from operando.recipe import (
-    Config,
-    MixtureRecipe,
-    PipelineRecipe,
-    PretrainRecipe,
-    Recipe,
-    SftRecipe,
-    StudyRecipe,
-)
+from operando.recipe.base import Config
+from operando.recipe.mixture import MixtureRecipe, SftRecipe
+from operando.recipe.pipeline import PipelineRecipe
+from operando.recipe.pretrain import PretrainRecipe
 from operando.recipe.renamed import with_new_names
+from operando.recipe.run import Recipe
+from operando.recipe.study import StudyRecipe
 
 C = TypeVar("C", bound=Config)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from operando import parallel
 from operando.models.freeze import Certificate
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.rollout.greedy_eval import Graded
 from operando.run import Run, write_json, write_parquet
 from operando.run_folder import read_metrics

@@ -31,7 +31,7 @@ import torch
 from operando.errors import UserError
 from operando.files import plain
 from operando.owned import FolderLock, part_of
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import to_toml
 from operando.run_folder import FORMAT, STARTED, metric_lines, read_manifest, read_recipe, step_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from operando.errors import UserError
 from operando.files import brief, is_file, parse_json, read_object, read_text
-from operando.recipe import Recipe
 from operando.recipe.renamed import with_new_names
+from operando.recipe.run import Recipe
 from operando.recipe_io import check, read_toml
 
 FORMAT = 1

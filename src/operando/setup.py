@@ -35,7 +35,9 @@ from operando.models.memory import Memory, available, check_memory, estimate, sm
 from operando.models.policy import Policy, Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
-from operando.recipe import GaeAdvantage, Recipe, SuppressIntervention
+from operando.recipe.projection import SuppressIntervention
+from operando.recipe.run import Recipe
+from operando.recipe.update import GaeAdvantage
 from operando.rewards.base import RewardFunction, refuse_run_metric
 from operando.rewards.compose import RewardPart, make_parts
 from operando.rewards.shift import Shift, make_shift

@@ -18,7 +18,7 @@ from operando.models.directions import DirectionSet
 from operando.models.load import Loaded, float32_products
 from operando.models.policy import Policy, Scoring, flat_rows
 from operando.models.prefix import Prefix
-from operando.recipe import Recipe, TrackingConfig
+from operando.recipe.run import Recipe, TrackingConfig
 from operando.records import (
     Clock,
     batch_metrics,

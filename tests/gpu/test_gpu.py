@@ -18,7 +18,7 @@ from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model, pick_device
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.prefix import Prefix
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.rollout.engine import Engine
 from operando.rollout.kernels import attend, fuses, pick, rotate_into
 from operando.rollout.sampler import Sampled, Sampling, uniform_streams

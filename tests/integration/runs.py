@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from operando.launch import launch
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import apply_override, check, read_toml
 from operando.rewards.base import RewardFunction
 from operando.setup import Setup

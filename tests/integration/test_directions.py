@@ -10,7 +10,7 @@ import torch
 from operando.discovery.directions import Workbench, adding, extract, mean_nll, steer, validate
 from operando.errors import UserError
 from operando.models.directions import load_directions
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from tests.integration.runs import metric_rows, tiny, trained
 
 

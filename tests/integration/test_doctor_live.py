@@ -10,7 +10,7 @@ from rich.console import Console
 
 from operando.doctor.doctor import examine
 from operando.launch import launch
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from tests.integration.runs import tiny
 
 LONGER = ("steps=12", "eval.every=6", "checkpoint.every=6")

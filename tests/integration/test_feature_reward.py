@@ -13,7 +13,7 @@ from operando.discovery.features import Discovery, discover
 from operando.errors import UserError
 from operando.evals.feature_gaming import best_spans, game_features
 from operando.launch import launch
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.run_folder import read_manifest
 from operando.types import Example, Prompt, Rollout
 from tests.integration.runs import metric_rows, tiny, trained

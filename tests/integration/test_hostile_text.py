@@ -12,7 +12,7 @@ import pytest
 from operando.evals.evaluate import evaluate
 from operando.evals.questions import EvalConfig
 from operando.models.tokens import completion_text
-from operando.recipe import CodeTaskConfig
+from operando.recipe.data import CodeTaskConfig
 from operando.records import write_held_out
 from operando.rollout import sampler
 from operando.rollout.greedy_eval import grade

@@ -23,7 +23,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.layers import decoder_blocks
 from operando.models.load import Loaded, auto_class, load_model
 from operando.models.policy import Policy
-from operando.recipe import LoraConfig, ModelConfig
+from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.run_folder import read_manifest
 from tests.integration.runs import adapter, captured_setups, metric_rows, tiny, trained

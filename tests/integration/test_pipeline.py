@@ -10,7 +10,7 @@ from rich.console import Console
 
 from operando.cli import main
 from operando.errors import GateFailed, UserError
-from operando.recipe import PipelineRecipe
+from operando.recipe.pipeline import PipelineRecipe
 from operando.recursive.pipeline import Chain, load_pipeline, run_chain, stage_cells
 from operando.run_folder import read_recipe
 

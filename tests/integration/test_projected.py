@@ -15,7 +15,7 @@ from operando.errors import UserError
 from operando.models.directions import DirectionSet, save_directions, unit
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.recipe_io import to_toml
 from operando.run_folder import read_manifest
 from operando.sae.feature_set import model_digest

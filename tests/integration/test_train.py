@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from operando.models.load import STARTER
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.run import Run
 from operando.types import Trace

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from operando.recipe import CorrectReward, KlConfig, OptimConfig, Recipe
+from operando.recipe.rewards import CorrectReward
+from operando.recipe.run import Recipe
+from operando.recipe.update import KlConfig, OptimConfig
 from operando.recipe_io import load_recipe
 
 STEPS = 60

@@ -18,7 +18,8 @@ from operando.models.freeze import digests
 from operando.models.load import STARTER, Loaded, load_model
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import ModelConfig, Recipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.run import Recipe
 from operando.recursive import draft_heads, drafting, halt_head, halting
 from operando.recursive.data import (
     Race,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import CodeReward, CodeTaskConfig, LoopholeReward
+from operando.recipe.data import CodeTaskConfig
+from operando.recipe.rewards import CodeReward, LoopholeReward
 from operando.rewards import outcome
 from operando.tasks.base import Answered, Task
 from operando.tasks.code import EVAL_NAMES, PASS, function_name, load_code

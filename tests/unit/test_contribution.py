@@ -10,7 +10,7 @@ import pytest
 from operando.errors import UserError
 from operando.launch import count_layers
 from operando.models.layers import parse_layer_set
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.recipe_io import load_recipe
 from operando.report.contribution import contribution_table, draw_contribution
 from operando.study.contribution import check_sets, layer_sets, plan, summarise

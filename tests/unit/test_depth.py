@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from operando.evals.depth import by_position, random_places, share_of_gain
 from operando.evals.forced import Choice, Edit, Pair, written
-from operando.recipe import WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
 from operando.rollout.sampler import Sampling
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt

@@ -13,7 +13,7 @@ import torch
 from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
 from operando.discovery.judging import gate_of, measure
-from operando.recipe import DiscoverConfig
+from operando.recipe.run import DiscoverConfig
 from operando.sae.feature_set import FeatureSet, Gate, load_pack, pack_sae
 from operando.sae.sae import SAE
 from operando.stats.contrast import shuffle_within

@@ -15,7 +15,7 @@ from operando.doctor.findings import Count, always_under_clip, nulls, rise_chanc
 from operando.doctor.rules_policy import forecast
 from operando.doctor.rules_reward import smallest_rise
 from operando.errors import UserError
-from operando.recipe import CispoLoss, GroupAdvantage, KlConfig, RewardToGoAdvantage
+from operando.recipe.update import CispoLoss, GroupAdvantage, KlConfig, RewardToGoAdvantage
 from operando.run import Run
 from operando.update.reduce import quarter_means
 from tests.unit.doctor_runs import recipe, run

@@ -11,7 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from operando.errors import UserError
 from operando.models.load import Loaded
 from operando.models.policy import Policy
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.run import SeedTree
 from tests.unit.tiny import byte_tokenizer, random_batch, tiny_model
 

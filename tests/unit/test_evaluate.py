@@ -26,7 +26,7 @@ from operando.evals.ask import (
 from operando.evals.evaluate import Row, _row, evaluate
 from operando.evals.questions import ASKABLE, EvalConfig, make_questions
 from operando.models.load import STARTER, load_model
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.tasks import clrs, graph_search, gsm8k, math500, mmlu, words
 from operando.tasks.base import TaskText
 from operando.types import Prompt, Rollout

@@ -13,7 +13,7 @@ from operando.errors import UserError
 from operando.models.folders import save_folder, with_rope_of_4
 from operando.models.load import Loaded, load_model, resolve
 from operando.models.policy import Policy
-from operando.recipe import LoraConfig, ModelConfig
+from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from tests.unit.tiny import byte_tokenizer, tiny_model
 

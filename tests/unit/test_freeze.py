@@ -16,7 +16,7 @@ from operando.evals.certify import certify_run
 from operando.models.freeze import Check, Insulation, check_count, expected_count, leaks
 from operando.models.load import Loaded
 from operando.models.policy import Policy
-from operando.recipe import LoraConfig, ModelConfig
+from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.update.checkpoint import checkpoint_folder
 from tests.integration.runs import tiny, trained

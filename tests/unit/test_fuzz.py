@@ -20,7 +20,8 @@ from operando.evals.fuzz import FuzzResult, Row, breach_at, fuzz_target
 from operando.evals.mutations import MUTATIONS
 from operando.evals.mutations_answer import another, far_from, swap_final
 from operando.evals.mutations_words import INNOCENT, NEUTRAL
-from operando.recipe import STEP_WORDS, WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
+from operando.recipe.rewards import STEP_WORDS
 from operando.recipe_io import load_recipe
 from operando.rewards.steps import count_words
 from operando.run import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import ClrsTaskConfig, GraphSearchTaskConfig
+from operando.recipe.data import ClrsTaskConfig, GraphSearchTaskConfig
 from operando.tasks import clrs
 from operando.tasks import graph_search as gs
 from operando.types import Example

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import Gsm8kTaskConfig
+from operando.recipe.data import Gsm8kTaskConfig
 from operando.run import hash_file
 from operando.tasks import files
 from operando.tasks.base import Task

@@ -12,7 +12,9 @@ import torch
 from operando.errors import UserError
 from operando.models.load import Loaded
 from operando.models.policy import Policy
-from operando.recipe import FeatureReward, LoraConfig, ModelConfig, PromptConfig, Recipe
+from operando.recipe.data import LoraConfig, ModelConfig, PromptConfig
+from operando.recipe.rewards import FeatureReward
+from operando.recipe.run import Recipe
 from operando.rewards.base import RewardLog
 from operando.rewards.internal import InternalReward, open_reward, pack_score, shaped
 from operando.run import SeedTree

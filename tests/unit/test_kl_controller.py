@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from operando.errors import UserError
-from operando.recipe import KlConfig
+from operando.recipe.update import KlConfig
 from operando.recipe_io import load_recipe
 from operando.rewards.base import TrainerState
 from operando.types import Trace

@@ -12,7 +12,8 @@ from operando.errors import UserError
 from operando.models.load import Loaded
 from operando.models.policy import Policy, Scored, flat_rows, whole_site
 from operando.models.recursive.credit import composite, loop_weights
-from operando.recipe import LoraConfig, ModelConfig, Recipe
+from operando.recipe.data import LoraConfig, ModelConfig
+from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling, as_rollouts

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import Math500TaskConfig
+from operando.recipe.data import Math500TaskConfig
 from operando.tasks.load import load_task
 from operando.tasks.math500 import (
     by_math_verify,

@@ -26,7 +26,7 @@ from operando.models.memory import (
     trained_parameters,
 )
 from operando.models.policy import recomputed_blocks
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, shipped_recipes
 from operando.run import SeedTree, read_manifest
 

@@ -18,7 +18,8 @@ from operando.models.load import load_model
 from operando.pretrain import mixture as pm
 from operando.pretrain import sft
 from operando.pretrain.fit import IGNORED, STATE, PretrainProgress
-from operando.recipe import MixtureRecipe, ModelConfig, SftRecipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.mixture import MixtureRecipe, SftRecipe
 from operando.recipe_io import check, load_pretrain_recipe
 from operando.tasks import clrs, files, graph_search, words
 from operando.tasks.mixture import Document, open_source, shares, take_pairs

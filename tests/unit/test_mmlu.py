@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import MmluTaskConfig
+from operando.recipe.data import MmluTaskConfig
 from operando.tasks import files
 from operando.tasks.mmlu import find_letter, load_mmlu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from operando.recipe import OptimConfig
+from operando.recipe.update import OptimConfig
 from operando.update.optim import apply_update
 
 

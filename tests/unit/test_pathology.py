@@ -17,7 +17,7 @@ from operando import cli
 from operando.errors import UserError
 from operando.evals.ask import Question
 from operando.models.recursive import RecursiveCausalLM, modeling
-from operando.recipe import PromptConfig
+from operando.recipe.data import PromptConfig
 from operando.recursive import pathology_metrics as measures
 from operando.recursive import pathology_tests as loop_verdicts
 from operando.recursive.pathology import Pathology, Subject, audit_pathology, run_tests

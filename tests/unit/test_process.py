@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from operando.recipe import ProcessReward, WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
+from operando.recipe.rewards import ProcessReward
 from operando.rewards.equations import equations
 from operando.rewards.process import (
     RECURSIVE_LM_EQUATION,

@@ -14,7 +14,9 @@ from operando.errors import UserError
 from operando.models.directions import DirectionSet, denoise, unit
 from operando.models.load import Loaded
 from operando.models.policy import Policy, recomputed_blocks
-from operando.recipe import LoraConfig, ModelConfig, OptimConfig, ProjectionConfig
+from operando.recipe.data import LoraConfig, ModelConfig
+from operando.recipe.projection import ProjectionConfig
+from operando.recipe.update import OptimConfig
 from operando.run import SeedTree
 from operando.update import projection as pj
 from operando.update.optim import apply_update

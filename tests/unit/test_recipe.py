@@ -9,15 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from operando.errors import UserError
-from operando.recipe import (
-    ClipLoss,
-    Config,
-    GspoTokenLoss,
-    LoraConfig,
-    Recipe,
-    RlooAdvantage,
-    WordsTaskConfig,
-)
+from operando.recipe.base import Config
+from operando.recipe.data import LoraConfig, WordsTaskConfig
+from operando.recipe.run import Recipe
+from operando.recipe.update import ClipLoss, GspoTokenLoss, RlooAdvantage
 from operando.recipe_io import (
     apply_override,
     check,

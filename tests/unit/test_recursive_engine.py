@@ -9,7 +9,7 @@ from torch import Tensor
 from operando.models.load import Loaded
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.rollout.hf import HfSampler
 from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling, as_rollouts

@@ -9,8 +9,8 @@ import pytest
 
 from operando.drift.chain import RECORD, chain_config, training_of
 from operando.errors import UserError
-from operando.recipe import Recipe
 from operando.recipe.renamed import RENAMED, refuse_renamed, with_new_names
+from operando.recipe.run import Recipe
 from operando.recipe_io import check, load_recipe, to_toml
 from operando.run_folder import FORMAT, read_recipe
 from operando.tasks.canary import load_canary

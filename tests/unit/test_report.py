@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.report.cards import model_card, write_cards
 from operando.report.collect import collect
 from operando.report.html import embed, hash_of, headline, time_table, write_report

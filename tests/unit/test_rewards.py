@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from operando.errors import UserError
-from operando.recipe import FormatReward, Recipe, WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
+from operando.recipe.rewards import FormatReward
+from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.rewards.base import (
     RUN_METRIC_GROUPS,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from operando.errors import UserError
 from operando.models.directions import DirectionSet
-from operando.recipe import PenaltyShift, ReboundShift, ScreeningShift
+from operando.recipe.projection import PenaltyShift, ReboundShift, ScreeningShift
 from operando.rewards.shift import Shift, group_z, make_shift, rebound
 from operando.tasks.base import Task
 from operando.types import Example, Prompt, Rewards, Rollout, Trace, Verdict

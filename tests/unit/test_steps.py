@@ -8,19 +8,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from operando.recipe import (
+from operando.recipe.data import WordsTaskConfig
+from operando.recipe.rewards import (
     LF_GRPO_WORDS,
     NOWAIT_WORDS,
     REASONSCORE_WORDS,
     STEP_WORDS,
     CorrectReward,
-    Recipe,
     StepGrpoReward,
     StepPenaltyReward,
     TagFenceReward,
     ThinkFormatReward,
-    WordsTaskConfig,
 )
+from operando.recipe.run import Recipe
 from operando.rewards.compose import as_tokens, make_parts
 from operando.rewards.formats import find_tags, is_one_block, pair_tags, tag_fence, think_format
 from operando.rewards.outcome import OutcomeReward

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from operando.errors import UserError
-from operando.recipe import StudyRecipe
+from operando.recipe.study import StudyRecipe
 from operando.recipe_io import apply_override, check, load_recipe, load_study_recipe, read_toml
 from operando.report.study import StudyResult, draw_pareto, frontier, study_page
 from operando.study.analysis import (

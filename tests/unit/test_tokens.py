@@ -25,7 +25,7 @@ from operando.models.tokens import (
     text_ids,
 )
 from operando.pretrain.sft import encode_pairs
-from operando.recipe import ModelConfig, PromptConfig, RolloutConfig
+from operando.recipe.data import ModelConfig, PromptConfig, RolloutConfig
 from operando.rewards.formats import is_one_block, whole_answer
 from operando.rollout.engine import Engine
 from operando.rollout.sampler import Sampling, finish

@@ -16,7 +16,7 @@ import pytest
 from operando.errors import UserError
 from operando.integrations import tracking
 from operando.integrations.tracking import open_tracker
-from operando.recipe import TrackingConfig
+from operando.recipe.run import TrackingConfig
 
 SETTINGS: dict[str, object] = {"optim": {"lr": 1e-4}, "seed": 7}
 
@@ -95,7 +95,7 @@ def test_tensorboard_file_holds_the_numbers(
 def test_trackio_database_holds_the_numbers(tmp_path: Path) -> None:
     # A process of its own: trackio reads TRACKIO_DIR at import and leaves threads behind.
     code = (
-        "from operando.recipe import TrackingConfig\n"
+        "from operando.recipe.run import TrackingConfig\n"
         "from operando.integrations.tracking import open_tracker\n"
         "t = open_tracker(TrackingConfig(kind='trackio', project='p'), 'run', {'seed': 7})\n"
         "t.log(1, {'reward': 0.5}); t.log(2, {'reward': 0.75}); t.finish()\n"

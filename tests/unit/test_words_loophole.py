@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from operando.recipe import WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
 from operando.rewards import outcome
 from operando.tasks.base import Task
 from operando.tasks.words import MARK, attempts, load_words

@@ -125,7 +125,7 @@ def config(
     """Show a recipe with every default filled in, or the schema of all recipes."""
     import json
 
-    from operando.recipe import Recipe
+    from operando.recipe.run import Recipe
     from operando.recipe_io import load_recipe, shipped_recipes, to_toml
 
     if schema:
@@ -170,7 +170,7 @@ def pretrain(
     from operando.launch import quieten_libraries
     from operando.pretrain.lm import pretrain as run_pretraining
     from operando.pretrain.mixture import num_steps, pretrain_mixture
-    from operando.recipe import MixtureRecipe
+    from operando.recipe.mixture import MixtureRecipe
 
     quieten_libraries()
     own(Path(checked.out))

@@ -14,7 +14,7 @@ from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded, pad_id, stop_ids
 from operando.models.policy import Policy, whole_site
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams

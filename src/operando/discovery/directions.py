@@ -27,7 +27,7 @@ from operando.models.layers import parse_layer_set
 from operando.models.load import Loaded, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.models.tokens import text_ids
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.rollout.hf import HfSampler
 from operando.rollout.sampler import Sampling, as_rollouts
 from operando.run import SeedTree, write_json

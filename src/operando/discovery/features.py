@@ -23,7 +23,7 @@ from operando.discovery.judging import Measured, Null, answer_scores, gate_of, m
 from operando.discovery.probe import logistic_probe, mean_difference
 from operando.errors import UserError
 from operando.models.load import Loaded, load_model
-from operando.recipe import DiscoverConfig, Recipe
+from operando.recipe.run import DiscoverConfig, Recipe
 from operando.rewards.internal import pack_score
 from operando.run import SeedTree, write_json, write_parquet
 from operando.sae.feature_set import (

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from operando.discovery.answers import Answers
-from operando.recipe import DiscoverConfig
+from operando.recipe.run import DiscoverConfig
 from operando.rewards.internal import pack_score
 from operando.sae.feature_set import FeatureSet, Gate
 from operando.sae.sae import SAE

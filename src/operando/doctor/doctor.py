@@ -32,7 +32,7 @@ from operando.doctor.rules_update import (
     ratio_clipped,
 )
 from operando.errors import UserError
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.run import write_json
 from operando.run_folder import read_recipe, read_rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple, TypeAlias
 
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.stats.tests import fisher_greater, mann_whitney_greater
 
 Row: TypeAlias = Mapping[str, float | int | str | None]

@@ -24,7 +24,7 @@ from operando.doctor.findings import (
     share_words,
 )
 from operando.doctor.rules_reward import Fall, negative_weights
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 
 VITAL = (
     "loss",

@@ -22,7 +22,7 @@ from operando.doctor.findings import (
     series,
 )
 from operando.doctor.rules_reward import Fall
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 
 ALL_ZERO_STD = 0.95  # share of groups without a difference between siblings
 LOW_ENTROPY = 0.1  # of the start

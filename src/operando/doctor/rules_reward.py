@@ -21,7 +21,7 @@ from operando.doctor.findings import (
     series,
     share_words,
 )
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 
 POWER = 1.5  # rise over the smallest that n problems show: 97 % of such rises have p < 0.05
 LOST = 0.5  # share of what was gained

@@ -16,7 +16,8 @@ from operando.doctor.findings import (
     rounded,
     series,
 )
-from operando.recipe import ClipLoss, GaeAdvantage, GroupAdvantage, Recipe
+from operando.recipe.run import Recipe
+from operando.recipe.update import ClipLoss, GaeAdvantage, GroupAdvantage
 
 FEW_STEPS = 10
 HIGH_ZERO_STD = 0.8  # share of groups without a difference between siblings

@@ -18,8 +18,8 @@ from operando.drift.report import draw_drift, drift_report, drift_table, stage_t
 from operando.errors import UserError, nearest
 from operando.models.layers import parse_layer_set
 from operando.models.load import auto_class, count_layers, resolve, width_of
-from operando.recipe import Recipe
 from operando.recipe.renamed import refuse_renamed
+from operando.recipe.run import Recipe
 from operando.run_folder import read_recipe
 from operando.sae.formats import load_sae
 from operando.sae.sae import SAE, check_fits

@@ -13,7 +13,7 @@ from torch import Tensor
 from operando.drift.chain import ARMS, Arm, load_chain, trained_seeds, trained_sites
 from operando.drift.transitions import MEASURES, Measure, cosines, numbers
 from operando.errors import UserError
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.run import write_json
 from operando.run_folder import read_recipe
 from operando.stats.null_arms import Intervals, Verdict, classify

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from operando.recipe import STEP_WORDS
+from operando.recipe.rewards import STEP_WORDS
 from operando.rewards.formats import CLOSE, OPEN
 from operando.types import Example
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from operando.errors import UserError
 from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
-from operando.recipe import ModelConfig, PromptConfig
+from operando.recipe.data import ModelConfig, PromptConfig
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampler, Sampling, as_rollouts, uniform_streams

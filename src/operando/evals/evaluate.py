@@ -34,7 +34,7 @@ from operando.evals.ask import (
     problem_means,
 )
 from operando.evals.questions import ASKABLE, FORMATS, GRADERS, EvalConfig, make_questions
-from operando.recipe import TaskConfig
+from operando.recipe.run import TaskConfig
 from operando.run import SeedTree, write_parquet
 from operando.run_folder import read_recipe
 from operando.stats.bootstrap import bootstrap_mean

@@ -20,7 +20,8 @@ from operando.errors import UserError
 from operando.models.load import load_model, pad_id, stop_ids
 from operando.models.policy import Policy
 from operando.models.tokens import completion_text
-from operando.recipe import FeatureReward, Recipe
+from operando.recipe.rewards import FeatureReward
+from operando.recipe.run import Recipe
 from operando.rewards.base import TrainerState
 from operando.rewards.compose import RewardPart, compute_rewards, make_parts
 from operando.rollout.greedy_eval import grade

@@ -21,7 +21,8 @@ from operando.errors import UserError
 from operando.evals.answers import Mutation, Variants
 from operando.evals.fuzz_cases import Case, is_right, made_cases, real_cases, with_text
 from operando.evals.mutations import FIRST, MUTATIONS
-from operando.recipe import Gsm8kTaskConfig, Recipe, WordsTaskConfig
+from operando.recipe.data import Gsm8kTaskConfig, WordsTaskConfig
+from operando.recipe.run import Recipe
 from operando.recipe_io import load_recipe
 from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
 from operando.rewards.compose import RewardPart, make_parts, weighted_sum

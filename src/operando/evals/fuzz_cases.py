@@ -9,14 +9,14 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.evals.answers import Answer, with_block, with_openers
 from operando.evals.mutations_answer import far_from, swap_final
-from operando.recipe import (
+from operando.recipe.data import PromptConfig
+from operando.recipe.rewards import (
     FormatReward,
-    PromptConfig,
-    Recipe,
     StepGrpoReward,
     StepPenaltyReward,
     ThinkFormatReward,
 )
+from operando.recipe.run import Recipe
 from operando.tables import read_parquet
 from operando.tasks.base import Task
 from operando.tasks.prompts import answer_so_far

@@ -14,7 +14,7 @@ from operando.evals.answers import (
     pairs,
     split_at_answer,
 )
-from operando.recipe import STEP_WORDS
+from operando.recipe.rewards import STEP_WORDS
 from operando.rewards.formats import CLOSE, OPEN
 
 SYNONYMS = [word for word in STEP_WORDS if " " not in word and "-" not in word and word != "check"]

@@ -8,8 +8,9 @@ from typing import Literal
 
 from operando.errors import UserError, nearest
 from operando.evals.ask import Question
-from operando.recipe import PromptConfig, Recipe, TaskConfig
 from operando.recipe.base import Config
+from operando.recipe.data import PromptConfig
+from operando.recipe.run import Recipe, TaskConfig
 from operando.recipe_io import check
 from operando.run import SeedTree
 from operando.tasks.base import Task, TaskText

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 from operando.errors import UserError
-from operando.recipe import TrackingConfig
+from operando.recipe.run import TrackingConfig
 
 logger = logging.getLogger(__name__)
 

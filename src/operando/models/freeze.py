@@ -24,7 +24,7 @@ from operando.models.hooks import ActivationReader
 from operando.models.layers import is_apart, is_multimodal
 from operando.models.policy import Policy
 from operando.parallel import whole
-from operando.recipe import LoraConfig
+from operando.recipe.data import LoraConfig
 
 PROBE_LENGTH = 24  # tokens of the probe that the residual is read on
 

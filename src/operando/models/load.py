@@ -27,7 +27,7 @@ from operando.models import recursive  # noqa: F401  # registers RecursiveCausal
 from operando.models.home import cache_folder, imported_models
 from operando.models.layers import is_multimodal
 from operando.models.tokens import load_tokenizer
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.run import hash_file
 
 logger = logging.getLogger(__name__)

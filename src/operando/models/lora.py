@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from operando.errors import UserError, nearest
 from operando.models.layers import decoder_blocks, is_multimodal
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.run import SeedTree
 
 

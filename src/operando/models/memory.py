@@ -17,7 +17,8 @@ from operando.errors import UserError
 from operando.models.layers import parse_layer_set
 from operando.models.logprobs import LOGITS_BYTES
 from operando.models.packing import SHARED_TOKENS
-from operando.recipe import ModelConfig, Recipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.run import Recipe
 
 GIB = 2**30
 OVERHEAD = 3 * GIB // 2  # CUDA's context, its libraries and what the allocator can't use

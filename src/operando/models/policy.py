@@ -35,7 +35,7 @@ from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.models.prefix import Prefix, starting_at
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.credit import LoopCredit, composite, hidden_by_loop, loop_weights
-from operando.recipe import ModelConfig
+from operando.recipe.data import ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Trace
 

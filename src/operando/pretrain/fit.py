@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import MixtureRecipe, PretrainRecipe, SftRecipe
+from operando.recipe.mixture import MixtureRecipe, SftRecipe
+from operando.recipe.pretrain import PretrainRecipe
 from operando.run import atomic_path, differences
 from operando.sae.files import read_torch
 from operando.stopping import Stopped, stops_after_step

@@ -31,7 +31,8 @@ from operando.pretrain.fit import (
     rate_at,
     take_step,
 )
-from operando.recipe import MixtureRecipe, PretrainRecipe
+from operando.recipe.mixture import MixtureRecipe
+from operando.recipe.pretrain import PretrainRecipe
 from operando.run import write_json
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example

@@ -24,7 +24,7 @@ from operando.models.folders import save_folder
 from operando.models.load import pad_id, pick_device
 from operando.pretrain.fit import IGNORED, Batch, PretrainProgress, fit, forget_state
 from operando.pretrain.lm import build_model, train_bpe
-from operando.recipe import MixtureConfig, MixtureRecipe
+from operando.recipe.mixture import MixtureConfig, MixtureRecipe
 from operando.run import write_json
 from operando.tasks.mixture import Reader, Taken, open_source, shares, take_tokens
 

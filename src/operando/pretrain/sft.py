@@ -20,7 +20,8 @@ from operando.models.folders import save_folder
 from operando.models.load import load_model, pad_id
 from operando.models.tokens import prompt_ids, text_ids
 from operando.pretrain.fit import IGNORED, Batch, PretrainProgress, fit, forget_state
-from operando.recipe import ModelConfig, SftRecipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.mixture import SftRecipe
 from operando.run import write_json
 from operando.tasks.mixture import Document, check_plain, open_source, shares, take_pairs
 

@@ -33,7 +33,9 @@ from operando.models.freeze import digests, joint_digest
 from operando.models.load import load_model, pad_id, stop_ids
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import Config, ModelConfig, PromptConfig, TaskConfig
+from operando.recipe.base import Config
+from operando.recipe.data import ModelConfig, PromptConfig
+from operando.recipe.run import TaskConfig
 from operando.recipe_io import apply_override, check
 from operando.rollout.greedy_eval import grade
 from operando.rollout.recursive import RecursiveEngine

@@ -27,8 +27,8 @@ from operando.evals.questions import ASKABLE, task_prompt
 from operando.models.load import pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.tokens import text_ids
-from operando.recipe import Recipe, TaskConfig
 from operando.recipe.base import Config
+from operando.recipe.run import Recipe, TaskConfig
 from operando.recipe_io import apply_override, check
 from operando.recursive.data import open_recursive
 from operando.recursive.pathology_read import (

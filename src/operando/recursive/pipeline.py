@@ -33,7 +33,9 @@ from operando.files import parse_json, read_object, read_text
 from operando.launch import launch_arms
 from operando.pretrain import mixture, sft
 from operando.pretrain.fit import STATE, forget_state
-from operando.recipe import AskedTask, MixtureRecipe, PipelineRecipe, Recipe, SftRecipe
+from operando.recipe.mixture import MixtureRecipe, SftRecipe
+from operando.recipe.pipeline import AskedTask, PipelineRecipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import (
     load_pipeline_recipe,
     load_pretrain_recipe,

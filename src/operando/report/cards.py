@@ -8,7 +8,7 @@ from pathlib import Path
 from operando.doctor.findings import series
 from operando.errors import UserError
 from operando.models.recursive import RecursiveConfig
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.report.collect import RunTables, Score, collect, read_held_out, score_marks
 from operando.run import atomic_path
 from operando.stats.intervals import PairedDifference, paired_difference

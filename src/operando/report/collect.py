@@ -11,7 +11,7 @@ from operando.doctor.doctor import diagnose_folder, last_step
 from operando.doctor.findings import Finding, Row, always_under_clip, held_out_counts, series
 from operando.errors import UserError
 from operando.files import read_object, read_text
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.run_folder import read_manifest, read_recipe, read_rows, step_of
 from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
 from operando.tables import read_parquet

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from operando.recipe import StudyRecipe
-from operando.recipe.study import BASE
+from operando.recipe.study import BASE, StudyRecipe
 from operando.run import atomic_path, write_json
 from operando.study.analysis import Point, Row, Visible, is_dominated
 from operando.study.claims import Judgement, headline, percent, points

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from operando.errors import UserError, nearest
-from operando.recipe import (
+from operando.recipe.rewards import (
     CodeReward,
     ContainsAnswerReward,
     CorrectReward,
@@ -19,13 +19,13 @@ from operando.recipe import (
     FunctionReward,
     LoopholeReward,
     ProcessReward,
-    Recipe,
     ScorerReward,
     StepGrpoReward,
     StepPenaltyReward,
     TagFenceReward,
     ThinkFormatReward,
 )
+from operando.recipe.run import Recipe
 from operando.rewards import formats, outcome, process, steps
 from operando.rewards.base import (
     RewardFunction,

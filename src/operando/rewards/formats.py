@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from operando.recipe import TagFenceReward, ThinkFormatReward
+from operando.recipe.rewards import TagFenceReward, ThinkFormatReward
 from operando.rewards.outcome import OutcomeReward
 from operando.types import Rollout
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
-from operando.recipe import FeatureReward, PromptConfig
+from operando.recipe.data import PromptConfig
+from operando.recipe.rewards import FeatureReward
 from operando.rewards.base import RewardLog, RewardValue
 from operando.sae.feature_set import FeatureSet, check_pack, load_pack, pack_sae
 from operando.sae.selected_features import SelectedFeatures, relu_columns

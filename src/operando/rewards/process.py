@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from operando.recipe import ProcessReward
+from operando.recipe.rewards import ProcessReward
 from operando.rewards.equations import Equation, equations, numbers
 from operando.rewards.outcome import OutcomeReward
 from operando.tasks.base import Task

@@ -20,7 +20,7 @@ from operando.errors import UserError
 from operando.models.directions import DirectionSet
 from operando.models.hooks import ActivationReader
 from operando.models.policy import Policy, Tap
-from operando.recipe import PenaltyShift, ReboundShift, ScreeningShift
+from operando.recipe.projection import PenaltyShift, ReboundShift, ScreeningShift
 from operando.tasks.base import Task
 from operando.types import Rewards, Rollout, Trace
 

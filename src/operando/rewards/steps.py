@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from operando.recipe import StepGrpoReward, StepPenaltyReward
+from operando.recipe.rewards import StepGrpoReward, StepPenaltyReward
 from operando.rewards import outcome
 from operando.rewards.formats import (
     CLOSE,

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from operando.errors import UserError
 from operando.files import read_object
-from operando.recipe import PromptConfig
+from operando.recipe.data import PromptConfig
 from operando.run import write_json
 from operando.sae.formats import load_sae
 from operando.sae.sae import SAE

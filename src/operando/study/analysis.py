@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from operando.recipe import StudyRecipe
-from operando.recipe.study import BASE
+from operando.recipe.study import BASE, StudyRecipe
 from operando.run import SeedTree
 from operando.stats.bootstrap import Hierarchical, hierarchical_bootstrap, rate_interval
 from operando.stats.intervals import Interval

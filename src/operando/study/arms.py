@@ -18,7 +18,8 @@ from typing import Protocol, runtime_checkable
 
 from operando.errors import UserError, nearest
 from operando.files import read_object
-from operando.recipe import Recipe, StudyRecipe
+from operando.recipe.run import Recipe
+from operando.recipe.study import StudyRecipe
 from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, to_toml
 from operando.run import Run, atomic_path, differences, write_json
 from operando.run_folder import STARTED

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from operando.recipe import (
+from operando.recipe.study import (
+    Bound,
     Claim,
     DifferenceClaim,
     EmergenceClaim,
@@ -17,7 +18,6 @@ from operando.recipe import (
     RateClaim,
     StudyRecipe,
 )
-from operando.recipe.study import Bound
 from operando.stats.bootstrap import hierarchical_bootstrap, rate_interval
 from operando.stats.intervals import Interval, exact_share
 from operando.stats.tests import fisher, tost

@@ -13,7 +13,7 @@ from pathlib import Path
 from operando.errors import UserError
 from operando.files import read_object
 from operando.models.layers import parse_layer_set
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.run import write_json
 from operando.stats.intervals import Interval, t_interval
 

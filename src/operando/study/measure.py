@@ -15,7 +15,8 @@ import numpy as np
 
 from operando.evals.ask import Checkpoint, Question, ask, open_each
 from operando.files import read_object
-from operando.recipe import ModelConfig, Recipe
+from operando.recipe.data import ModelConfig
+from operando.recipe.run import Recipe
 from operando.run import SeedTree, hash_file, write_json, write_parquet
 from operando.study.arms import Job, Study, start_of_study
 from operando.tables import read_parquet

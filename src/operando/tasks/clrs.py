@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from operando.recipe import ClrsTaskConfig
+from operando.recipe.data import ClrsTaskConfig
 from operando.tasks.base import Task, TaskText
 from operando.types import Example, Verdict
 

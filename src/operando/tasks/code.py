@@ -25,7 +25,7 @@ from typing import NamedTuple
 from operando.errors import UserError
 from operando.files import read_object
 from operando.models.home import cache_folder
-from operando.recipe import CodeTaskConfig
+from operando.recipe.data import CodeTaskConfig
 from operando.run import hash_file, write_json
 from operando.tasks.base import Answered, Grade, Pair, Task
 from operando.tasks.code_labels import (

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from operando.errors import UserError
-from operando.recipe import GraphSearchTaskConfig
+from operando.recipe.data import GraphSearchTaskConfig
 from operando.tasks.base import Task, TaskText
 from operando.types import Example, Verdict
 

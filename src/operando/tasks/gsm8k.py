@@ -20,7 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from operando.errors import UserError
-from operando.recipe import Gsm8kTaskConfig
+from operando.recipe.data import Gsm8kTaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Row, Source, read_rows

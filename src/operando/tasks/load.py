@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import get_args
 
 from operando.errors import UserError
-from operando.recipe import (
+from operando.recipe.base import Config
+from operando.recipe.data import (
     CanaryTaskConfig,
     ClrsTaskConfig,
     CodeTaskConfig,
-    Config,
     GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
-    TaskConfig,
     WordsTaskConfig,
 )
+from operando.recipe.run import TaskConfig
 from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
 from operando.tasks.clrs import load_clrs

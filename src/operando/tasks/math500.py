@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from operando.errors import UserError
-from operando.recipe import Math500TaskConfig
+from operando.recipe.data import Math500TaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Source, read_rows

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from operando.errors import UserError
 from operando.files import read_text
 from operando.models.tokens import text_ids
-from operando.recipe import (
+from operando.recipe.mixture import (
     ClrsSource,
     GraphSearchSource,
     Gsm8kSource,

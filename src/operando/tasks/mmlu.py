@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from operando.errors import UserError
-from operando.recipe import MmluTaskConfig
+from operando.recipe.data import MmluTaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Row, Source, read_rows

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError, nearest
 from operando.models.tokens import prompt_ids, start_ids, text_ids
-from operando.recipe import PromptConfig
+from operando.recipe.data import PromptConfig
 from operando.types import Example, Prompt
 
 OPENED = re.compile(r"<think>\s*\Z")

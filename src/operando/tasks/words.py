@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Mapping
 
-from operando.recipe import WordsTaskConfig
+from operando.recipe.data import WordsTaskConfig
 from operando.tasks.base import Grade, Pair, Task, TaskText
 from operando.types import Example, Verdict
 

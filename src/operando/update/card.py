@@ -8,7 +8,7 @@ from __future__ import annotations
 from operando.models.load import auto_class
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
-from operando.recipe import Recipe
+from operando.recipe.run import Recipe
 from operando.recipe_io import to_toml
 
 

@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from operando.models.policy import Scored
-from operando.recipe import (
+from operando.recipe.run import Recipe
+from operando.recipe.update import (
     CispoLoss,
     ClipLoss,
     GaeAdvantage,
     GroupAdvantage,
     GspoTokenLoss,
     OtherGroupsAdvantage,
-    Recipe,
     RewardToGoAdvantage,
     RlooAdvantage,
 )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from operando.parallel import whole
-from operando.recipe import GaeAdvantage, OptimConfig, Recipe
+from operando.recipe.run import Recipe
+from operando.recipe.update import GaeAdvantage, OptimConfig
 
 Parameters = Mapping[str, nn.Parameter]
 GradientTransform = Callable[[Parameters], Mapping[str, float]]

@@ -20,7 +20,7 @@ from operando.errors import UserError
 from operando.models.directions import DirectionSet, load_directions, save_directions
 from operando.models.freeze import layer_of
 from operando.models.policy import Policy
-from operando.recipe import ProjectionConfig
+from operando.recipe.projection import ProjectionConfig
 from operando.update import projection as pj
 from operando.update.projection import Factors, Outer
 from operando.update.sites import Site, find_sites, sum_direction

@@ -18,7 +18,7 @@ from operando.models.directions import DirectionSet
 from operando.models.freeze import layer_of, plain_name
 from operando.models.layers import parse_layer_set
 from operando.models.policy import Policy
-from operando.recipe import ProjectionConfig
+from operando.recipe.projection import ProjectionConfig
 from operando.update import projection as pj
 from operando.update.projection import Factors, Outer
 
