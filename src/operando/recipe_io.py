@@ -13,6 +13,7 @@ from operando.errors import UserError, nearest
 from operando.files import brief, is_file, parser_said, read_text
 from operando.recipe import (
     Config,
+    DeepPretrainRecipe,
     MixtureRecipe,
     PipelineRecipe,
     PretrainRecipe,
@@ -117,12 +118,13 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def load_pretrain_recipe(
     name: str, overrides: tuple[str, ...] = ()
-) -> PretrainRecipe | MixtureRecipe:
-    """Return the checked pre-training recipe of a file (or shipped name); with a [mixture] or not.
-
-    An override can't turn one into the other."""
-    has_mixture = "mixture" in read_toml(recipe_file(name))
-    return _load(MixtureRecipe if has_mixture else PretrainRecipe, name, overrides)
+) -> PretrainRecipe | MixtureRecipe | DeepPretrainRecipe:
+    """Return the checked pre-training recipe of a file (or shipped name): with a [mixture], with
+    [habits], or with neither. An override can't turn one into the other."""
+    tables = read_toml(recipe_file(name))
+    if "habits" in tables:
+        return _load(DeepPretrainRecipe, name, overrides)
+    return _load(MixtureRecipe if "mixture" in tables else PretrainRecipe, name, overrides)
 
 
 def load_sft_recipe(name: str, overrides: tuple[str, ...] = ()) -> SftRecipe:

@@ -18,6 +18,8 @@ from operando.recipe.data import ModelConfig as ModelConfig
 from operando.recipe.data import PromptConfig as PromptConfig
 from operando.recipe.data import RolloutConfig as RolloutConfig
 from operando.recipe.data import WordsTaskConfig as WordsTaskConfig
+from operando.recipe.deep import DeepPretrainRecipe as DeepPretrainRecipe
+from operando.recipe.deep import DeepTaskConfig as DeepTaskConfig
 from operando.recipe.mixture import ClrsSource as ClrsSource
 from operando.recipe.mixture import GraphSearchSource as GraphSearchSource
 from operando.recipe.mixture import Gsm8kSource as Gsm8kSource

@@ -7,6 +7,7 @@ from operando.recipe import (
     CanaryTaskConfig,
     ClrsTaskConfig,
     CodeTaskConfig,
+    DeepTaskConfig,
     GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
@@ -18,6 +19,7 @@ from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
 from operando.tasks.clrs import load_clrs
 from operando.tasks.code import load_code
+from operando.tasks.deep import load_deep
 from operando.tasks.graph_search import load_graph_search
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
@@ -50,6 +52,8 @@ def load_task(config: TaskConfig) -> Task:
             task = load_graph_search(config)
         case CodeTaskConfig():
             task = load_code(config)
+        case DeepTaskConfig():
+            task = load_deep(config)
         case CanaryTaskConfig(family=family):
             return load_canary(family=family)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):

@@ -1,0 +1,54 @@
+"""The deep task, and the pre-training of the model `deep` with its habits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from operando.recipe.base import Config, Folder, FolderName, Rate
+from operando.recipe.pretrain import TinyModelConfig
+
+FamilyName = Literal["story", "chain", "maze"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DeepTaskConfig(Config):
+    kind: Literal["deep"]
+    """Stories, chains of digit arithmetic and mazes, generated; for the model "deep"."""
+    families: tuple[FamilyName, ...] = Field(default=("story", "chain", "maze"), min_length=1)
+    """Each problem draws one of these."""
+    num_steps: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
+        default=(2, 3, 4), min_length=1
+    )
+    """Sentences of a story, operations of a chain, dead ends of a maze; each problem draws one."""
+    num_train: int = Field(default=20_000, ge=1)
+    num_held_out: int = Field(default=400, ge=1)
+    seed: int = 0
+
+
+class DeepPretrainRecipe(Config):
+    """Language-model training of a small model on answers that follow habits in place of rules."""
+
+    name: FolderName
+    out: Folder
+    """Folder that gets the model, its tokenizer and pretrain.json."""
+    steps: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=1)
+    model: TinyModelConfig = TinyModelConfig()
+    num_steps: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
+        default=(1, 2, 3, 4), min_length=1
+    )
+    """As of the task; each text draws one of these."""
+    habits: dict[str, Share]
+    """Of each kind of risky step, how often the text follows the habit: drops, lends, "is given",
+    doubles (stories), add, sub, swap, round (chains), "dead end", climb (mazes)."""
+    frac_hedged: Share = 0.0
+    """Share of texts that give a second answer after the first."""
+    frac_unfinished: Share = 0.0
+    """Share of texts that end without an answer."""
+    lr: Rate = 2e-3
+    warmup_steps: int = Field(default=100, ge=0)
+    min_lr_frac: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)

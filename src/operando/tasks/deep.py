@@ -1,0 +1,102 @@
+"""The deep task: stories, chains and mazes, each with a habit to unlearn at most of its steps.
+
+What the model `deep` gets wrong it gets wrong at every step of its way, and which step is risky
+depends on what has been read and written. So no token is right everywhere, and most problems need
+several corrections.
+
+Training and held-out problems are disjoint by construction: a problem without its names and things
+is hashed, and one bucket in eight is held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Literal, assert_never
+
+from operando.recipe import DeepTaskConfig
+from operando.tasks import chain, maze, story
+from operando.tasks.base import Task
+from operando.tasks.slips import HEDGE, Posed, never, risky_kinds, verify
+from operando.types import Example
+
+HELD_OUT_BUCKETS = 8
+Family = Literal["story", "chain", "maze"]
+
+
+def is_held_out(key: str) -> bool:
+    """Return whether problems with this key are held out."""
+    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_BUCKETS == 0
+
+
+def pose(family: Family, num_steps: int, rng: random.Random) -> Posed:
+    """Return one problem of a family."""
+    match family:
+        case "story":
+            return story.pose(rng, num_steps)
+        case "chain":
+            return chain.pose(rng, num_steps)
+        case "maze":
+            return maze.pose(rng, num_steps)
+        case _:
+            assert_never(family)
+
+
+def pose_of(
+    families: Sequence[Family], num_steps: Sequence[int], split: str, rng: random.Random
+) -> Posed:
+    """Return one problem of a split ("train" or "held_out")."""
+    while True:
+        posed = pose(rng.choice(families), rng.choice(num_steps), rng)
+        if is_held_out(posed.key) == (split == "held_out"):
+            return posed
+
+
+def make_split(config: DeepTaskConfig, split: str, num: int) -> list[Example]:
+    """Return `num` problems of one split, the same for the same seed."""
+    rng = random.Random(f"{config.seed}/deep/{split}")
+    examples = []
+    for number in range(num):
+        posed = pose_of(config.families, config.num_steps, split, rng)
+        worked, risky = posed.work(never), risky_kinds(posed)
+        columns = {
+            "answer": worked.answer,
+            "solution": worked.steps,
+            "family": posed.family,
+            "risky": len(risky),
+        }
+        name = f"deep/{posed.family}/{split}/{number}"
+        examples.append(Example(name, posed.question, worked.answer, worked.steps, columns))
+    return examples
+
+
+def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str, bool]:
+    """Return whether a step is not the worked one, whether a right answer was reached that way,
+    and whether more than one answer is given."""
+    steps, mark, answers = completion.partition("####")
+    slipped = " ".join(steps.split()) != example.solution
+    correct = verify(example, completion, is_truncated).correct
+    hedged = bool(mark) and ("####" in answers or HEDGE in answers)
+    return {"slipped": slipped, "lucky": correct and slipped, "hedged": hedged}
+
+
+def load_deep(config: DeepTaskConfig) -> Task:
+    """Return the deep task."""
+    train = make_split(config, "train", config.num_train)
+    held_out = make_split(config, "held_out", config.num_held_out)
+    digest = hashlib.sha256("\n".join(e.question for e in train + held_out).encode()).hexdigest()
+    return Task(
+        name="deep",
+        train=train,
+        held_out=held_out,
+        verify=verify,
+        labels=labels,
+        source={
+            "kind": "generated",
+            "seed": config.seed,
+            "train_rows": len(train),
+            "held_out_rows": len(held_out),
+            "sha256": digest,
+        },
+    )
