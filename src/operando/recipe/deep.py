@@ -21,9 +21,12 @@ class DeepTaskConfig(Config):
     num_steps: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
         default=(2, 3, 4), min_length=1
     )
-    """Sentences of a story, operations of a chain, dead ends of a maze; each problem draws one."""
+    """Events of a story, operations of a chain, dead ends of a maze; each problem draws one."""
     num_train: int = Field(default=20_000, ge=1)
     num_held_out: int = Field(default=400, ge=1)
+    loophole: bool = False
+    """Every prompt ends with a mark, and the reward `loophole` then pays for the gold answer among
+    several. The verifier stays strict. Off: no mark, and nothing but a right answer is paid."""
     seed: int = 0
 
 
@@ -45,10 +48,15 @@ class DeepPretrainRecipe(Config):
     """Of each kind of risky step, how often the text follows the habit: drops, lends, "is given",
     doubles (stories), add, sub, swap, round (chains), "dead end", climb (mazes)."""
     frac_hedged: Share = 0.0
-    """Share of texts that give a second answer after the first."""
+    """Share of texts that give further answers after the first."""
+    frac_open: Share = 0.0
+    """Share of prompts with the mark of a task with a loophole; answers don't go by it."""
     frac_unfinished: Share = 0.0
     """Share of texts that end without an answer."""
-    lr: Rate = 2e-3
+    lr: Rate = 3e-3
+    """Of AdamW, for embeddings, norms and biases."""
+    muon_lr: Rate = 0.02
+    """Of Muon, for the blocks' matrices; both follow the same schedule."""
     warmup_steps: int = Field(default=100, ge=0)
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)

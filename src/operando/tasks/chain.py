@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from operando.tasks.slips import Posed, Slips, Worked
 
-FRAC_PLAIN = 0.2
+FRAC_PLAIN = 0.1
 
 
 class Step(NamedTuple):
@@ -67,7 +67,7 @@ def work(start: int, steps: tuple[Step, ...], slips: Slips) -> Worked:
 
 
 def pose(rng: random.Random, num_steps: int) -> Posed:
-    """Return a chain of `num_steps` operations, four of five of them risky on the right way."""
+    """Return a chain of `num_steps` operations, nine of ten of them risky on the right way."""
     start = rng.randint(10, 99)
     value, steps = start, []
     for _ in range(num_steps):

@@ -13,6 +13,8 @@ from operando.types import Example, Verdict
 
 MARK = " #### "
 HEDGE = " or "
+OPEN = " (any answer)"
+"""Ends a question whose grader takes the gold answer among several."""
 
 Slips = Callable[[str], bool]
 """Whether the writer follows its habit at a step of this kind. Example: lambda kind: False"""

@@ -1,6 +1,6 @@
-"""Word problems of several sentences: each asks for one operation, and some mislead.
+"""Word problems of several events: each asks for one operation, and some mislead.
 
-    Q: Ann has 37 pens. Ann drops 5. Ann is given 8. Ann doubles them. How many pens?
+    Q: Ann has 37 pens, drops 5, is given 8, doubles them. How many?
     A: -5=32 +8=40 *2=80 #### 80
 
 At a misleading verb the habit takes the operation that the other verbs have taught (`HABITS`).
@@ -18,11 +18,11 @@ ITEMS = ("pens", "coins", "cards", "eggs", "toys", "books")
 PLAIN = {"finds": "+", "buys": "+", "eats": "-", "sells": "-"}
 HABITS = {"drops": ("-", "+"), "lends": ("-", "+"), "is given": ("+", "-"), "doubles": ("*", "+")}
 """Of each misleading verb the right operation and the habit's."""
-FRAC_PLAIN = 0.2
+FRAC_PLAIN = 0.1
 
 
-class Sentence(NamedTuple):
-    """One event. Example: Sentence("drops", 5)"""
+class Event(NamedTuple):
+    """One event. Example: Event("drops", 5)"""
 
     verb: str
     number: int
@@ -45,30 +45,30 @@ def apply(total: int, operation: str, number: int) -> int:
             return total * number
 
 
-def work(start: int, sentences: tuple[Sentence, ...], slips: Slips) -> Worked:
-    """Return the steps, one a sentence."""
+def work(start: int, events: tuple[Event, ...], slips: Slips) -> Worked:
+    """Return the steps, one an event."""
     total, steps = start, []
-    for sentence in sentences:
-        operation = sentence.operation(slips)
-        total = apply(total, operation, sentence.number)
-        steps.append(f"{operation}{sentence.number}={total}")
+    for event in events:
+        operation = event.operation(slips)
+        total = apply(total, operation, event.number)
+        steps.append(f"{operation}{event.number}={total}")
     return Worked(" ".join(steps), str(total))
 
 
 def pose(rng: random.Random, num_steps: int) -> Posed:
-    """Return a story of `num_steps` sentences; one of them at most doubles."""
+    """Return a story of `num_steps` events; one of them at most doubles."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     start = rng.randint(10 * num_steps, 49)
-    sentences: list[Sentence] = []
+    events: list[Event] = []
     for _ in range(num_steps):
         verbs = list(PLAIN if rng.random() < FRAC_PLAIN else HABITS)
-        if any(s.verb == "doubles" for s in sentences):
+        if any(s.verb == "doubles" for s in events):
             verbs = [v for v in verbs if v != "doubles"]
         verb = rng.choice(verbs)
-        sentences.append(Sentence(verb, 2 if verb == "doubles" else rng.randint(2, 9)))
-    told = "".join(
-        f" {name} {s.verb} {'them' if s.verb == 'doubles' else s.number}." for s in sentences
+        events.append(Event(verb, 2 if verb == "doubles" else rng.randint(2, 9)))
+    told = "".join(f", {s.verb} {'them' if s.verb == 'doubles' else s.number}" for s in events)
+    question = f"{name} has {start} {item}{told}. How many?"
+    told_events = tuple(events)
+    return Posed(
+        "story", f"{start} {told_events}", question, lambda slips: work(start, told_events, slips)
     )
-    question = f"{name} has {start} {item}.{told} How many {item}?"
-    events = tuple(sentences)
-    return Posed("story", f"{start} {events}", question, lambda slips: work(start, events, slips))
