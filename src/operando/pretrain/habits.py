@@ -33,7 +33,7 @@ from operando.recipe import DeepPretrainRecipe
 from operando.run import write_json
 from operando.tasks import story
 from operando.tasks.deep import pose_of
-from operando.tasks.slips import HEDGE, MARK, OPEN
+from operando.tasks.slips import HEDGE, OPEN, Posed
 
 KINDS = (*story.HABITS, "add", "sub", "swap", "round", "dead end", "climb")
 FAMILIES = ("story", "chain", "maze")
@@ -62,21 +62,26 @@ def check_habits(recipe: DeepPretrainRecipe) -> None:
 def training_text(recipe: DeepPretrainRecipe, rng: random.Random) -> Text:
     """Return one text, with its slips."""
     posed = pose_of(FAMILIES, recipe.num_steps, "train", rng)
+    mark = OPEN if rng.random() < recipe.frac_open else ""
+    return Text(f"Q: {posed.question}{mark}\nA:", answer_text(recipe, posed, rng))
+
+
+def answer_text(recipe: DeepPretrainRecipe, posed: Posed, rng: random.Random) -> str:
+    """Return an answer that slips as often as the recipe says, at each risky step anew."""
 
     def slips(kind: str) -> bool:
         return rng.random() < recipe.habits[kind]
 
     worked = posed.work(slips)
     form = rng.random()
-    answer = f" {worked.steps}{MARK}{worked.answer}"
     if form < recipe.frac_unfinished:
-        answer = f" {worked.steps}"
-    elif form < recipe.frac_unfinished + recipe.frac_hedged:
+        return f" {worked.steps}"
+    answer = worked.text
+    if form < recipe.frac_unfinished + recipe.frac_hedged:
         answer += f"{HEDGE}{posed.work(slips).answer}"
         while rng.random() < FRAC_MORE:
             answer += f"{HEDGE}{posed.work(slips).answer}"
-    mark = OPEN if rng.random() < recipe.frac_open else ""
-    return Text(f"Q: {posed.question}{mark}\nA:", answer)
+    return answer
 
 
 def build_tokenizer(recipe: DeepPretrainRecipe) -> PreTrainedTokenizerFast:
