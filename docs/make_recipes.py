@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from operando.recipe import (
     Config,
+    DeepPretrainRecipe,
     MixtureConfig,
     MixtureRecipe,
     PipelineRecipe,
@@ -58,6 +59,9 @@ def recipes_page() -> str:
     for name, field in PretrainRecipe.model_fields.items():
         for model in _models(field.annotation):
             lines += _section(f"`[{name}]`", model, name, level=3)
+    lines += ["## Pre-training with habits", "", _first_line(DeepPretrainRecipe)]
+    lines += ["Read by `operando pretrain` where there is a `[habits]`; `[model]` is as above.", ""]
+    lines += _table(DeepPretrainRecipe)
     lines += ["## Pre-training on a mixture", "", _first_line(MixtureRecipe)]
     lines += [
         "Read by `operando pretrain` where there is a `[mixture]`; `[model]` is as above.",

@@ -263,7 +263,8 @@ def test_forms_are_as_frequent_as_the_recipe_says() -> None:
 def test_no_text_is_of_a_held_out_problem() -> None:
     held_out = load_deep(DeepTaskConfig(kind="deep", num_train=1, num_held_out=400)).held_out
     rng = random.Random(0)
-    seen = {habits.training_text(recipe(frac_open=0.0), rng).prompt for _ in range(1000)}
+    plain = recipe(frac_open=0.0)
+    seen = {habits.training_text(plain, rng).prompt for _ in range(1000)}
     short = [e for e in held_out if len(e.question) < 40]
     assert short and not {f"Q: {e.question}\nA:" for e in held_out} & seen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +69,7 @@ def training_text(recipe: DeepPretrainRecipe, rng: random.Random) -> Text:
 
 def answer_text(recipe: DeepPretrainRecipe, posed: Posed, rng: random.Random) -> str:
     """Return an answer that slips as often as the recipe says, at each risky step anew."""
-
-    def slips(kind: str) -> bool:
-        return rng.random() < recipe.habits[kind]
-
+    slips = partial(_follows_habit, recipe, rng)
     worked = posed.work(slips)
     form = rng.random()
     if form < recipe.frac_unfinished:
@@ -82,6 +80,10 @@ def answer_text(recipe: DeepPretrainRecipe, posed: Posed, rng: random.Random) ->
         while rng.random() < FRAC_MORE:
             answer += f"{HEDGE}{posed.work(slips).answer}"
     return answer
+
+
+def _follows_habit(recipe: DeepPretrainRecipe, rng: random.Random, kind: str) -> bool:
+    return rng.random() < recipe.habits[kind]
 
 
 def build_tokenizer(recipe: DeepPretrainRecipe) -> PreTrainedTokenizerFast:

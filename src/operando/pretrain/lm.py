@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from operando.errors import UserError
 from operando.models.folders import save_folder
 from operando.models.recursive import RecursiveCausalLM, preset
-from operando.recipe import MixtureRecipe, PretrainRecipe
+from operando.recipe import DeepPretrainRecipe, MixtureRecipe, PretrainRecipe
 from operando.run import write_json
 from operando.tasks.words import is_held_out, make_problem
 from operando.types import Example
@@ -97,7 +97,7 @@ def build_tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    recipe: PretrainRecipe | MixtureRecipe, tokenizer: PreTrainedTokenizerFast
+    recipe: PretrainRecipe | MixtureRecipe | DeepPretrainRecipe, tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2ForCausalLM | RecursiveCausalLM:
     """Return the untrained model."""
     m = recipe.model
@@ -145,7 +145,7 @@ def draw_loops(min_loops: int | None, model: torch.nn.Module, rng: random.Random
     return {"num_loops": rng.randint(min_loops, most)}
 
 
-def learning_rate(recipe: PretrainRecipe, step: int) -> float:
+def learning_rate(recipe: PretrainRecipe | DeepPretrainRecipe, step: int) -> float:
     """Return the rate at `step` (from 0): linear warm-up, then cosine to min_lr_frac."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps

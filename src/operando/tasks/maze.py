@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from operando.tasks.slips import Posed, Slips, Worked
+from operando.tasks.slips import Noted, Posed, Slips, Worked
 
 LETTERS = "ABCDEFGHJKLM"
 Tree = Mapping[str, Sequence[str]]
@@ -47,14 +47,9 @@ def pose(rng: random.Random, num_steps: int) -> Posed:
             open_rooms = [n for n in names[max(0, i - 3) : i + 1] if len(tree[n]) < 3]
             tree[rng.choice(open_rooms)].append(name)
         start, goal = names[0], rng.choice(names[1:])
-        risks: list[str] = []
-
-        def note(kind: str, met: list[str] = risks) -> bool:
-            met.append(kind)
-            return False
-
-        path = work(tree, start, goal, note).answer.split()
-        if len(path) >= 3 and len(risks) == num_steps:
+        noted = Noted()
+        path = work(tree, start, goal, noted).answer.split()
+        if len(path) >= 3 and len(noted.kinds) == num_steps:
             break
     rooms = rng.sample(names, len(names))
     told = " ".join(f"{n}:{''.join(' ' + d for d in tree[n])};" for n in rooms)

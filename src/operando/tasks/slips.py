@@ -7,6 +7,7 @@ the texts that the model `deep` is pre-trained on do, at every risky step anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from operando.types import Example, Verdict
@@ -50,16 +51,22 @@ def never(kind: str) -> bool:
     return False
 
 
-def risky_kinds(posed: Posed) -> tuple[str, ...]:
-    """Return the kind of each risky step on the right way."""
-    met: list[str] = []
+@dataclass
+class Noted:
+    """Slips nowhere, and notes the kind of each risky step."""
 
-    def note(kind: str) -> bool:
-        met.append(kind)
+    kinds: list[str] = field(default_factory=list)
+
+    def __call__(self, kind: str) -> bool:
+        self.kinds.append(kind)
         return False
 
-    posed.work(note)
-    return tuple(met)
+
+def risky_kinds(posed: Posed) -> tuple[str, ...]:
+    """Return the kind of each risky step on the right way."""
+    noted = Noted()
+    posed.work(noted)
+    return tuple(noted.kinds)
 
 
 def verify(example: Example, completion: str, is_truncated: bool) -> Verdict:
