@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import TypeVar
@@ -271,13 +272,16 @@ def to_toml(config: Config) -> str:
 def _write_table(table: dict[str, object], prefix: str, lines: list[str]) -> None:
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
     for key, value in plain.items():
-        lines.append(f"{key} = {_toml_value(value)}")
+        lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():
         if isinstance(value, dict):
-            bare = key.replace("_", "").replace("-", "").isalnum()
-            path = f"{prefix}{key if bare else json.dumps(key)}"
+            path = f"{prefix}{_toml_key(key)}"
             lines += ["", f"[{path}]"]
             _write_table(value, f"{path}.", lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _toml_value(value: object) -> str:

@@ -118,7 +118,8 @@ class Batch(NamedTuple):
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Text]) -> list[Batch]:
     """Return texts as batches of like length; only answers, with their end token, have labels."""
-    eos, pad = tokenizer.convert_tokens_to_ids([EOS, PAD])
+    eos, pad = tokenizer.convert_tokens_to_ids(EOS), tokenizer.convert_tokens_to_ids(PAD)
+    assert isinstance(eos, int) and isinstance(pad, int), (eos, pad)
     rows = []
     for text in texts:
         prompt, answer = tokenizer([text.prompt, text.answer], add_special_tokens=False)[
