@@ -70,7 +70,8 @@ def flips_by_step(folder: Path, num: int) -> dict[str, int]:
         family = str(prompt.example.columns["family"])
         for place, _ in forced:
             text = str(base.tokenizer.decode(list(answer.ids[:place])))
-            step = text.count("<" if family == "maze" else "=") + 1
+            # a story decides before the "=", a chain after it
+            step = text.count("<" if family == "maze" else "=") + (family != "chain")
             where[f"{family} {'answer' if '####' in text else step}"] += 1
     return dict(sorted(where.items()))
 
