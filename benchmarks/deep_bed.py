@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ def run_arm(arm: str, seed: int, runs: Path) -> tuple[Path, float]:
     folder = runs / recipe.name
     started = time.monotonic()
     if not (folder / "checkpoints").is_dir():
-        train(recipe, Run.create(recipe))
+        with closing(Run.create(recipe)) as run:
+            train(recipe, run)
     return folder, round(time.monotonic() - started, 1)
 
 
