@@ -344,6 +344,11 @@ def test_a_coin_does_not_look_at_what_is_right() -> None:
 # --- the model that ships ------------------------------------------------------------------------
 
 
+def test_the_recipe_still_makes_the_shipped_tokenizer() -> None:
+    shipped = load_tokenizer(str(EMBEDDED["deep"]))
+    assert habits.build_tokenizer(recipe()).get_vocab() == shipped.get_vocab()
+
+
 def test_the_shipped_tokenizer_holds_every_prompt_and_answer() -> None:
     tokenizer = load_tokenizer(str(EMBEDDED["deep"]))
     texts = [f"Q: {p.question}{OPEN}\nA:{p.work(always).text} or 12" for p in problems(200)]

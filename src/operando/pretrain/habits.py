@@ -63,8 +63,9 @@ def check_habits(recipe: DeepPretrainRecipe) -> None:
 def training_text(recipe: DeepPretrainRecipe, rng: random.Random) -> Text:
     """Return one text, with its slips."""
     posed = pose_of(FAMILIES, recipe.num_steps, "train", rng)
+    answer = answer_text(recipe, posed, rng)
     mark = OPEN if rng.random() < recipe.frac_open else ""
-    return Text(f"Q: {posed.question}{mark}\nA:", answer_text(recipe, posed, rng))
+    return Text(f"Q: {posed.question}{mark}\nA:", answer)
 
 
 def answer_text(recipe: DeepPretrainRecipe, posed: Posed, rng: random.Random) -> str:
