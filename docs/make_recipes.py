@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from operando.recipe.base import Config
+from operando.recipe.deep import DeepPretrainRecipe
 from operando.recipe.mixture import MixtureConfig, MixtureRecipe, SftRecipe
 from operando.recipe.pipeline import PipelineRecipe
 from operando.recipe.pretrain import PretrainRecipe
@@ -53,6 +54,9 @@ def recipes_page() -> str:
     for name, field in PretrainRecipe.model_fields.items():
         for model in _models(field.annotation):
             lines += _section(f"`[{name}]`", model, name, level=3)
+    lines += ["## Pre-training with habits", "", _first_line(DeepPretrainRecipe)]
+    lines += ["Read by `operando pretrain` where there is a `[habits]`; `[model]` is as above.", ""]
+    lines += _table(DeepPretrainRecipe)
     lines += ["## Pre-training on a mixture", "", _first_line(MixtureRecipe)]
     lines += [
         "Read by `operando pretrain` where there is a `[mixture]`; `[model]` is as above.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from operando.errors import UserError, nearest
 from operando.files import brief, is_file, parser_said, read_text
 from operando.recipe.base import Config
+from operando.recipe.deep import DeepPretrainRecipe
 from operando.recipe.mixture import MixtureRecipe, SftRecipe
 from operando.recipe.pipeline import PipelineRecipe
 from operando.recipe.pretrain import PretrainRecipe
@@ -114,12 +116,13 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def load_pretrain_recipe(
     name: str, overrides: tuple[str, ...] = ()
-) -> PretrainRecipe | MixtureRecipe:
-    """Return the checked pre-training recipe of a file (or shipped name); with a [mixture] or not.
-
-    An override can't turn one into the other."""
-    has_mixture = "mixture" in read_toml(recipe_file(name))
-    return _load(MixtureRecipe if has_mixture else PretrainRecipe, name, overrides)
+) -> PretrainRecipe | MixtureRecipe | DeepPretrainRecipe:
+    """Return the checked pre-training recipe of a file (or shipped name): with a [mixture], with
+    [habits], or with neither. An override can't turn one into the other."""
+    tables = read_toml(recipe_file(name))
+    if "habits" in tables:
+        return _load(DeepPretrainRecipe, name, overrides)
+    return _load(MixtureRecipe if "mixture" in tables else PretrainRecipe, name, overrides)
 
 
 def load_sft_recipe(name: str, overrides: tuple[str, ...] = ()) -> SftRecipe:
@@ -266,13 +269,16 @@ def to_toml(config: Config) -> str:
 def _write_table(table: dict[str, object], prefix: str, lines: list[str]) -> None:
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
     for key, value in plain.items():
-        lines.append(f"{key} = {_toml_value(value)}")
+        lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():
         if isinstance(value, dict):
-            bare = key.replace("_", "").replace("-", "").isalnum()
-            path = f"{prefix}{key if bare else json.dumps(key)}"
+            path = f"{prefix}{_toml_key(key)}"
             lines += ["", f"[{path}]"]
             _write_table(value, f"{path}.", lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _toml_value(value: object) -> str:

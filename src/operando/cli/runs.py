@@ -161,15 +161,17 @@ def pretrain(
         False
     ),
 ) -> None:
-    """Train a small language model from nothing, on word problems or on a mixture of sources."""
+    """Train a small language model from nothing: word problems, habits, or a mixture of sources."""
     from operando.recipe_io import load_pretrain_recipe
 
     checked = load_pretrain_recipe(recipe, tuple(overrides or ()))
 
     from operando.display import PretrainDisplay, make_console
     from operando.launch import quieten_libraries
+    from operando.pretrain.habits import pretrain_habits
     from operando.pretrain.lm import pretrain as run_pretraining
     from operando.pretrain.mixture import num_steps, pretrain_mixture
+    from operando.recipe.deep import DeepPretrainRecipe
     from operando.recipe.mixture import MixtureRecipe
 
     quieten_libraries()
@@ -181,7 +183,10 @@ def pretrain(
         raise UserError(f"--resume: {recipe} has no [mixture]; such a training saves no state")
     else:
         with PretrainDisplay(make_console(), checked.steps) as display:
-            folder = run_pretraining(checked, display.show)
+            if isinstance(checked, DeepPretrainRecipe):
+                folder = pretrain_habits(checked, display.show)
+            else:
+                folder = run_pretraining(checked, display.show)
     print(folder)
 
 

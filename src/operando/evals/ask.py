@@ -8,6 +8,7 @@ for model in open_each([base, trained]):
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,6 +225,20 @@ def problem_means(answers: Sequence[Answer]) -> list[float]:
     correct = [one.verdict.correct for one in answers]
     groups = [correct[i : i + samples] for i in range(0, len(correct), samples)]
     return [sum(group) / samples for group in groups]
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k from `right` right ones of n (2107.03374):
+    1 - C(n - right, k) / C(n, k). Example: pass_at(4, 1, 2) == 0.5"""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def pass_curve(answers: Sequence[Answer]) -> dict[int, float]:
+    """Return the mean pass@k over problems for k = 1, 2, 4, ... up to the samples drawn."""
+    samples = 1 + max(one.rollout.sample for one in answers)
+    right = [round(share * samples) for share in problem_means(answers)]
+    ks = [2**i for i in range(samples.bit_length())]
+    return {k: sum(pass_at(samples, c, k) for c in right) / len(right) for k in ks}
 
 
 # --- lengths and prompts -------------------------------------------------------------------------

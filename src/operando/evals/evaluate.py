@@ -31,6 +31,7 @@ from operando.evals.ask import (
     day_of,
     is_run,
     open_each,
+    pass_curve,
     problem_means,
 )
 from operando.evals.questions import ASKABLE, FORMATS, GRADERS, EvalConfig, make_questions
@@ -46,12 +47,14 @@ from operando.tasks.loops import find_loop
 @dataclass(frozen=True)
 class Shares:
     """Means over a model's answers. `labels` has, for each label of the task, the share of answers
-    with it and how many of those are right (NaN: there are none); `measures` the task's means."""
+    with it and how many of those are right (NaN: there are none); `measures` the task's means.
+    `pass_at` is pass@k by k; of greedy answers only k = 1."""
 
     n: int
     right: Interval
     labels: Mapping[str, tuple[float, float]]
     measures: Mapping[str, float]
+    pass_at: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,9 @@ def _shares(question: Question, answers: Sequence[Answer], seed: int) -> Shares:
     if question.task.measures is not None:
         found = [question.task.measures(one.example, one.text) for one in answers]
         measures = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-    return Shares(len({one.example.id for one in answers}), right, labels, measures)
+    return Shares(
+        len({one.example.id for one in answers}), right, labels, measures, pass_curve(answers)
+    )
 
 
 # --- what the terminal shows ---------------------------------------------------------------------
@@ -301,7 +306,13 @@ def evaluation_tables(result: Evaluation) -> Group:
             if row.change is not None:
                 lines.append(f"{task}, {row.model} minus {rows[0].model}: {_said(row.change)}")
     all_tasks = table("", ("", "n", "right", "95 %", "cut", "loop", "tokens"), cells)
-    tables = [_by_size([row for row in result.rows if row.task == task]) for task in _sized(result)]
+    tables = []
+    for task in dict.fromkeys(row.task for row in result.rows):
+        rows = [row for row in result.rows if row.task == task]
+        if rows[0].samples > 1:
+            tables.append(_pass_at(rows))
+        if _has_parts(rows):
+            tables.append(_by_size(rows))
     return Group(all_tasks, *lines, *tables)
 
 
@@ -313,8 +324,16 @@ def _said(change: Change) -> str:
     return f"{words}, {p}; {change.gained} gained, {change.lost} lost"
 
 
-def _sized(result: Evaluation) -> list[str]:
-    return list(dict.fromkeys(row.task for row in result.rows if len(row.by_size) > 1))
+def _pass_at(rows: Sequence[Row]) -> TextTable:
+    """Return one task's pass@k."""
+    cells = [[row.model, *(f"{v:.1%}" for v in row.all.pass_at.values())] for row in rows]
+    return table(f"{rows[0].task}, pass@k", ("", *map(str, rows[0].all.pass_at)), cells)
+
+
+def _has_parts(rows: Sequence[Row]) -> bool:
+    """Return whether a task has sizes, measures, or labels that an answer has."""
+    labelled = any(share > 0 for row in rows for share, _ in row.all.labels.values())
+    return labelled or bool(rows[0].all.measures) or len(rows[0].by_size) > 1
 
 
 def _by_size(rows: Sequence[Row]) -> TextTable:
@@ -322,7 +341,8 @@ def _by_size(rows: Sequence[Row]) -> TextTable:
     cells: list[Sequence[str]] = []
     for row in rows:
         cells.append([row.model])
-        for size, s in row.by_size.items():
+        parts = {str(size): s for size, s in row.by_size.items()}
+        for size, s in ((parts if len(parts) > 1 else {}) | {"all": row.all}).items():
             marked = [
                 f"{share:.0%}" + ("" if right != right else f", {right:.0%} right")
                 for share, right in s.labels.values()

@@ -163,10 +163,10 @@ def _sha256_of(folder: Path) -> str | None:
 
 
 def _import(file: Path, name: str, sha256: str, source: str) -> Path:
-    if not NAME.fullmatch(name) or name == "starter":
+    if not NAME.fullmatch(name) or name in ("starter", "deep"):
         raise UserError(
             f"model name {name!r}: expected lower-case letters, digits, '.', '_' and '-', and not "
-            "'starter', which ships with operando; give another with --name"
+            "'starter' or 'deep', which ship with operando; give another with --name"
         )
     folder = cache_folder() / "models" / name
     if folder.exists():

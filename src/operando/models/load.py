@@ -37,7 +37,8 @@ MERGE = (
     ".save_pretrained(NEW_FOLDER)"
 )
 
-STARTER = Path(__file__).parent / "starter"
+STARTER, DEEP = (Path(__file__).parent / name for name in ("starter", "deep"))
+EMBEDDED = {"starter": STARTER, "deep": DEEP}
 
 
 class Loaded(NamedTuple):
@@ -59,8 +60,8 @@ class Opened(NamedTuple):
 
 def resolve(model_id: str) -> str:
     """Return the folder or hub id that a model id means."""
-    if model_id == "starter":
-        return str(STARTER)
+    if model_id in EMBEDDED:
+        return str(EMBEDDED[model_id])
     if model_id in imported_models():
         return str(cache_folder() / "models" / model_id)
     if model_id.endswith(".gguf"):
@@ -82,11 +83,11 @@ def resolve(model_id: str) -> str:
             )
         return model_id
     if "/" not in model_id or model_id.startswith((".", "/")):
-        known = ["starter", *imported_models(), "smollm2"]
+        known = [*EMBEDDED, *imported_models(), "smollm2"]
         todo = " Run `operando import smollm2` first." if model_id == "smollm2" else ""
         raise UserError(
             f"model.id = {model_id!r} is neither a folder, an imported model nor a hub id."
-            f"{todo or nearest(model_id, known)} Here: starter, "
+            f"{todo or nearest(model_id, known)} Here: {', '.join(EMBEDDED)}, "
             f"{', '.join(imported_models()) or 'nothing imported'}"
         )
     return model_id

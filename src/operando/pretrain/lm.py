@@ -31,6 +31,7 @@ from operando.pretrain.fit import (
     rate_at,
     take_step,
 )
+from operando.recipe.deep import DeepPretrainRecipe
 from operando.recipe.mixture import MixtureRecipe
 from operando.recipe.pretrain import PretrainRecipe
 from operando.run import write_json
@@ -103,7 +104,7 @@ def train_bpe(
 
 
 def build_model(
-    recipe: PretrainRecipe | MixtureRecipe, tokenizer: PreTrainedTokenizerFast
+    recipe: PretrainRecipe | MixtureRecipe | DeepPretrainRecipe, tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2ForCausalLM | RecursiveCausalLM:
     """Return the untrained model."""
     m = recipe.model

@@ -25,7 +25,7 @@ class LoraConfig(Config):
 
 class ModelConfig(Config):
     id: Annotated[str, Field(min_length=1)] = "starter"
-    """"starter" (ships in the package), a name made by `operando import`, a local folder, a GGUF
+    """"starter" or "deep" (in the package), a name made by `operando import`, a folder, a GGUF
     file, or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub id; absent means the hub's main."""

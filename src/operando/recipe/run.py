@@ -21,6 +21,7 @@ from operando.recipe.data import (
     RolloutConfig,
     WordsTaskConfig,
 )
+from operando.recipe.deep import DeepTaskConfig
 from operando.recipe.projection import (
     InterventionConfig,
     ProjectionConfig,
@@ -49,7 +50,8 @@ TaskConfig = Annotated[
     | CanaryTaskConfig
     | CodeTaskConfig
     | ClrsTaskConfig
-    | GraphSearchTaskConfig,
+    | GraphSearchTaskConfig
+    | DeepTaskConfig,
     Field(discriminator="kind"),
 ]
 

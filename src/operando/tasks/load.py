@@ -17,11 +17,13 @@ from operando.recipe.data import (
     MmluTaskConfig,
     WordsTaskConfig,
 )
+from operando.recipe.deep import DeepTaskConfig
 from operando.recipe.run import TaskConfig
 from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
 from operando.tasks.clrs import load_clrs
 from operando.tasks.code import load_code
+from operando.tasks.deep import load_deep
 from operando.tasks.graph_search import load_graph_search
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
@@ -63,6 +65,8 @@ def load_task(config: TaskConfig, prefix: str = "task.", *, to_train: bool = Tru
             task = load_graph_search(config)
         case CodeTaskConfig():
             task = load_code(config)
+        case DeepTaskConfig():
+            task = load_deep(config)
         case CanaryTaskConfig(family=family):
             return load_canary(family=family)
     for split, examples in (("train", task.train), ("held-out", task.held_out)):

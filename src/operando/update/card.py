@@ -5,7 +5,7 @@ It holds what is known at that moment; `operando report` rewrites it with the ev
 
 from __future__ import annotations
 
-from operando.models.load import auto_class
+from operando.models.load import EMBEDDED, auto_class
 from operando.models.policy import Policy
 from operando.models.recursive import RecursiveCausalLM
 from operando.recipe.run import Recipe
@@ -18,8 +18,8 @@ def draft_card(recipe: Recipe, step: int, policy: Policy) -> str:
     count = sum(p.numel() for p in policy.trainable().values())
     layers = f"{policy.layers[0]}-{policy.layers[-1]}" if policy.layers else "none"
     library = "peft" if lora is not None else "transformers"
-    own = recipe.model.id == "starter"
-    name = "operando.models.load.STARTER" if own else f'"{recipe.model.id}"'
+    own = recipe.model.id in EMBEDDED
+    name = f"operando.models.load.{recipe.model.id.upper()}" if own else f'"{recipe.model.id}"'
     auto = auto_class(policy.base.config).__name__
     base = f"{auto}.from_pretrained({name})"
     load = (
