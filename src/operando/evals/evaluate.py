@@ -275,9 +275,8 @@ def _shares(question: Question, answers: Sequence[Answer], seed: int) -> Shares:
     if question.task.measures is not None:
         found = [question.task.measures(one.example, one.text) for one in answers]
         measures = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-    return Shares(
-        len({one.example.id for one in answers}), right, labels, measures, pass_curve(answers)
-    )
+    n = len({one.example.id for one in answers})
+    return Shares(n, right, labels, measures, pass_curve(answers))
 
 
 # --- what the terminal shows ---------------------------------------------------------------------
@@ -327,7 +326,7 @@ def _said(change: Change) -> str:
 def _pass_at(rows: Sequence[Row]) -> TextTable:
     """Return one task's pass@k."""
     cells = [[row.model, *(f"{v:.1%}" for v in row.all.pass_at.values())] for row in rows]
-    return table(f"{rows[0].task}, pass@k", ("", *map(str, rows[0].all.pass_at)), cells)
+    return table(f"\n{rows[0].task}, pass@k", ("", *map(str, rows[0].all.pass_at)), cells)
 
 
 def _has_parts(rows: Sequence[Row]) -> bool:
@@ -358,4 +357,4 @@ def _by_size(rows: Sequence[Row]) -> TextTable:
                 )
             )
     heads = ("", "n", "right", "95 %", *rows[0].all.measures, *rows[0].all.labels)
-    return table(f"\n{rows[0].task} by size", heads, cells)
+    return table(f"\n{rows[0].task}", heads, cells)

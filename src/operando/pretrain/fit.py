@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from operando.errors import UserError
 from operando.models.recursive import RecursiveCausalLM
+from operando.recipe.deep import DeepPretrainRecipe
 from operando.recipe.mixture import MixtureRecipe, SftRecipe
 from operando.recipe.pretrain import PretrainRecipe
 from operando.run import atomic_path, differences
@@ -58,7 +59,7 @@ class Fitted(NamedTuple):
     steps: int
 
 
-def rate_at(recipe: Trained, steps: int, step: int) -> float:
+def rate_at(recipe: Trained | DeepPretrainRecipe, steps: int, step: int) -> float:
     """Return the learning rate at `step` (from 0): linear warm-up, then cosine to min_lr_frac."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
