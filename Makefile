@@ -13,8 +13,10 @@ demo: $(VENV)/installed
 hack-demo: $(VENV)/installed
 	$(BIN)/operando demo --hack
 
+# On two cores; then, one by one, the tests that count processes or seconds.
 test: $(VENV)/installed check
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile -m "not alone"
+	$(PYTEST) -m alone
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

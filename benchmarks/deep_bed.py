@@ -14,23 +14,23 @@ import argparse
 import json
 import time
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
+
+from rich.console import Console
 
 from operando.evals.depth import measure_depth
 from operando.evals.evaluate import evaluate
 from operando.evals.forced import Edit, Pair
 from operando.evals.questions import EvalConfig
-from operando.launch import quieten_libraries
+from operando.launch import launch, quieten_libraries
 from operando.models.load import load_model
 from operando.models.policy import Policy
 from operando.recipe_io import load_recipe
 from operando.rollout.sampler import Sampling
-from operando.run import Run, SeedTree, write_json
+from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets
 from operando.tasks.load import load_task
-from operando.train import train
 from operando.update.checkpoint import load_weights
 
 ARMS = ("deep", "deep_format", "deep_random", "deep_majority", "deep_hack")
@@ -44,9 +44,8 @@ def run_arm(arm: str, seed: int, runs: Path) -> tuple[Path, float]:
     recipe = load_recipe(arm, (f"seed={seed}", f"name={arm}_{seed}", f"runs_dir={runs}"))
     folder = runs / recipe.name
     started = time.monotonic()
-    if not (folder / "checkpoints").is_dir():
-        with closing(Run.create(recipe)) as run:
-            train(recipe, run)
+    if not (folder / "results.json").is_file():
+        launch(Console(quiet=True), recipe, resume=folder.is_dir())
     return folder, round(time.monotonic() - started, 1)
 
 

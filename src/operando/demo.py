@@ -1,4 +1,4 @@
-"""`operando demo`: the starter model learns; `operando demo --hack`: it learns to cheat."""
+"""`operando demo`: a small model learns to reason; `operando demo --hack`: one learns to cheat."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from operando.tables import limits, read_parquet, table
 
 
 def learning_demo(console: Console, seed: int, runs_dir: str) -> Path:
-    """Train the demo recipe, show what changed, return the report's path."""
-    folder = _run(console, load_recipe("demo"), seed, runs_dir)
+    """Train the recipe `deep`, show what changed, return the report's path."""
+    folder = _run(console, load_recipe("deep"), seed, runs_dir)
     show_change(console, folder)
     show_siblings(console, folder)
     show_findings(console, folder)

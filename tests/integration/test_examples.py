@@ -17,6 +17,7 @@ from operando import Recipe, Run, train
 from operando.run_folder import read_metrics
 from operando.sae.formats import save_sae
 from operando.sae.sae import SAE
+from tests.integration.runs import tiny, trained
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SITE = "blocks.4.hook_resid_post"
@@ -48,7 +49,13 @@ def run_example(name: str, folder: Path, *arguments: str) -> list[str]:
 def test_every_example_is_tried() -> None:
     names = {file.stem for file in EXAMPLES.glob("*.py")}
     elsewhere = {"trl_reward"}  # tests/unit/test_docs.py
-    assert names - elsewhere == {"loop", "own_reward", "read_activations", "load_chain"}
+    assert names - elsewhere == {
+        "compare_checkpoints",
+        "load_chain",
+        "loop",
+        "own_reward",
+        "read_activations",
+    }
 
 
 def test_the_loop_on_one_page_is_the_loop(
@@ -120,3 +127,9 @@ def sae(W_dec_MD: torch.Tensor) -> SAE:
     M, D = W_dec_MD.shape
     zero_D = torch.zeros(D)
     return SAE(W_dec_MD.clone(), torch.zeros(M), W_dec_MD, zero_D, zero_D, "topk", k=2)
+
+
+def test_checkpoints_are_compared(tmp_path: Path) -> None:
+    run = trained(tiny(tmp_path, "steps=2", "optim.lr=0.05", "optim.warmup_steps=0"))
+    lines = run_example("compare_checkpoints", tmp_path, str(run))
+    assert " gained, " in lines[0] and all(line.startswith("lost: ") for line in lines[1:])

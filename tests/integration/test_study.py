@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start_new_session=True,
     )
     second = where / "runs/small/small-trained-s1/checkpoints/step_00001/resume/state.pt"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not second.is_file() and time.monotonic() < until and going.poll() is None:
         time.sleep(0.01)
     os.killpg(going.pid, signal.SIGKILL)

@@ -21,6 +21,8 @@ from operando.tasks.code_labels import CodeGrade, CodeTest, Problem, grade_all
 from operando.tasks.sandbox import Job, Limits, Outcome, Reply, Request, run_many, run_python
 from operando.tasks.sandbox_child import encode
 
+pytestmark = pytest.mark.alone
+
 FAST = Limits(seconds=2, memory_mb=512)
 GOOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
 BAD = "class Solution:\n    def add(self, a, b):\n        return -7\n"

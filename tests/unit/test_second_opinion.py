@@ -57,8 +57,9 @@ def test_newcombes_interval_where_the_pairs_are_not_correlated(
     assert paired_difference(before, after).difference[1:] == pytest.approx(theirs, **close)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_adjusted_p_values(p_values: list[float]) -> None:
+@given(seeds, st.integers(1, 12), st.integers(1, 4))
+def test_adjusted_p_values(seed: int, num: int, digits: int) -> None:
+    p_values = np.random.default_rng(seed).uniform(0, 1, num).round(digits).tolist()  # with ties
     named = {str(place): p for place, p in enumerate(p_values)}
     theirs = multipletests(p_values, method="holm")[1]
     assert list(holm(named).values()) == pytest.approx(theirs.tolist(), **close)

@@ -123,7 +123,10 @@ def load_weights(run_folder: Path, step: int, policy: Policy) -> None:
     """
     folder = checkpoint_folder(run_folder, step)
     saved: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no weights (*.safetensors)")
+    for file in files:
         try:
             saved |= load_file(file)
         except SafetensorError as error:
