@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -57,6 +57,7 @@ def test_newcombes_interval_where_the_pairs_are_not_correlated(
     assert paired_difference(before, after).difference[1:] == pytest.approx(theirs, **close)
 
 
+@settings(max_examples=25)  # a tenth of a second each, in statsmodels
 @given(seeds, st.integers(1, 12), st.integers(1, 4))
 def test_adjusted_p_values(seed: int, num: int, digits: int) -> None:
     p_values = np.random.default_rng(seed).uniform(0, 1, num).round(digits).tolist()  # with ties
