@@ -24,6 +24,7 @@ from operando.models.layers import parse_layer_set
 from operando.models.load import (
     Loaded,
     auto_class,
+    bfloat16_slowdown,
     load_model,
     open_model,
     opened_of,
@@ -178,7 +179,8 @@ def set_up(
             sampler=sampler.name,
             float32_products=precision_of(recipe.model, policy.device),
         )
-        for warning in [*small, *checks.check_machine()]:
+        slow = _slow_dtype(recipe, device)
+        for warning in [*small, *slow, *checks.check_machine()]:
             run.warn(warning)
         if unstarted := missing_start(recipe.prompt, loaded.tokenizer, start_of(run.folder)):
             run.warn(unstarted)
@@ -331,6 +333,20 @@ def begin_step(setup: Setup, step: int) -> None:
     """Do what is due before a step: directions that follow the policy."""
     if setup.projector is not None:
         setup.projector.begin_step(step, save=parallel.rank() == 0)
+
+
+def _slow_dtype(recipe: Recipe, device: torch.device) -> list[str]:
+    """Return a warning if this processor multiplies the recipe's bfloat16 slower than float32."""
+    if recipe.model.dtype != "bfloat16" or device.type != "cpu":
+        return []
+    times = bfloat16_slowdown()
+    if times < 1.5:
+        return []
+    return [
+        f'model.dtype = "bfloat16": a product takes {times:.1f} times as long as in float32 on '
+        'this processor, which lacks the instructions; model.dtype = "float32" is faster and needs '
+        "twice the memory for the frozen weights"
+    ]
 
 
 def make_prompt_sets(

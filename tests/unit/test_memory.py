@@ -29,6 +29,7 @@ from operando.models.policy import recomputed_blocks
 from operando.recipe.data import ModelConfig
 from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, shipped_recipes
 from operando.run import SeedTree, read_manifest
+from operando.setup import _slow_dtype
 
 CUDA = torch.device("cuda:0")
 
@@ -263,3 +264,14 @@ def test_tf32_is_asked_for_and_ends_with_the_run():
         assert torch.get_float32_matmul_precision() == before
     with float32_products(ModelConfig(tf32=True), torch.device("cpu")):
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_slow_bfloat16_is_said_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, half = (load_recipe("demo", (f'model.dtype="{d}"',)) for d in ("float32", "bfloat16"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for times, count in ((9.0, 1), (1.0, 0)):
+        monkeypatch.setattr(setup, "bfloat16_slowdown", lambda times=times: times)
+        assert [len(_slow_dtype(half, cpu)), len(_slow_dtype(whole, cpu))] == [count, 0]
+        assert _slow_dtype(half, cuda) == []
+    monkeypatch.undo()
+    assert 0.05 < setup.bfloat16_slowdown() < 100
