@@ -9,13 +9,12 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from operando.models.freeze import Certificate
 from operando.pretrain.fit import PretrainProgress
 from operando.setup import StepReport
-from operando.tables import TextTable, table
+from operando.tables import TextTable, progress_bar, table
 from operando.text import shown
 
 SHOWN = (
@@ -40,15 +39,7 @@ def make_console() -> Console:
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """Give a callable (done, of) that shows a bar with rate and time left; quiet off a terminal."""
-    columns = (
-        TextColumn("{task.description} {task.completed}/{task.total}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
@@ -64,15 +55,7 @@ class RunDisplay:
         self.held_out: list[tuple[int, float]] = []
         self.sample = ""
         self.started = time.monotonic()
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
+        self.progress = progress_bar(console, "step {task.completed}/{task.total}")
         self.task = self.progress.add_task("train", total=steps)
         self.live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -141,9 +124,7 @@ class PretrainDisplay:
     def __init__(self, console: Console, steps: int, verb: str = "pre-training") -> None:
         self.console = console
         self.first: tuple[int, float] | None = None
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
-        )
+        self.progress = progress_bar(console, "{task.description}")
         self.task = self.progress.add_task(verb, total=steps)
 
     def __enter__(self) -> PretrainDisplay:
@@ -172,15 +153,7 @@ class StageDisplay:
     def __init__(self, console: Console) -> None:
         self.console, self.stage = console, ""
         self.started = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description} {task.completed}/{task.total}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
+        self.progress = progress_bar(console)
         self.task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> StageDisplay:
@@ -210,15 +183,7 @@ class StudyDisplay:
         self.console, self.verb, self.total = console, verb, total
         self.done = self.skipped = total - left
         self.started = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
+        self.progress = progress_bar(console, "{task.description}")
         self.task = self.progress.add_task(self._text(), total=total, completed=self.done)
 
     def __enter__(self) -> StudyDisplay:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from operando.errors import UserError
@@ -167,3 +168,19 @@ def _shrunk(most: Sequence[int], least: Sequence[int], room: int) -> list[int]:
         column = max(range(len(widths)), key=lambda c: widths[c] - least[c])
         widths[column] -= 1
     return widths
+
+
+def progress_bar(
+    console: Console, text: str = "{task.description} {task.completed}/{task.total}"
+) -> Progress:
+    """Return a bar with the time gone and left; off a terminal it shows nothing."""
+    return Progress(
+        TextColumn(text),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    )

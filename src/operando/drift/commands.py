@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig
 
 from operando.drift.chain import chain_config, check_settings, train_chains, training_table
@@ -23,6 +22,7 @@ from operando.recipe.run import Recipe
 from operando.run_folder import read_recipe
 from operando.sae.formats import load_sae
 from operando.sae.sae import SAE, check_fits
+from operando.tables import progress_bar
 
 WRITERS = ("base", "last", "both")
 CHOICES = {
@@ -64,7 +64,7 @@ def train_run_saes(
     sites, seeds = list(configs), range(num_seeds)
     check_settings(run, configs, stages_of(run), seeds)
     texts = choose_texts(run, writer, tokens)  # pyright: ignore[reportArgumentType]
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         reading = progress.add_task("activations", total=None)
         stages = collect(
             run, sites, texts, lambda n, of: progress.update(reading, completed=n, total=of)
@@ -95,7 +95,7 @@ def show_drift(console: Console, run: Path) -> Path:
 def show_frozen(console: Console, run: Path, path: Path, site: str | None) -> Path:
     """Print and write what every stage does with one SAE; return the JSON file."""
     sae, site = _fitting_sae(read_recipe(run), path, site)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         reading = progress.add_task("activations", total=None)
         report = frozen_report(
             run, sae, path, site, lambda n, of: progress.update(reading, completed=n, total=of)
@@ -142,16 +142,3 @@ def _one_of(option: str, given: str, known: Sequence[str]) -> str:
             f"{option} {given!r}: expected one of {', '.join(known)}.{nearest(given, known)}"
         )
     return given
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description} {task.completed}/{task.total}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-    )
