@@ -29,8 +29,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from operando.launch import quieten_libraries
 from operando.models.load import STARTER, Loaded, load_model
-from operando.models.policy import Policy, flat_rows
+from operando.models.policy import Policy
 from operando.models.prefix import Prefix
+from operando.models.scoring import flat_rows
 from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.types import Batch, Example, Prompt, Rollout, make_batch

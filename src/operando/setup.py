@@ -33,7 +33,8 @@ from operando.models.load import (
     stop_ids,
 )
 from operando.models.memory import Memory, available, check_memory, estimate, small_machine
-from operando.models.policy import Policy, Tap, whole_site
+from operando.models.policy import Policy
+from operando.models.scoring import Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
 from operando.recipe.projection import SuppressIntervention

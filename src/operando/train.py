@@ -16,8 +16,9 @@ from operando import parallel
 from operando.integrations.tracking import Tracker, open_tracker
 from operando.models.directions import DirectionSet
 from operando.models.load import Loaded, float32_products
-from operando.models.policy import Policy, Scoring, flat_rows
+from operando.models.policy import Policy
 from operando.models.prefix import Prefix
+from operando.models.scoring import Scoring, flat_rows
 from operando.recipe.run import Recipe, TrackingConfig
 from operando.records import (
     Clock,

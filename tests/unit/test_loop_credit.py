@@ -10,8 +10,9 @@ from torch import Tensor
 
 from operando.errors import UserError
 from operando.models.load import Loaded
-from operando.models.policy import Policy, Scored, flat_rows, whole_site
+from operando.models.policy import Policy
 from operando.models.recursive.credit import composite, loop_weights
+from operando.models.scoring import Scored, flat_rows, whole_site
 from operando.recipe.data import LoraConfig, ModelConfig
 from operando.recipe.run import Recipe
 from operando.recipe_io import check

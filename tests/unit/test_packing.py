@@ -10,7 +10,8 @@ from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded
 from operando.models.logprobs import HeadConfig, token_logps
 from operando.models.packing import pack_rows, plan_micro_batches, plan_packs
-from operando.models.policy import Policy, flat_rows, whole_site
+from operando.models.policy import Policy
+from operando.models.scoring import flat_rows, whole_site
 from operando.recipe.data import LoraConfig, ModelConfig
 from operando.run import SeedTree
 from operando.update.checks import check_padding

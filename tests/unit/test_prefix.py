@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operando.models.policy import Policy, Scored, flat_rows, whole_site
+from operando.models.policy import Policy
 from operando.models.prefix import Prefix
+from operando.models.scoring import Scored, flat_rows, whole_site
 from operando.rollout.engine import Engine
 from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree

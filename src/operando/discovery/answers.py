@@ -13,7 +13,8 @@ from torch import Tensor
 from operando.errors import UserError
 from operando.models.hooks import ActivationReader
 from operando.models.load import Loaded, pad_id, stop_ids
-from operando.models.policy import Policy, whole_site
+from operando.models.policy import Policy
+from operando.models.scoring import whole_site
 from operando.recipe.run import Recipe
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler

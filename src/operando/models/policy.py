@@ -7,11 +7,10 @@ copy. Everything here runs with dropout at 0, and positions are always passed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,50 +34,10 @@ from operando.models.packing import Pack, Packed, pack_rows, plan_micro_batches
 from operando.models.prefix import Prefix, starting_at
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.credit import LoopCredit, composite, hidden_by_loop, loop_weights
+from operando.models.scoring import Said, Scored, Scoring, Tap, flat_rows
 from operando.recipe.data import ModelConfig
 from operando.run import SeedTree
-from operando.types import Batch, Trace
-
-
-class Scored(NamedTuple):
-    """Log-probs, entropy and values (None without a value head) of some rows, differentiable.
-
-    `credit_BT`, with credit by loop, is what the ratio is of in place of the log-probs.
-    """
-
-    logp_BT: Float[Tensor, "B T"]
-    entropy_BT: Float[Tensor, "B T"]
-    value_BT: Float[Tensor, "B T"] | None
-    credit_BT: Float[Tensor, "B T"] | None = None
-
-
-class Scoring(NamedTuple):
-    """A scoring pass: the trace, and what of it the update can use again.
-
-    `graph` is the autograd graph of the whole batch where it was kept, `prefix` the hidden states
-    below the first trained block where there is something frozen below.
-    """
-
-    trace: Trace
-    graph: Scored | None
-    prefix: Prefix | None
-
-
-class Tap(NamedTuple):
-    """What is read inside the model at the completion tokens: a site, and what is kept of it.
-
-    `read` turns the activations of N tokens [N D] into what is kept of them [N F].
-
-    Example: Tap("blocks.3.hook_resid_post", lambda x_ND: x_ND[:, :1])
-    """
-
-    site: str
-    read: Callable[[Tensor], Tensor]
-
-
-def whole_site(site: str) -> Tap:
-    """Return a tap that keeps the activations of a site as they are."""
-    return Tap(site, lambda x_ND: x_ND)
+from operando.types import Batch
 
 
 class Policy:
@@ -237,22 +196,16 @@ class Policy:
         spares the blocks below the first trained one. `taps` are read in a whole forward, in the
         policy and, with a reference, on the same ids in the frozen base too.
         """
-        micro = self.micro_batches(batch, rows, micro_tokens)
-        micro = parallel.same_length(micro)
+        micro = parallel.same_length(self.micro_batches(batch, rows, micro_tokens))
         keep_graph = keep_graph and len(micro) == 1
-        graph: Scored | None = None
-        logp_BT = torch.zeros(batch.mask_BT.shape)
-        entropy_BT, ref_logp_BT = torch.zeros_like(logp_BT), torch.zeros_like(logp_BT)
-        value_BT = torch.zeros_like(logp_BT) if self.value_head is not None else None
-        credit_BT = torch.zeros_like(logp_BT) if self.loop_credit != "last" else None
         taps = taps or {}
-        acts: dict[str, Tensor] = {}
-        base_acts: dict[str, Tensor] = {}
         given = prefix if prefix is not None and prefix.rows and not taps else None
         prefix = given or self.new_prefix()
         below = f"blocks.{self.first_trained}.hook_resid_pre"
         sites = sorted({tap.site for tap in taps.values()})
         reader = ActivationReader(self.base, [*sites, below] if prefix and not given else sites)
+        said = Said(batch, self.value_head is not None, self.loop_credit != "last", reference)
+        graph: Scored | None = None
         for packs, counts in micro:
             packed = pack_rows(batch, packs, self.device)
             with (
@@ -264,35 +217,32 @@ class Policy:
             graph = scored if keep_graph else None
             if prefix is not None and given is None:
                 prefix.store(batch, packs, seen[below])
-            ref_logp_bT, base_seen = None, seen
+            ref_logp_bT, base_seen = None, None
             if reference:
-                with (
-                    self.as_reference() as model,
-                    self._starting_at(
-                        decoder_blocks(model)[1], None if taps else prefix, batch, packs
-                    ),
-                    ActivationReader(model, sites).reading() as base_seen,
-                ):
-                    hidden = [completion_hidden(model, packed)]
-                    ref_logp_bT = self._head(model, hidden, packed, batch, packs).logp_BT.cpu()
-            if not counts:
-                continue
-            index = flat_rows(packs)
-            logp_BT[index] = scored.logp_BT.detach().cpu()
-            entropy_BT[index] = scored.entropy_BT.detach().cpu()
-            if ref_logp_bT is not None:
-                ref_logp_BT[index] = ref_logp_bT
-            if value_BT is not None and scored.value_BT is not None:
-                value_BT[index] = scored.value_BT.detach().cpu()
-            if credit_BT is not None and scored.credit_BT is not None:
-                credit_BT[index] = scored.credit_BT.detach().cpu()
-            for name, tap in taps.items():
-                _store_acts(acts, name, tap, seen, packed, batch, index)
-                if reference:
-                    _store_acts(base_acts, name, tap, base_seen, packed, batch, index)
-        ref = ref_logp_BT if reference else None
-        trace = Trace(logp_BT, entropy_BT, ref, value_BT, acts, base_acts, credit_BT)
-        return Scoring(trace, graph, prefix)
+                start = None if taps else prefix
+                ref_logp_bT, base_seen = self._score_reference(packed, batch, packs, start, sites)
+            if counts:
+                said.put(scored, ref_logp_bT, flat_rows(packs))
+                said.put_acts(taps, seen, base_seen, packed, flat_rows(packs))
+        return Scoring(said.trace(), graph, prefix)
+
+    def _score_reference(
+        self,
+        packed: Packed,
+        batch: Batch,
+        packs: Sequence[Pack],
+        prefix: Prefix | None,
+        sites: Sequence[str],
+    ) -> tuple[Float[Tensor, "n T"], Mapping[str, Float[Tensor, "b S D"]]]:
+        """Return the frozen base's log-probs of packs, and what was read in it."""
+        with (
+            self.as_reference() as model,
+            self._starting_at(decoder_blocks(model)[1], prefix, batch, packs),
+            ActivationReader(model, sites).reading() as seen,
+        ):
+            hidden = [completion_hidden(model, packed)]
+            logp_bT = self._head(model, hidden, packed, batch, packs).logp_BT
+        return logp_bT.cpu(), seen
 
     def _starting_at(
         self, blocks: nn.ModuleList, prefix: Prefix | None, batch: Batch, packs: Sequence[Pack]
@@ -391,29 +341,6 @@ def completion_hidden(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "
             **replay,
         )
     return out.last_hidden_state[packed.pack_N, packed.before_N]
-
-
-def flat_rows(packs: Sequence[Pack]) -> list[int]:
-    """Return the rows of all packs in order."""
-    return [row for pack in packs for row in pack]
-
-
-def _store_acts(
-    acts: dict[str, Tensor],
-    name: str,
-    tap: Tap,
-    seen: Mapping[str, Float[Tensor, "b S D"]],
-    packed: Packed,
-    batch: Batch,
-    rows: Sequence[int],
-) -> None:
-    x_ND = seen[tap.site].detach()[packed.pack_N, packed.at_N]
-    with torch.no_grad():
-        kept_NF = tap.read(x_ND).float().cpu()
-    if name not in acts:
-        acts[name] = torch.zeros(*batch.mask_BT.shape, kept_NF.shape[-1])
-    row_N = torch.tensor(rows)[packed.row_N.cpu()]
-    acts[name][row_N, packed.t_N.cpu()] = kept_NF
 
 
 def _train_only(

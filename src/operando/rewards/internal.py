@@ -21,7 +21,8 @@ from torch import Tensor
 
 from operando.errors import UserError
 from operando.models.hooks import ActivationReader
-from operando.models.policy import Policy, Tap
+from operando.models.policy import Policy
+from operando.models.scoring import Tap
 from operando.recipe.data import PromptConfig
 from operando.recipe.rewards import FeatureReward
 from operando.rewards.base import RewardLog, RewardValue

@@ -19,7 +19,8 @@ from torch import Tensor
 from operando.errors import UserError
 from operando.models.directions import DirectionSet
 from operando.models.hooks import ActivationReader
-from operando.models.policy import Policy, Tap
+from operando.models.policy import Policy
+from operando.models.scoring import Tap
 from operando.recipe.projection import PenaltyShift, ReboundShift, ScreeningShift
 from operando.tasks.base import Task
 from operando.types import Rewards, Rollout, Trace

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from operando.models.policy import Policy, flat_rows
+from operando.models.policy import Policy
+from operando.models.scoring import flat_rows
 from operando.types import Batch, Rewards, Trace
 from operando.update.reduce import masked_mean, masked_sum
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from operando.models.policy import Scored
+from operando.models.scoring import Scored
 from operando.recipe.run import Recipe
 from operando.recipe.update import (
     CispoLoss,
