@@ -37,7 +37,11 @@ KINDS: Mapping[str, type[Config]] = {
 }
 """The kinds of tasks that a recipe may name, with their settings."""
 
-UNASKABLE = ("canary", "file", "python")
+UNASKABLE = tuple(
+    kind
+    for kind, config in KINDS.items()
+    if config in (CanaryTaskConfig, FileTaskConfig, PythonTaskConfig)
+)
 """Kinds that say nothing by their name alone: nothing can be asked that a run does not have."""
 
 
