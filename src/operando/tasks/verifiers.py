@@ -34,7 +34,8 @@ def make_verifier(config: FileTaskConfig, prefix: str) -> Verifier:
         case "regex":
             return by_pattern(config.pattern, f"{prefix}pattern")
         case path:
-            return own_verifier(load_function(path, f"{prefix}verify"), path, f"{prefix}verify")
+            key = f"{prefix}verify"
+            return verifier(load_function(path, key), f"{key} = {path!r}")
 
 
 def gold_of(verify: str, answer: str, where: str) -> str:
@@ -113,17 +114,19 @@ def _same(answered: str, gold: str) -> Verdict:
 # --- of the user's -------------------------------------------------------------------------------
 
 
-def own_verifier(function: Callable[..., object], path: str, key: str) -> Verifier:
-    """Return a user's verify(example, completion) as a verifier.
+def verifier(function: Callable[[Example, str], object], given: str = "verify") -> Verifier:
+    """Return a function verify(example, completion) of your own as a Task's verifier.
 
-    It returns True or False, or either with a reason; anything else, and what it raises, is a
-    UserError that names the user's line.
+    It returns True or False, or either with a reason: (False, "no city"). Anything else, and what
+    it raises, is a UserError that names your own line; `given` is how errors name the function.
+
+    Example: Task("echo", train, held_out, verify=verifier(lambda example, said: said == "yes"))
     """
-    _check_parameters(function, f"{key} = {path!r}", "verify(example, completion)")
+    _check_parameters(function, given, "verify(example, completion)")
 
     def verify(example: Example, completion: str, is_truncated: bool) -> Verdict:
         del is_truncated
-        said = _call(function, f"{key} = {path!r}", example, completion)
+        said = _call(function, given, example, completion)
         match said:
             case bool() | np.bool_():
                 return Verdict(bool(said), "right" if said else "wrong")
@@ -131,9 +134,9 @@ def own_verifier(function: Callable[..., object], path: str, key: str) -> Verifi
                 return Verdict(bool(correct), reason)
             case _:
                 raise UserError(
-                    f"{key} = {path!r} returned {said!r:.80} on {example.id}; expected True, "
-                    "False, or either with a reason: (False, 'no city'). A number between is a "
-                    'reward: [rewards.NAME] with kind = "function"'
+                    f"{given} returned {said!r:.80} on {example.id}; expected True, False, or "
+                    "either with a reason: (False, 'no city'). A number between is a reward: "
+                    '[rewards.NAME] with kind = "function"'
                 )
 
     return verify
