@@ -221,6 +221,7 @@ def test_commands_are_found_in_the_pages():
         "pretrain",
         "fuzz",
         "tags",
+        "task",
         "certify",
         "contribution",
         "sae",
