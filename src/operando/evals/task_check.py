@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -38,7 +37,8 @@ FEW = 0.1  # of groups; with fewer mixed ones most of a step is thrown away
 MANY_CUT = 0.2  # of samples
 
 
-class Border(NamedTuple):
+@dataclass(frozen=True)
+class Border:
     """Where a prompt ends and its gold answer begins, in tokens."""
 
     example_id: str
@@ -48,7 +48,8 @@ class Border(NamedTuple):
     """The tokenizer cuts prompt and answer as one text just as it cuts each alone."""
 
 
-class Accepted(NamedTuple):
+@dataclass(frozen=True)
+class Accepted:
     """How many completions of a kind the verifier calls right, and the first that are amiss."""
 
     right: int
@@ -56,7 +57,8 @@ class Accepted(NamedTuple):
     amiss: list[str]
 
 
-class Leaks(NamedTuple):
+@dataclass(frozen=True)
+class Leaks:
     """Training questions that are held out too, and questions that are trained on more than once.
 
     `exact`: runs of spaces being one. `folded`: case apart as well, those of `exact` included.
@@ -69,7 +71,8 @@ class Leaks(NamedTuple):
     """Of the repeated, those with more than one answer."""
 
 
-class Sampled(NamedTuple):
+@dataclass(frozen=True)
+class Sampled:
     """What the base's own samples say; intervals are the bootstrap of problems."""
 
     problems: int
