@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -367,7 +367,7 @@ def check_examples(run: Run, task: Task) -> str:
     verifier of the user's, can't go on."""
     digest = hashlib.sha256(task.name.encode())
     for example in (*task.train, *task.held_out):
-        digest.update(json.dumps(asdict(example), default=str, sort_keys=True).encode())
+        digest.update(json.dumps(vars(example), default=str, sort_keys=True).encode())
     now, manifest = digest.hexdigest(), read_manifest(run.folder)
     data = manifest.get("data")
     former = {"examples": manifest.get("examples_sha256", now)}

@@ -123,7 +123,7 @@ def test_a_hub_id_needs_datasets_or_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"someone/things' *.*pip install datasets.*local file"):
+    with pytest.raises(UserError, match=r"someone/things'.*pip install datasets.*local file"):
         load("someone/things")
     asked: list[tuple[str, str | None, str]] = []
     module = ModuleType("datasets")

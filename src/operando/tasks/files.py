@@ -195,10 +195,11 @@ def read_data(given: str, key: str, split: str) -> Data:
     """
     path = Path(given)
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.endswith(OWN_SUFFIXES))
+        shown = (f for f in path.iterdir() if not f.name.startswith("."))
+        files = sorted(f for f in shown if f.name.endswith(OWN_SUFFIXES))
         if not files:
             raise UserError(f"{key} = {given!r}: no file in it ends in {', '.join(OWN_SUFFIXES)}")
-    elif path.is_file() or not (hub := HUB_SPLIT.fullmatch(given)) or path.suffix:
+    elif path.is_file() or not (hub := HUB_SPLIT.fullmatch(given)) or given.endswith(OWN_SUFFIXES):
         files = [Source(given, key, "", "", OWN_SUFFIXES).find()]
     else:
         return _from_hub(hub[1], hub[2], hub[3] or split, f"{key} = {given!r}")
@@ -214,8 +215,8 @@ def _from_hub(name: str, config: str | None, split: str, given: str) -> Data:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            f"{given}: a data set of the Hugging Face hub needs: pip install datasets. Or name a "
-            f"local file ({', '.join(OWN_SUFFIXES)})"
+            f"{given}: no file or folder here, and a data set of the Hugging Face hub needs: pip "
+            f"install datasets. Or name a local file ({', '.join(OWN_SUFFIXES)})"
         ) from error
     try:
         found = datasets.load_dataset(name, config, split=split)
