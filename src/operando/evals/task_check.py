@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from operando.evals.ask import Answer, Checkpoint, Question, ask, open_each
 from operando.models.load import open_model
-from operando.models.tokens import start_ids, text_ids
+from operando.models.tokens import text_ids
 from operando.recipe.run import Recipe
 from operando.run import SeedTree
 from operando.stats.bootstrap import bootstrap_mean
@@ -161,14 +161,12 @@ def border(
     """Return the tokens at the end of a prompt and at the start of its gold answer."""
     (answer,) = text_ids(tokenizer, [gold], "a gold answer")
     (joint,) = text_ids(tokenizer, [text + gold], "a prompt with its answer")
-    apart = [*ids, *answer]
-    starts = len(apart) - len(joint)
-    is_alike = starts in (0, len(start_ids(tokenizer))) and apart[starts:] == joint
+    apart = [*ids, *answer]  # may begin with a token that is no text: the beginning of sequence
     return Border(
         name,
         [str(tokenizer.decode([one])) for one in ids[-BORDER:]],
         [str(tokenizer.decode([one])) for one in answer[:BORDER]],
-        is_alike,
+        apart[-len(joint) :] == joint,
     )
 
 
