@@ -216,6 +216,7 @@ def test_commands_are_found_in_the_pages():
         "train",
         "eval",
         "report",
+        "recipes",
         "config",
         "import",
         "pretrain",
