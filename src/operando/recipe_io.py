@@ -49,7 +49,7 @@ def shipped_recipes() -> list[Path]:
 
 
 class Listed(NamedTuple):
-    """What the first comments of a recipe say. Example: Listed("demo", "does RL ...?", "2 cores")"""
+    """What the first comments of a recipe say. Example: Listed("demo", "...?", "2 cores")"""
 
     name: str
     question: str
@@ -65,7 +65,7 @@ def listed(file: Path) -> Listed:
         if not line.startswith("# "):
             break
         head, colon, rest = line.removeprefix("# ").partition(": ")
-        if colon and head in ("Question", "Hardware and time", "Expected"):
+        if colon and (head in found or (head.isalpha() and head.istitle())):  # "Expected", "First"
             key, line = head, rest
         if key in found:
             found[key] = f"{found[key]} {line.removeprefix('# ')}".strip()

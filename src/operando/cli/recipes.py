@@ -27,7 +27,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
-        from operando import __version__
+        import operando
 
-        print(__version__)
+        print(operando.__version__)
         raise typer.Exit
