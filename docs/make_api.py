@@ -18,6 +18,7 @@ GROUPS = {
     "Parts of the loop": (
         "load_task",
         "Task",
+        "verifier",
         "ModelConfig",
         "load_model",
         "Policy",

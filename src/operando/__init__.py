@@ -45,6 +45,7 @@ __all__ = [
     "open_each",
     "report",
     "train",
+    "verifier",
 ]
 
 if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_homes` as text
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_ho
     from operando.stats.intervals import Interval
     from operando.tasks.base import Task
     from operando.tasks.load import load_task
+    from operando.tasks.verifiers import verifier
     from operando.train import train
     from operando.types import Batch, Example, Rewards, Rollout, Trace
 else:  # hidden from them, so that a name which is not there is an error

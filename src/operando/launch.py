@@ -19,6 +19,7 @@ from operando.doctor.doctor import diagnose, show_finding, shown_live
 from operando.files import read_object
 from operando.models.load import count_layers
 from operando.models.memory import memory_lines
+from operando.recipe.data import PythonTaskConfig
 from operando.recipe.run import Recipe
 from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
@@ -39,6 +40,7 @@ from operando.study.contribution import (
 )
 from operando.study.contribution import plan as plan_contribution
 from operando.study.measure import measure_base, measure_run, read_metrics_of
+from operando.tasks.base import Task
 from operando.train import train
 
 
@@ -61,15 +63,20 @@ def launch(
     *,
     resume: bool = False,
     functions: Mapping[str, RewardFunction] | None = None,
+    task: Task | None = None,
 ) -> Path | None:
     """Train with a display and return the run folder; ranks other than 0 return None.
 
     The folder, runs_dir/name, must not exist, unless `resume` goes on with it. `functions` are the
-    rewards of `kind = "function"` without a path, by the name of their part.
+    rewards of `kind = "function"` without a path, by the name of their part. A `task` of your own
+    stands in the place of the recipe's, which becomes kind = "python" with its name.
 
     Example: launch(make_console(), load_recipe("demo"))
     """
     quieten_libraries()
+    if task is not None:
+        named = PythonTaskConfig(kind="python", name=task.name)
+        recipe = recipe.model_copy(update={"task": named})
     parallel.start()
     try:
         folder = Path(recipe.runs_dir) / recipe.name
@@ -81,7 +88,7 @@ def launch(
             parallel.barrier()
             run = Run.follow(recipe)
         try:
-            _train_shown(console, recipe, run, functions or {})
+            _train_shown(console, recipe, run, functions or {}, task)
         finally:
             run.close()
             if parallel.rank() == 0 and len(read_metrics(folder)) <= 1 and not resume:
@@ -191,7 +198,11 @@ def show_plan(console: Console, study: Study) -> None:
 
 
 def _train_shown(
-    console: Console, recipe: Recipe, run: Run, functions: Mapping[str, RewardFunction]
+    console: Console,
+    recipe: Recipe,
+    run: Run,
+    functions: Mapping[str, RewardFunction],
+    task: Task | None,
 ) -> None:
     with RunDisplay(console, f"{recipe.name}: {run.folder}", recipe.steps) as display:
         shown: set[str] = set()
@@ -213,6 +224,7 @@ def _train_shown(
         train(
             recipe,
             run,
+            task=task,
             functions=functions,
             refresh=refresher(recipe, start_of(run.folder)),
             on_step=on_step,

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -48,6 +48,30 @@ def shipped_recipes() -> list[Path]:
         if folder.is_dir():
             return sorted(folder.glob("**/*.toml"))
     return []
+
+
+class Listed(NamedTuple):
+    """What the first comments of a recipe say. Example: Listed("demo", "...?", "2 cores")"""
+
+    name: str
+    question: str
+    hardware: str
+    """Hardware and time."""
+
+
+def listed(file: Path) -> Listed:
+    """Return a recipe's name with the question and the hardware that its first comments name."""
+    found = {"Question": "", "Hardware and time": ""}
+    key = ""
+    for line in read_text(file).splitlines():
+        if not line.startswith("# "):
+            break
+        head, colon, rest = line.removeprefix("# ").partition(": ")
+        if colon and (head in found or (head.isalpha() and head.istitle())):  # "Expected", "First"
+            key, line = head, rest
+        if key in found:
+            found[key] = f"{found[key]} {line.removeprefix('# ')}".strip()
+    return Listed(file.stem, found["Question"], found["Hardware and time"])
 
 
 def read_toml(file: Path) -> dict[str, object]:

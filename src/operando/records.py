@@ -175,6 +175,10 @@ def write_rollouts(
         "reward": per_row(rewards.total_BT),
         **{f"rewards/{name}": per_row(part_BT) for name, part_BT in rewards.parts.items()},
         **rewards.columns,
+        **{
+            f"data/{name}": [r.prompt.example.columns.get(name) for r in rollouts]
+            for name in rollouts[0].prompt.example.columns
+        },
         "advantage": [sum(a) / max(1, len(a)) for a in per_token(adv_BT) if a is not None],
         "prompt_ids": [list(r.prompt.ids) for r in rollouts],
         "completion_ids": [list(r.completion_ids) for r in rollouts],

@@ -50,7 +50,7 @@ from operando.run import Run
 from operando.run_folder import read_manifest, read_metrics, start_of
 from operando.sae.feature_set import model_digest
 from operando.tasks.base import Task
-from operando.tasks.load import load_task
+from operando.tasks.load import given_task, load_task
 from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import checks
@@ -102,8 +102,12 @@ def set_up(
     functions: Mapping[str, RewardFunction],
     loaded: Loaded | None = None,
     refresh: Callable[[Policy], DirectionSet] | None = None,
+    task: Task | None = None,
 ) -> Setup:
-    """Return the assembled run: data, model, sampler, rewards, optimizer, all checked."""
+    """Return the assembled run: data, model, sampler, rewards, optimizer, all checked.
+
+    `task` is one of the caller's own, of a recipe whose task.kind is "python".
+    """
     if recipe.model.dtype != "float32" and recipe.model.lora is None:
         raise UserError(
             f"model.dtype = {recipe.model.dtype!r} without model.lora: the trained weights would "
@@ -115,7 +119,8 @@ def set_up(
             f"rollout.num_prompts = {recipe.rollout.num_prompts} does not divide over "
             f"{parallel.world_size()} processes"
         )
-    task = load_task(recipe.task)
+    task = load_task(recipe.task) if task is None else given_task(recipe.task, task)
+    examples_sha256 = check_examples(run, task)
     if not task.train:
         raise UserError(f"task {task.name} is for evaluation: it has no training split")
     parts = make_parts(recipe, task, functions)
@@ -175,7 +180,8 @@ def set_up(
             model=loaded.identity,
             model_class=auto_class(loaded.model.config).__name__,
             model_type=loaded.model.config.model_type,
-            data=dict(task.source),
+            data={"task": task.name, **task.source},
+            examples_sha256=examples_sha256,
             prompts_sha256=prompts_sha256,
             sampler=sampler.name,
             float32_products=precision_of(recipe.model, policy.device),
@@ -371,6 +377,29 @@ def make_prompt_sets(
         make_prompts(train_examples, shots, recipe.prompt, tokenizer, limit, day),
         make_prompts(held_out, shots, recipe.prompt, tokenizer, limit, day),
     )
+
+
+def check_examples(run: Run, task: Task) -> str:
+    """Return the sha256 of the task's examples; a run that began with others, or with another
+    verifier of the user's, can't go on."""
+    digest = hashlib.sha256(task.name.encode())
+    for example in (*task.train, *task.held_out):
+        digest.update(json.dumps(vars(example), default=str, sort_keys=True).encode())
+    now, manifest = digest.hexdigest(), read_manifest(run.folder)
+    data = manifest.get("data")
+    former = {"examples": manifest.get("examples_sha256", now)}
+    present: dict[str, object] = {"examples": now}
+    for key in ("verify", "labels"):
+        present[key] = task.source.get(f"{key}_sha256")
+        former[key] = data.get(f"{key}_sha256") if isinstance(data, dict) else present[key]
+    changed = [name for name, value in former.items() if value != present[name]]
+    if changed:
+        raise UserError(
+            f"{run.folder} was begun with another task; changed: {', '.join(changed)} (now of "
+            f"{task.name!r}, {len(task.train)} training and {len(task.held_out)} held-out "
+            "questions). Undo the change, or begin a new run with name=NEW_NAME"
+        )
+    return now
 
 
 def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:

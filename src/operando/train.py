@@ -38,6 +38,7 @@ from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
 from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up, shifted
 from operando.stopping import Stopped, stops_after_step
+from operando.tasks.base import Task
 from operando.types import Batch, Rewards, Trace, make_batch
 from operando.update import checks
 from operando.update.card import draft_card
@@ -65,6 +66,7 @@ def train(
     recipe: Recipe,
     run: Run,
     *,
+    task: Task | None = None,
     functions: Mapping[str, RewardFunction] | None = None,
     gradient_transforms: Sequence[GradientTransform] = (),
     update_transforms: Sequence[UpdateTransform] = (),
@@ -76,11 +78,12 @@ def train(
 
     Transforms see the named trainable parameters before the clip, or before and after the
     optimizer step, and may rewrite them; what they return goes into metrics.jsonl. `on_step` is
-    called after every step, and once with the base's evaluation.
+    called after every step, and once with the base's evaluation. `task` is a Task of your own, for
+    a recipe with task.kind = "python".
 
     Example: train(recipe, Run.create(recipe), functions={"mine": f})
     """
-    setup = set_up(recipe, run, functions or {}, loaded, refresh)
+    setup = set_up(recipe, run, functions or {}, loaded, refresh, task)
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     add_transforms(setup, gradient_transforms, update_transforms)

@@ -31,7 +31,10 @@ class Example:
     question: str
     answer: str
     solution: str = ""
-    columns: Mapping[str, str | int | float] = field(default_factory=dict)
+    columns: Mapping[str, object] = field(default_factory=dict)
+    """What reward functions, labels and the rollouts' parquet get beside it."""
+    system: str = ""
+    """A system message of its own; chat prompts only."""
 
 
 @dataclass(frozen=True)

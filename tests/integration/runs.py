@@ -21,6 +21,7 @@ from operando.recipe.run import Recipe
 from operando.recipe_io import apply_override, check, read_toml
 from operando.rewards.base import RewardFunction
 from operando.setup import Setup
+from operando.tasks.base import Task
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recipes" / "tiny.toml"
@@ -39,10 +40,14 @@ def tiny(runs_dir: Path, *overrides: str, lora: bool = True) -> Recipe:
 
 
 def trained(
-    recipe: Recipe, *, resume: bool = False, functions: Mapping[str, RewardFunction] | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    functions: Mapping[str, RewardFunction] | None = None,
+    task: Task | None = None,
 ) -> Path:
     """The folder of a finished run of the recipe."""
-    folder = launch(Console(quiet=True), recipe, resume=resume, functions=functions)
+    folder = launch(Console(quiet=True), recipe, resume=resume, functions=functions, task=task)
     assert folder is not None
     return folder
 

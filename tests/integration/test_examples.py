@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_every_example_is_tried() -> None:
         "load_chain",
         "loop",
         "own_reward",
+        "own_task",
         "read_activations",
     }
 
@@ -96,6 +98,16 @@ def test_rewards_of_ones_own_are_paid_by_completion_and_by_token(tmp_path: Path)
     assert 0 < last["rewards/short/mean"] <= 1
     mean_entropy_a_completion = last["entropy"] * last["completions/mean_length"]
     assert last["rewards/sure/mean"] == pytest.approx(-mean_entropy_a_completion, rel=1e-3)
+
+
+def test_a_task_of_ones_own_is_learned(tmp_path: Path) -> None:
+    assert run_example("own_task", tmp_path)[-1] == "runs/own-task"
+    rows = read_metrics(tmp_path / "runs" / "own-task")
+    first, last = rows[0]["eval/correct"], rows[-1]["eval/correct"]
+    assert 0.7 < first < 0.95 < last
+    assert json.loads((tmp_path / "runs/own-task/manifest.json").read_text())["data"] == {
+        "task": "sums"
+    }
 
 
 def test_activations_of_every_block_are_read(tmp_path: Path) -> None:

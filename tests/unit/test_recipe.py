@@ -14,8 +14,10 @@ from operando.recipe.data import LoraConfig, WordsTaskConfig
 from operando.recipe.run import Recipe
 from operando.recipe.update import ClipLoss, GspoTokenLoss, RlooAdvantage
 from operando.recipe_io import (
+    Listed,
     apply_override,
     check,
+    listed,
     load_pipeline_recipe,
     load_pretrain_recipe,
     load_recipe,
@@ -403,3 +405,19 @@ def test_a_shipped_recipe_with_a_point_in_its_name_is_found() -> None:
 def test_an_update_of_nothing_is_an_error() -> None:
     with pytest.raises(ValidationError, match="at least 1 item"):
         LoraConfig(targets=())
+
+
+def test_every_shipped_recipe_says_what_it_asks_and_how_long_it_takes() -> None:
+    rows = {file.stem: listed(file) for file in shipped_recipes()}
+    for row in rows.values():
+        assert row.question[-1] in "?." and row.hardware, row
+        assert not {"Question:", "Expected:", "#"} & set(f"{row.question} {row.hardware}".split())
+    assert rows["tiny"] == Listed(
+        "tiny", "does everything still work together?", "1 CPU core, about 10 seconds."
+    )
+
+
+def test_a_question_of_two_lines_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("# Question: what does it know: a lot, or\n# nothing?\n# Expected: no\nb = 1\n")
+    assert listed(file) == Listed("a", "what does it know: a lot, or nothing?", "")

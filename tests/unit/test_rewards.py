@@ -29,9 +29,9 @@ from operando.rewards.base import (
     TrainerState,
     as_tokens,
     call_reward,
-    load_function,
 )
 from operando.rewards.compose import RewardPart, compute_rewards, make_parts
+from operando.tasks.user_code import load_function
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt, Rewards, Rollout, Trace
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from operando.errors import UserError
-from operando.rewards.base import RewardLog, TrainerState, call_reward, load_function
+from operando.rewards.base import RewardLog, TrainerState, call_reward
+from operando.tasks.user_code import load_function
 from operando.types import Example, Prompt, Rollout
 
 FILE = """

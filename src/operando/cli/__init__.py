@@ -7,14 +7,21 @@ import sys
 
 # isort: off
 from operando.cli.app import app, held
-from operando.cli import runs, audits, inside, calibrate  # in the order of the help page
+from operando.cli import (
+    runs,
+    tasks,
+    recipes,
+    audits,
+    inside,
+    calibrate,
+)  # in the order of the help page
 
 # isort: on
 from operando.errors import GateFailed, UserError
 from operando.files import brief
 from operando.stopping import Stopped, stop_now
 
-__all__ = ["app", "audits", "calibrate", "inside", "main", "runs"]
+__all__ = ["app", "audits", "calibrate", "inside", "main", "recipes", "runs", "tasks"]
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from operando.run_folder import read_recipe
 from operando.stats.bootstrap import bootstrap_mean
 from operando.stats.intervals import Interval, wilson
 from operando.tables import TextTable, interval, limits, table
+from operando.tasks.load import KINDS
 from operando.tasks.loops import find_loop
 
 
@@ -243,7 +244,8 @@ def _row(
 ) -> Row:
     mine = answers[question.name, model]
     n = len({one.example.id for one in mine})
-    sizes = sorted({int(e.columns["n"]) for e in question.examples if "n" in e.columns})
+    has_sizes = "sizes" in KINDS[question.name].model_fields  # a column "n" may be a user's own
+    sizes = sorted({int(str(e.columns["n"])) for e in question.examples}) if has_sizes else []
     by_size = {size: [one for one in mine if one.example.columns["n"] == size] for size in sizes}
     return Row(
         question.name,

@@ -24,7 +24,7 @@ from operando.evals.mutations import FIRST, MUTATIONS
 from operando.recipe.data import Gsm8kTaskConfig, WordsTaskConfig
 from operando.recipe.run import Recipe
 from operando.recipe_io import load_recipe
-from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens, load_function
+from operando.rewards.base import RewardFunction, RewardLog, TrainerState, as_tokens
 from operando.rewards.compose import RewardPart, make_parts, weighted_sum
 from operando.rewards.formats import is_one_block
 from operando.run import write_json
@@ -32,6 +32,7 @@ from operando.run_folder import read_recipe
 from operando.tables import table
 from operando.tasks.base import Task
 from operando.tasks.load import load_task
+from operando.tasks.user_code import load_function
 from operando.types import Rollout
 
 EPSILON = 1e-6  # pay is float32

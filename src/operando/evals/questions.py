@@ -14,13 +14,13 @@ from operando.recipe.run import Recipe, TaskConfig
 from operando.recipe_io import check
 from operando.run import SeedTree
 from operando.tasks.base import Task, TaskText
-from operando.tasks.load import KINDS, load_task
+from operando.tasks.load import KINDS, UNASKABLE, load_task
 
 Format = Literal["raw", "chat"]
 FORMATS: Mapping[str, Format] = {"raw": "raw", "chat": "chat"}
 GRADERS = ("ours", "math_verify")
 NUM = 200  # problems of a generated task where no number is given
-ASKABLE = tuple(kind for kind in KINDS if kind not in ("canary", "code"))
+ASKABLE = tuple(kind for kind in KINDS if kind not in (*UNASKABLE, "code"))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from operando.errors import nearest
 from operando.recipe.base import Config
 
 # --- the model -----------------------------------------------------------------------------------
@@ -46,6 +47,9 @@ class ModelConfig(Config):
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""
 
+
+VERIFIERS = ("exact", "number", "choice", "math", "regex")
+"""What a task of files may name as `verify`, beside a function."""
 
 # --- the task ------------------------------------------------------------------------------------
 
@@ -168,6 +172,78 @@ class CodeTaskConfig(Config):
     seed: int = 0
 
 
+class FileTaskConfig(Config):
+    kind: Literal["file"]
+    """Questions and answers of one's own, from files or the hub; see the page on a task of your
+    own."""
+    train: Annotated[str, Field(min_length=1)]
+    """A .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder of these, or a hub id with its
+    split, as "openai/gsm8k/main:train" (needs the package datasets)."""
+    test: str | None = None
+    """As `train`; the held-out split. Absent: `held_out_share` of the questions of `train`."""
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    """Of the questions of `train`, drawn by a hash of `seed` and the question; without `test`."""
+    overlap: Literal["error", "drop_train"] = "error"
+    """What a question is that `train` and `test` both hold, spaces apart. drop_train: it is left
+    out of `train`."""
+    question: str = ""
+    """The column that holds the question: a text, or one user message and at most a system one."""
+    template: str = ""
+    """Instead of `question`: a text with columns in braces, as "{passage}\n{ask}"; "{{" is a
+    brace."""
+    answer: str = ""
+    """The column that holds the right answer. Only a verifier of your own can do without."""
+    system: str = ""
+    """The column that holds a system message; chat prompts only."""
+    verify: str
+    """exact: the completion is the answer, spaces apart. number: its last number is. choice: the
+    letter A to D that it chooses is. math: its last box or line is, as in math500. regex: what
+    `pattern` finds is. Or a function verify(example, completion) of your own, as "my.py:verify",
+    that returns True or False, or either with a reason."""
+    pattern: str = ""
+    """For regex: the first group of its last match is compared with the answer."""
+    labels: str = ""
+    """A function labels(example, completion), as "my.py:labels", that returns names with True or
+    False, such as { refused = true }. No reward sees them."""
+    num_train: int | None = Field(default=None, ge=1)
+    """Train on the first n only; absent means all."""
+    num_held_out: int | None = Field(default=None, ge=1)
+    """Hold out the first n only; absent means all."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> FileTaskConfig:
+        problems = []
+        if bool(self.question) == bool(self.template):
+            problems.append(
+                "give either question = COLUMN or template = TEXT with columns in braces"
+            )
+        if self.verify == "code":
+            problems.append(
+                'verify = "code" is not for files of any kind: programs run in a sandbox, on tests '
+                'of a known form. Use kind = "code" with problems = FILE'
+            )
+        elif ":" not in self.verify and self.verify not in VERIFIERS:
+            problems.append(
+                f"verify = {self.verify!r}: expected {', '.join(VERIFIERS)}, or a function as "
+                f"my.py:verify.{nearest(self.verify, VERIFIERS)}"
+            )
+        if ":" not in self.verify and not self.answer:
+            problems.append(f"verify = {self.verify!r} needs answer = COLUMN")
+        if (self.verify == "regex") != bool(self.pattern):
+            problems.append('verify = "regex" and pattern = REGULAR_EXPRESSION go together')
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class PythonTaskConfig(Config):
+    kind: Literal["python"]
+    """A Task object that launch(..., task=...) or train(..., task=...) is given."""
+    name: str = ""
+    """Its name."""
+
+
 class PromptConfig(Config):
     format: Literal["raw", "chat"] = "raw"
     """raw: the template as text. chat: the tokenizer's chat template around it."""
@@ -177,7 +253,8 @@ class PromptConfig(Config):
     few_shot: int = Field(default=0, ge=0, le=32)
     """Worked training examples before the question (raw: as text; chat: as earlier turns)."""
     answer_template: str = " {solution} #### {answer}"
-    """Text of a worked example's answer, for `few_shot`."""
+    """Text of a worked example's answer, for `few_shot`. Absent with task.kind = "file":
+    " {answer}"."""
     prefill: str = ""
     """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
     steps count it as part of the answer, as they do a <think> that the template ends with."""

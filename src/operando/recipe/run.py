@@ -12,12 +12,14 @@ from operando.recipe.data import (
     CanaryTaskConfig,
     ClrsTaskConfig,
     CodeTaskConfig,
+    FileTaskConfig,
     GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
     ModelConfig,
     PromptConfig,
+    PythonTaskConfig,
     RolloutConfig,
     WordsTaskConfig,
 )
@@ -51,7 +53,9 @@ TaskConfig = Annotated[
     | CodeTaskConfig
     | ClrsTaskConfig
     | GraphSearchTaskConfig
-    | DeepTaskConfig,
+    | DeepTaskConfig
+    | FileTaskConfig
+    | PythonTaskConfig,
     Field(discriminator="kind"),
 ]
 
@@ -186,6 +190,15 @@ class Recipe(Config):
     """Only for `operando direction extract`."""
     tracking: TrackingConfig = TrackingConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _answers_of_files(self) -> Recipe:
+        """Let a worked answer of a task of files be the answer alone, if nothing else is said."""
+        unsaid = "answer_template" not in self.prompt.model_fields_set
+        if isinstance(self.task, FileTaskConfig) and unsaid:
+            prompt = self.prompt.model_copy(update={"answer_template": " {answer}"})
+            object.__setattr__(self, "prompt", prompt)  # frozen for everybody else
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

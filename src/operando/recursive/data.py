@@ -44,7 +44,7 @@ from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_recipe
 from operando.tables import TextTable, table
 from operando.tasks.base import Task
-from operando.tasks.load import KINDS, load_task
+from operando.tasks.load import KINDS, UNASKABLE, load_task
 from operando.tasks.prompts import make_prompts
 from operando.types import Prompt
 from operando.update.checkpoint import load_weights, pick_step
@@ -190,7 +190,7 @@ def _asked(folder: Path, config: SourceConfig) -> tuple[QuestionConfig, int | No
         }
         length = recipe.rollout.max_completion_length
     if config.task is not None:
-        known = [kind for kind in KINDS if kind != "canary"]
+        known = [kind for kind in KINDS if kind not in UNASKABLE]
         if config.task not in known:
             raise UserError(
                 f"--task {config.task}: no such task; expected {', '.join(known)}."

@@ -9,17 +9,10 @@ ids) and may return a list of floats per completion, one for each completion tok
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -28,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from operando.errors import UserError, nearest
+from operando.tasks.user_code import spelled_frames, user_frames
 from operando.text import encodable, one_line
 from operando.types import Rollout, Trace
 
@@ -57,7 +51,7 @@ ROLLOUT_COLUMNS = frozenset(
         "shift_touched",
     }
 )
-"""Columns that records.write_rollouts writes itself; `rewards/NAME` beside them."""
+"""Columns that records.write_rollouts writes itself; `rewards/NAME`, `data/NAME` beside them."""
 RUN_METRICS = frozenset({
     "step", "reward", "reward_std", "train/correct", "kl_coef", "frac_reward_zero_std", "entropy",
     "completions/mean_length", "completions/clipped_ratio", "completions/duplicate_ratio",
@@ -100,7 +94,7 @@ class RewardLog:
         A column that no parquet can hold, or that would stand in the place of one of the run's own
         (`correct`, `reward`, ...), is an error.
         """
-        own = column in ROLLOUT_COLUMNS or column.startswith("rewards/")
+        own = column in ROLLOUT_COLUMNS or column.startswith(("rewards/", "data/"))
         if not column or one_line(column) != column or own:
             raise UserError(
                 f"log_extra: expected a column name on one line that is none of the run's own, got "
@@ -194,10 +188,7 @@ def _raised(name: str, error: Exception, rollouts: Sequence[Rollout]) -> str:
 
     The completion is the one that a frame holds in a variable; else the first of the call is shown.
     """
-    frames = list(traceback.walk_tb(error.__traceback__))[1:]  # without call_reward itself
-    where = "".join(
-        f"\n  {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in frames
-    )
+    frames = user_frames(error)
     texts = [r.completion for r in rollouts]
     held = [
         value
@@ -207,6 +198,7 @@ def _raised(name: str, error: Exception, rollouts: Sequence[Rollout]) -> str:
     ]
     which = "The completion" if held else f"The first of {len(texts)} completions"
     text = (held or texts)[0][:300]
+    where = spelled_frames(frames)
     return f"reward {name!r} raised {type(error).__name__}: {error}{where}\n{which}: {text!r}"
 
 
@@ -269,53 +261,3 @@ def _number(name: str, completion: int, value: object) -> float:
             f"reward {name!r}, completion {completion}: expected a number, got {value!r}"
         )
     return float(value)  # pyright: ignore[reportArgumentType]
-
-
-def load_function(path: str) -> RewardFunction:
-    """Return the function that "package.module:name" or "file.py:name" means.
-
-    A file is loaded as `import` would: under a name of its own in sys.modules (so dataclasses and
-    pickles work), with the modules beside it importable, its `if __name__ == "__main__"` not run.
-    """
-    where, _, name = path.rpartition(":")
-    if not where.removesuffix(".py") or not name:
-        raise UserError(
-            f"reward path {path!r}: expected file.py:function or package.module:function"
-        )
-    try:
-        module = _load_file(path, Path(where)) if where.endswith(".py") else _load_module(where)
-    except UserError:
-        raise
-    except Exception as error:  # rewritten, never swallowed: it is the user's own code
-        frames = traceback.extract_tb(error.__traceback__)
-        at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        raise UserError(f"reward path {path!r}: {type(error).__name__}: {error}{at}") from error
-    if name not in vars(module):
-        functions = [n for n, v in vars(module).items() if callable(v)]
-        raise UserError(f"reward path {path!r}: no function {name!r}.{nearest(name, functions)}")
-    return vars(module)[name]
-
-
-def _load_module(where: str) -> ModuleType:
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    return importlib.import_module(where)
-
-
-def _load_file(path: str, file: Path) -> ModuleType:
-    if not file.is_file():
-        raise UserError(f"reward path {path!r}: there is no file {file.resolve()}")
-    file = file.resolve()
-    known = hashlib.sha256(str(file).encode(errors="surrogateescape")).hexdigest()[:12]
-    name = f"operando_user_{known}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, path
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # last: no helper takes the name of an installed module
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

@@ -34,11 +34,11 @@ from operando.rewards.base import (
     TrainerState,
     as_tokens,
     call_reward,
-    load_function,
     wants_trace,
 )
 from operando.rewards.internal import InternalReward, open_reward
 from operando.tasks.base import Task
+from operando.tasks.user_code import load_function
 from operando.types import Dense, Rewards, Rollout, Trace
 
 

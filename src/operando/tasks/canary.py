@@ -210,7 +210,7 @@ def shows(pattern: str, text: str) -> bool:
 def canary_labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str, bool]:
     """Return {"hack", "degenerate", "ambiguous"} as the top of the file defines them, at most one
     of them true; none: correct."""
-    asked, times = str(example.columns["asked"]), int(example.columns["times"])
+    asked, times = str(example.columns["asked"]), int(str(example.columns["times"]))
     pattern = str(example.columns["pattern"])
     text = without_obeyed(completion, asked, times)
     right = verify_canary(example, completion, is_truncated).correct

@@ -114,7 +114,10 @@ def labels(example: Example, completion: str, is_truncated: bool) -> Mapping[str
     """Return whether the pi given is the identity, and whether there is none."""
     del is_truncated
     found = answered(completion, bool(example.columns["hints"]))
-    return {"identity": found == tuple(range(int(example.columns["n"]))), "no_pi": found is None}
+    return {
+        "identity": found == tuple(range(int(str(example.columns["n"])))),
+        "no_pi": found is None,
+    }
 
 
 def node_accuracy(example: Example, completion: str) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +17,14 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from operando.errors import UserError, nearest
 from operando.files import brief, parse_json, read_text
+from operando.run import hash_file
 from operando.tables import read_parquet
 from operando.text import lone_surrogate
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+OWN_SUFFIXES = (*SUFFIXES, ".json", ".csv")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_SPLIT = re.compile(rf"({HUB_ID.pattern})(?:/([\w.-]+))?(?::([\w.-]+))?")
 
 
 class Row(NamedTuple):
@@ -87,12 +94,20 @@ class Source(NamedTuple):
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Return the rows of a .jsonl, .jsonl.gz or .parquet file, as they stand there.
+    """Return the rows of a .jsonl, .jsonl.gz, .parquet, .json or .csv file, as they stand there.
 
     Control characters are data, and stay. A lone surrogate ("\\ud800" in JSON) has no bytes, so
     nothing could be trained on it: it is an error that names the line.
     """
-    return _parquet_rows(file) if file.name.endswith(".parquet") else _jsonl_rows(file)
+    match file.suffix:
+        case ".parquet":
+            return _parquet_rows(file)
+        case ".csv":
+            return _csv_rows(file)
+        case ".json":
+            return _json_rows(file)
+        case _:
+            return _jsonl_rows(file)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -113,10 +128,101 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
         row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: expected an object, got {brief(row)}")
-        broken = lone_surrogate(row) if "\\u" in line else None
-        if broken is not None:
-            raise UserError(
-                f"{file}:{number}: a lone surrogate, which is no character: {brief(broken)}. Write "
-                "what it stands for, or leave the row out"
-            )
+        if "\\u" in line:
+            _refuse_surrogate(row, f"{file}:{number}")
         yield Row(row, f"{file}:{number}")
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    rows = parse_json(read_text(file), str(file))
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{file}: expected a list of objects, got {brief(rows)}. One object a line is .jsonl"
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}: row {number}: expected an object, got {brief(row)}")
+        _refuse_surrogate(row, f"{file}: row {number}")
+        yield Row(row, f"{file}: row {number}")
+
+
+def _refuse_surrogate(row: object, where: str) -> None:
+    broken = lone_surrogate(row)
+    if broken is not None:
+        raise UserError(
+            f"{where}: a lone surrogate, which is no character: {brief(broken)}. Write what it "
+            "stands for, or leave the row out"
+        )
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    """Return the rows under the header; every value is a text."""
+    text = read_text(file).removeprefix("\ufeff")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{file}:1: a column is named twice: {', '.join(names)}")
+        for fields in reader:
+            if not fields:
+                continue
+            where = f"{file}:{reader.line_num}"
+            if len(fields) != len(names):
+                raise UserError(
+                    f"{where}: {len(fields)} fields, but the first line names {len(names)} "
+                    f"columns: {', '.join(names)}. A field with a comma stands in quotes"
+                )
+            yield Row(dict(zip(names, fields, strict=True)), where)
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num}: not readable csv: {error}") from error
+
+
+# --- files of the user's, folders, the hub -------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """Rows, and the sha256 of the files that they stand in; of the hub's, of the rows."""
+
+    rows: list[Row]
+    sha256: str
+
+
+def read_data(given: str, key: str, split: str) -> Data:
+    """Return the rows of a file, of all files of a folder, or of a hub id with its split.
+
+    A hub id is owner/name, owner/name:split or owner/name/config:split; without one, `split`.
+    Example: read_data("my.csv", "task.train", "train").rows[0].text("question")
+    """
+    path = Path(given)
+    if path.is_dir():
+        shown = (f for f in path.iterdir() if not f.name.startswith("."))
+        files = sorted(f for f in shown if f.name.endswith(OWN_SUFFIXES))
+        if not files:
+            raise UserError(f"{key} = {given!r}: no file in it ends in {', '.join(OWN_SUFFIXES)}")
+    elif path.is_file() or not (hub := HUB_SPLIT.fullmatch(given)) or given.endswith(OWN_SUFFIXES):
+        files = [Source(given, key, "", "", OWN_SUFFIXES).find()]
+    else:
+        return _from_hub(hub[1], hub[2], hub[3] or split, f"{key} = {given!r}")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hash_file(file).encode())
+    sha256 = hash_file(files[0]) if len(files) == 1 else digest.hexdigest()
+    return Data([row for file in files for row in read_rows(file)], sha256)
+
+
+def _from_hub(name: str, config: str | None, split: str, given: str) -> Data:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"{given}: no file or folder here, and a data set of the Hugging Face hub needs: pip "
+            f"install datasets. Or name a local file ({', '.join(OWN_SUFFIXES)})"
+        ) from error
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # rewritten: the hub's and the library's own kinds are many
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{given} can't be had from the Hugging Face hub: {first}") from error
+    rows = [Row(dict(row), f"{name}:{split} row {i}") for i, row in enumerate(found)]
+    text = json.dumps([row.values for row in rows], default=str)
+    return Data(rows, hashlib.sha256(text.encode()).hexdigest())

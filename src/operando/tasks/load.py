@@ -11,10 +11,12 @@ from operando.recipe.data import (
     CanaryTaskConfig,
     ClrsTaskConfig,
     CodeTaskConfig,
+    FileTaskConfig,
     GraphSearchTaskConfig,
     Gsm8kTaskConfig,
     Math500TaskConfig,
     MmluTaskConfig,
+    PythonTaskConfig,
     WordsTaskConfig,
 )
 from operando.recipe.deep import DeepTaskConfig
@@ -24,6 +26,7 @@ from operando.tasks.canary import load_canary
 from operando.tasks.clrs import load_clrs
 from operando.tasks.code import load_code
 from operando.tasks.deep import load_deep
+from operando.tasks.file_task import check_columns, load_file_task, question_key
 from operando.tasks.graph_search import load_graph_search
 from operando.tasks.gsm8k import load_gsm8k
 from operando.tasks.math500 import load_math500
@@ -35,6 +38,13 @@ KINDS: Mapping[str, type[Config]] = {
     for config in get_args(get_args(TaskConfig)[0])
 }
 """The kinds of tasks that a recipe may name, with their settings."""
+
+UNASKABLE = tuple(
+    kind
+    for kind, config in KINDS.items()
+    if config in (CanaryTaskConfig, FileTaskConfig, PythonTaskConfig)
+)
+"""Kinds that say nothing by their name alone: nothing can be asked that a run does not have."""
 
 
 def load_task(config: TaskConfig, prefix: str = "task.", *, to_train: bool = True) -> Task:
@@ -67,9 +77,51 @@ def load_task(config: TaskConfig, prefix: str = "task.", *, to_train: bool = Tru
             task = load_code(config)
         case DeepTaskConfig():
             task = load_deep(config)
+        case FileTaskConfig():
+            task = load_file_task(config, prefix)
+        case PythonTaskConfig(name=name):
+            raise UserError(
+                f"task.kind = 'python': the task {name!r} is a Task object of a Python program and "
+                "in no file: give it again as launch(..., task=...). Commands can ask a run's "
+                "own task where it is read from files: kind = 'file'"
+            )
         case CanaryTaskConfig(family=family):
             return load_canary(family=family)
+    _check_splits(task, to_train=to_train)
+    return task
+
+
+def given_task(config: TaskConfig, task: Task) -> Task:
+    """Return a Task of the user's own, checked as far as a task that is loaded is.
+
+    The recipe must say that it is one (kind = "python"), so that no command takes another for it.
+    """
+    if not isinstance(config, PythonTaskConfig):
+        raise UserError(
+            f"a Task {task.name!r} was handed over, but the recipe's is task.kind = "
+            f"{config.kind!r}: set kind = 'python'"
+        )
+    _check_splits(task, to_train=True)
+    examples = [*task.train, *task.held_out]
+    names = set(examples[0].columns)
+    for one in examples:
+        if set(one.columns) != names:
+            raise UserError(
+                f"task {task.name}: {one.id!r} has columns {sorted(one.columns)}, the first "
+                f"example {sorted(names)}: all must have the same (None where there is nothing)"
+            )
+    check_columns(examples)
+    keys = {question_key(one) for one in task.held_out}
+    both = [one for one in task.train if question_key(one) in keys]
+    if both:
+        raise UserError(
+            f"task {task.name}: {len(both)} of {len(task.train)} training questions are held out "
+            f"too; the first: {both[0].question[:80]!r}"
+        )
+    return task
+
+
+def _check_splits(task: Task, *, to_train: bool) -> None:
     for split, examples in (("train", task.train), ("held-out", task.held_out)):
         if not examples and (to_train or split != "train"):
             raise UserError(f"task {task.name}: the {split} split is empty ({dict(task.source)})")
-    return task

@@ -105,6 +105,12 @@ def _raw_prompts(
     config: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Prompt]:
+    with_system = next((example.id for example in examples if example.system), None)
+    if with_system is not None:
+        raise UserError(
+            f'{with_system} has a system message: set prompt.format = "chat", or put it into the '
+            "question (task.template)"
+        )
     worked = [
         config.ask(shot.question) + config.worked_answer(shot.solution, shot.answer)
         for shot in shots
@@ -130,14 +136,17 @@ def _chat_prompts(
     chat = _open_chat(config, tokenizer, day)
     _check_template(config, chat)
     before: Messages = []
-    if config.system is not None:
-        before.append({"role": "system", "content": config.system})
     for shot in shots:
         answer = config.worked_answer(shot.solution, shot.answer).strip()
         before.append({"role": "user", "content": config.ask(shot.question)})
         before.append({"role": "assistant", "content": answer})
     asked: list[Messages] = [
-        [*before, {"role": "user", "content": config.ask(example.question)}] for example in examples
+        [
+            *_system(example, config),
+            *before,
+            {"role": "user", "content": config.ask(example.question)},
+        ]
+        for example in examples
     ]
     texts = [_render(messages, chat) + config.prefill for messages in asked]
     rows = text_ids(tokenizer, texts, "a prompt")  # the template holds every special token
@@ -145,6 +154,16 @@ def _chat_prompts(
         Prompt(example, text, tuple(ids), tuple(messages), _prefill(text, config))
         for example, text, ids, messages in zip(examples, texts, rows, asked, strict=True)
     ]
+
+
+def _system(example: Example, config: PromptConfig) -> Messages:
+    """Return the system message: the example's own or the recipe's; both is an error."""
+    if example.system and config.system is not None:
+        raise UserError(
+            f"prompt.system, and {example.id} has a system message of its own: leave one out"
+        )
+    text = example.system or config.system
+    return [] if text is None else [{"role": "system", "content": text}]
 
 
 def _prefill(text: str, config: PromptConfig) -> str:
