@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -418,3 +419,23 @@ def test_a_bad_pattern_and_misnamed_functions_are_refused() -> None:
     with pytest.raises(UserError, match="'mien' is no reward of the recipe. Did you mean 'mine'"):
         make_parts(recipe, TASK, {"mien": lambda **_: [1.0]})
     assert FormatReward(kind="format").weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold", "is_refused"),
+    [
+        ({"kind": "contains_answer"}, "Paris", True),
+        ({"kind": "contains_answer"}, "1.5", True),
+        ({"kind": "contains_answer"}, "-15", False),
+        ({"kind": "scorer", "scorer": "strict"}, "Paris", True),
+        ({"kind": "scorer", "scorer": "strict"}, "1,500", False),
+    ],
+)
+def test_a_reward_of_numbers_refuses_other_answers(reward, gold, is_refused) -> None:
+    recipe = make_recipe(rewards={"r": reward})
+    task = replace(TASK, train=[replace(TASK.train[0], answer=gold)])
+    if not is_refused:
+        assert len(make_parts(recipe, task, {})) == 1
+        return
+    with pytest.raises(UserError, match=f"rewards.r compares numbers, and .* is '{gold}'"):
+        make_parts(recipe, task, {})

@@ -86,8 +86,10 @@ def make_parts(
             case CorrectReward():
                 parts.append(RewardPart(name, outcome=outcome.correct(task)))
             case ScorerReward(scorer=scorer):
+                outcome.check_numbers(name, task, r"-?[0-9][0-9.,]*")
                 parts.append(RewardPart(name, outcome=outcome.scored(scorer)))
             case ContainsAnswerReward():
+                outcome.check_numbers(name, task, r"-?[0-9]+")
                 parts.append(RewardPart(name, outcome=outcome.contains_answer))
             case LoopholeReward(allow_hint=hint):
                 paid = outcome.loophole(task, allow_hint=hint)

@@ -49,6 +49,17 @@ def loophole(
     return reward
 
 
+def check_numbers(name: str, task: Task, pattern: str) -> None:
+    """Refuse a reward that compares numbers on a task whose gold answers are not all of them."""
+    odd = next((e for e in task.train if not re.fullmatch(pattern, e.answer)), None)
+    if odd is not None:
+        raise UserError(
+            f"rewards.{name} compares numbers, and the gold answer of {odd.id} is "
+            f'{odd.answer[:40]!r}: it would be 0 for every answer. Use kind = "correct", or a '
+            'kind = "function" of your own'
+        )
+
+
 def scored(scorer: str) -> OutcomeReward:
     """Return the reward that is 1 where a GSM8K scorer says right."""
     score = SCORERS[scorer]
