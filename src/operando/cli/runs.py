@@ -17,7 +17,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     runs_dir: Annotated[str, typer.Option(help="Where run folders go.")] = "runs",
 ) -> None:
-    """Train a small model in two minutes, show what changed, and write a report."""
+    """Train a small model in a minute or two, show what changed, and write a report."""
     from operando.demo import hack_demo, learning_demo
     from operando.display import make_console
 
