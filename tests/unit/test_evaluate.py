@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,20 +16,23 @@ from typer.testing import CliRunner
 
 from operando.cli import app
 from operando.errors import UserError
+from operando.evals import ask as ask_module
 from operando.evals.ask import (
     Answer,
     Checkpoint,
     Question,
+    ask,
     compare,
     completion_length,
     gold_answers,
     grade_answers,
     open_each,
 )
-from operando.evals.evaluate import Row, _row, evaluate
+from operando.evals.evaluate import Row, _ask_all, _row, evaluate
 from operando.evals.questions import ASKABLE, EvalConfig, make_questions
 from operando.models.load import STARTER, load_model
 from operando.recipe.data import ModelConfig
+from operando.run import SeedTree
 from operando.tasks import clrs, graph_search, gsm8k, math500, mmlu, words
 from operando.tasks.base import TaskText
 from operando.types import Prompt, Rollout
@@ -136,6 +142,42 @@ def test_a_problem_too_long_for_one_model_is_left_out_of_all(tmp_path: Path) -> 
     assert 0 < kept < 40
     assert [(r.n, r.left_out) for r in result.rows] == [(kept, 40 - kept)] * 2
     assert result.rows[1].change is not None and result.rows[1].change.difference.value == 0
+
+
+def test_a_model_is_let_go_before_the_next_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[object]] = []
+    seen: list[int] = []
+    real = ask_module.load_model
+
+    def load(config: ModelConfig) -> object:
+        gc.collect()
+        seen.append(sum(one() is not None for one in alive))
+        loaded = real(config)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(ask_module, "load_model", load)
+    models = [Checkpoint("a", ModelConfig()), Checkpoint("b", ModelConfig(id="deep"))]
+    answers = _ask_all(
+        models, [replace(question("words"), examples=question("words").examples[:2])], STARTER
+    )
+    assert len(answers) == 2 and seen == [0, 0]
+
+
+def test_a_problem_has_its_own_stream_whatever_is_left_out() -> None:
+    """One model leaves the first problem out; the others are drawn from the same numbers."""
+    (opened,) = open_each([Checkpoint("starter", ModelConfig())])
+    asked = question("words")
+    asked = replace(
+        asked, examples=asked.examples[:4], seeds=SeedTree(3), samples=2, max_completion_length=40
+    )
+    long = replace(asked.examples[0], question="well, " * 200 + asked.examples[0].question)
+    longer = replace(asked, examples=[long, *asked.examples[1:]])
+    day = datetime.now(UTC)
+    every = ask(opened, asked, day)
+    some = ask(replace(opened, context=200), longer, day)
+    assert len(some) == 6
+    assert [a.rollout.completion for a in some] == [a.rollout.completion for a in every[2:]]
 
 
 def test_two_model_folders_are_asked_the_same(tmp_path: Path) -> None:

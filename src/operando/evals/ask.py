@@ -144,19 +144,19 @@ def checkpoints(folder: Path, step: int | None = None) -> list[Checkpoint]:
 def open_each(models: Sequence[Checkpoint]) -> Iterator[Opened]:
     """Open one model after the other; a step that follows its own base is put into it.
 
-    So no two models are in memory, and an opened one holds until the next is taken.
+    An opened one holds until the next is taken. So that no two models are in memory, the caller
+    lets go of it first: `del opened` at the end of the loop.
     """
     before: Checkpoint | None = None
-    held: tuple[Policy, Opened] | None = None
+    held: list[tuple[Policy, Opened]] = []
     for one in models:
-        if held is None or before is None or before.run or before.config != one.config:
-            held = None  # let go of the model before
-            held = _open(one)
-        policy, opened = held
+        if before is None or before.run or before.config != one.config:
+            held.clear()
+            held.append(_open(one))
         if one.run is not None:
-            load_weights(one.run, one.step, policy)
+            load_weights(one.run, one.step, held[0][0])
         before = one
-        yield replace(opened, name=one.name)
+        yield replace(held[0][1], name=one.name)
 
 
 def _open(one: Checkpoint) -> tuple[Policy, Opened]:
@@ -178,7 +178,9 @@ def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
     length = completion_length(model, question)
     prompts = fitting_prompts(model, question, day, length)
     stop = NEXT_QUESTION_STOPS if question.is_cut else question.stop
-    sampling, order, uniforms_BT = Sampling(length, stop=stop), list(range(len(prompts))), None
+    places = {e.id: place for place, e in enumerate(question.examples)}
+    order = [places[prompt.example.id] for prompt in prompts]  # a problem's stream is its own
+    sampling, uniforms_BT = Sampling(length, stop=stop), None
     if question.seeds is not None:
         sampling = sampling._replace(temperature=question.temperature)
         uniforms_BT = uniform_streams(question.seeds, 0, order, question.samples, length)

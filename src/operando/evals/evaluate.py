@@ -195,11 +195,11 @@ def _ask_all(
 ) -> dict[tuple[str, str], list[Answer]]:
     """Return the answers by task and model, on the problems whose prompts fit every model."""
     day = day_of(folder)
-    answers = {
-        (question.name, opened.name): ask(opened, question, day)
-        for opened in open_each(models)
-        for question in questions
-    }
+    answers: dict[tuple[str, str], list[Answer]] = {}
+    for opened in open_each(models):
+        for question in questions:
+            answers[question.name, opened.name] = ask(opened, question, day)
+        del opened  # before the next model is opened
     for question in questions:
         keys = [(question.name, model.name) for model in models]
         fits = set.intersection(*({a.example.id for a in answers[key]} for key in keys))

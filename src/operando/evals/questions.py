@@ -107,7 +107,10 @@ def _question(
     name: str, config: EvalConfig, recipe: Recipe | None, given: TaskConfig | None
 ) -> Question:
     own = recipe if recipe is not None and recipe.task.kind == name and given is None else None
-    if config.sizes or any(key.partition(".")[0] == name for key in config.data or {}):
+    has_sizes = "sizes" in KINDS[name].model_fields
+    if (config.sizes and has_sizes) or any(
+        key.partition(".")[0] == name for key in config.data or {}
+    ):
         own = None
     if name == "math500" and config.grader is not None:
         own = None
