@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from operando.errors import UserError, nearest
 from operando.models.folders import save_folder
-from operando.pretrain.fit import rate_at
+from operando.pretrain.fit import IGNORED, Batch, rate_at
 from operando.pretrain.lm import CHAT_TEMPLATE, EOS, PAD, PretrainProgress, build_model
 from operando.recipe.deep import DeepPretrainRecipe
 from operando.run import write_json
@@ -34,7 +32,6 @@ KINDS = (*story.HABITS, "add", "sub", "swap", "round", "dead end", "climb")
 FAMILIES = ("story", "chain", "maze")
 FRAC_MORE = 0.5  # of the texts with one answer too many, those with one more, and so on
 PART = 16  # rows padded to the same length
-IGNORED = -100  # a label that has no loss
 
 
 class Text(NamedTuple):
@@ -102,13 +99,6 @@ def build_tokenizer(recipe: DeepPretrainRecipe) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
-
-
-class Batch(NamedTuple):
-    """Right-padded rows, and what is to be predicted at each place or IGNORED."""
-
-    ids_BS: Int[Tensor, "B S"]
-    labels_BS: Int[Tensor, "B S"]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Text]) -> list[Batch]:

@@ -73,8 +73,7 @@ def verify(example: Example, completion: str, is_truncated: bool) -> Verdict:
     """Return right only for a finished completion with one "####" and exactly the gold after it."""
     if is_truncated:
         return Verdict(False, "not finished within the token limit")
-    before, mark, after = completion.partition("####")
-    del before
+    _, mark, after = completion.partition("####")
     if not mark or "####" in after:
         return Verdict(False, f"{completion.count('####')} '####' marks, expected one")
     if " ".join(after.split()) != example.answer:
