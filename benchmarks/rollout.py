@@ -31,7 +31,7 @@ from operando.models.load import load_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe.data import LoraConfig, ModelConfig, WordsTaskConfig
 from operando.rollout.engine import Engine
-from operando.rollout.sampler import Sampling, uniform_streams
+from operando.rollout.sampler import Request, Sampling, uniform_streams
 from operando.run import SeedTree
 from operando.tasks.words import load_words
 
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, model: str) -> None:
     policy = open_policy(model, "float32", args.device)
     prompts = [policy.tokenizer(f"Q: {e.question}\nA:")["input_ids"] for e in task.train]
     few, num = prompts[:4], min(args.new, 64)
-    ours = [list(s.ids) for s in sampler(policy).sample(few, 1, Sampling(num), None)]
+    ours = [list(s.ids) for s in sampler(policy).sample(Request(few, 1, Sampling(num), None))]
     theirs = [hf_generate(policy, [p], num, greedy=True)[0] for p in few]
     assert ours == theirs, f"greedy tokens differ: {ours} {theirs}"
     if args.dtype != "float32":
@@ -131,7 +131,10 @@ def measure(args: argparse.Namespace, model: str) -> None:
 
     def operando(repeat: int, new: int) -> list[list[int]]:
         uniforms = uniform_streams(SeedTree(repeat), 1, range(len(prompts)), args.group, new)
-        return [list(s.ids) for s in engine.sample(prompts, args.group, Sampling(new), uniforms)]
+        return [
+            list(s.ids)
+            for s in engine.sample(Request(prompts, args.group, Sampling(new), uniforms))
+        ]
 
     samplers: dict[str, Callable[[int, int], list[list[int]]]] = {"operando": operando}
     if "generate" in args.peers:

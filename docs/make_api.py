@@ -24,6 +24,7 @@ GROUPS = {
         "Policy",
         "make_sampler",
         "Sampling",
+        "Request",
     ),
     "What passes between them": ("Example", "Rollout", "Batch", "Trace", "Rewards"),
     "Look inside": ("load_sae", "load_chain", "load_directions"),

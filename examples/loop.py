@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from operando import Policy, Recipe, Sampling, load_model, load_task, make_sampler
+from operando import Policy, Recipe, Request, Sampling, load_model, load_task, make_sampler
 from operando.models.load import pad_id, stop_ids
 from operando.rollout.greedy_eval import grade, greedy_eval
 from operando.rollout.sampler import as_rollouts, uniform_streams
@@ -53,7 +53,8 @@ def grpo(recipe: Recipe) -> Policy:
         # sample: G completions of each prompt; siblings are adjacent
         prompts = [train[i] for i in prompt_order(seeds, step, P, len(train))]
         uniforms_BT = uniform_streams(seeds, step, range(P), G, T)
-        sampled = sampler.sample([prompt.ids for prompt in prompts], G, Sampling(T), uniforms_BT)
+        request = Request([prompt.ids for prompt in prompts], G, Sampling(T), uniforms_BT)
+        sampled = sampler.sample(request)
         rollouts = as_rollouts(prompts, range(P), G, sampled)
         batch = make_batch(rollouts, G, pad_id(tokenizer))
         mask_BT = batch.mask_BT

@@ -22,6 +22,7 @@ __all__ = [
     "Policy",
     "Question",
     "Recipe",
+    "Request",
     "Rewards",
     "Rollout",
     "Run",
@@ -64,7 +65,7 @@ if TYPE_CHECKING:  # the one table: editors and type checkers read it here, `_ho
     from operando.recipe_io import load_recipe
     from operando.report.html import write_report as report
     from operando.rollout.make import make_sampler
-    from operando.rollout.sampler import Sampling
+    from operando.rollout.sampler import Request, Sampling
     from operando.run import Run
     from operando.sae.formats import load_sae
     from operando.stats.intervals import Interval

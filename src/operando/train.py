@@ -34,7 +34,7 @@ from operando.records import (
 from operando.rewards.base import RewardFunction, TrainerState
 from operando.rewards.compose import compute_rewards
 from operando.rollout.greedy_eval import grade, greedy_eval
-from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampling, as_rollouts, uniform_streams
 from operando.run import Run, SeedTree
 from operando.setup import Setup, StepReport, add_transforms, begin_step, resume, set_up, shifted
 from operando.stopping import Stopped, stops_after_step
@@ -195,7 +195,9 @@ def sample_batch(setup: Setup, step: int) -> tuple[Batch, list[int], Prefix | No
     sampling = Sampling(config.max_completion_length, config.temperature, config.stop)
     ids = [p.ids for p in prompts]
     prefix = setup.policy.new_prefix(first)
-    sampled = setup.sampler.sample(ids, config.num_generations, sampling, uniforms_BT, prefix)
+    sampled = setup.sampler.sample(
+        Request(ids, config.num_generations, sampling, uniforms_BT), prefix
+    )
     mine = as_rollouts(prompts, groups, config.num_generations, sampled)
     batch = make_batch(parallel.gather_list(mine), config.num_generations, setup.pad_id)
     start = first * config.num_generations

@@ -21,7 +21,7 @@ from operando.models.prefix import Prefix
 from operando.recipe.data import ModelConfig
 from operando.rollout.engine import Engine
 from operando.rollout.kernels import attend, fuses, pick, rotate_into
-from operando.rollout.sampler import Sampled, Sampling, uniform_streams
+from operando.rollout.sampler import Request, Sampled, Sampling, uniform_streams
 from operando.run import SeedTree
 from operando.sae.feature_set import model_digest
 from operando.sae.train import SaeTrainConfig, train_sae
@@ -39,7 +39,7 @@ LONG = "rollout.max_completion_length=70"  # long enough for captured steps
 
 def completions(engine: Engine, prefix: Prefix | None = None) -> list[Sampled]:
     uniforms = uniform_streams(SeedTree(0), 2, range(4), 6, 70)
-    return engine.sample(PROMPTS, 6, Sampling(70), uniforms, prefix)
+    return engine.sample(Request(PROMPTS, 6, Sampling(70), uniforms), prefix)
 
 
 def engine_of(family: str, dtype: torch.dtype, device: str = DEVICE) -> Engine:

@@ -33,7 +33,7 @@ from operando.recursive.drafting import DraftingConfig, calibrate_drafting
 from operando.recursive.halt_head import Rule, States, Trial
 from operando.recursive.halting import HaltingConfig, calibrate_halting
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampling
+from operando.rollout.sampler import Request, Sampling
 from operando.run import Run, SeedTree
 
 from .recursive_models import random_recursive
@@ -186,11 +186,13 @@ def test_controls_take_the_loops_that_they_are_given() -> None:
     model = random_recursive()
     shallow = halt_head.FixedDepth(model, byte_tokenizer(), (1,), draft_tokens=0)
     shallow.loops = 3
-    sampled = shallow.sample(PROMPTS, 1, Sampling(5), None)
+    sampled = shallow.sample(Request(PROMPTS, 1, Sampling(5), None))
     assert {t for one in sampled for t in one.exit_loops} == {3}
     model.config.num_loops = 3
     plain = RecursiveEngine(model, byte_tokenizer(), (1,), halt_threshold=math.inf)
-    assert [o.ids for o in plain.sample(PROMPTS, 1, Sampling(5), None)] == [o.ids for o in sampled]
+    assert [o.ids for o in plain.sample(Request(PROMPTS, 1, Sampling(5), None))] == [
+        o.ids for o in sampled
+    ]
     drawn = halt_head.draw_loops([0, 3, 0, 1], (4000,), torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {2, 4}
     assert float((drawn == 2).float().mean()) == pytest.approx(0.75, abs=0.03)
@@ -267,10 +269,10 @@ def test_the_written_folder_halts_and_drafts_by_itself(chain) -> None:
     assert both.config.min_loops == 2 and both.config.draft_tokens == drafts.written
     both.config.draft_tokens = 3  # whether drafts are faster is the machine's to say
     by_itself = RecursiveEngine(both, tokenizer, (1,))
-    sampled = by_itself.sample(PROMPTS, 1, Sampling(8), None)
+    sampled = by_itself.sample(Request(PROMPTS, 1, Sampling(8), None))
     assert by_itself.stats.tried[0] > 0
     told = RecursiveEngine(both, tokenizer, (1,), draft_tokens=0, halt_threshold=halts.chosen.tau)
-    plain = told.sample(PROMPTS, 1, Sampling(8), None)
+    plain = told.sample(Request(PROMPTS, 1, Sampling(8), None))
     assert [o.exit_loops for o in sampled] == [o.exit_loops for o in plain]
     assert [o.ids for o in sampled] == [o.ids for o in plain]
     assert min(t for one in sampled for t in one.exit_loops) >= 2

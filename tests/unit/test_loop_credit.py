@@ -17,7 +17,7 @@ from operando.recipe.data import LoraConfig, ModelConfig
 from operando.recipe.run import Recipe
 from operando.recipe_io import check
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampling, as_rollouts
+from operando.rollout.sampler import Request, Sampling, as_rollouts
 from operando.run import SeedTree
 from operando.types import Batch, Example, Prompt, make_batch
 from operando.update.objective import Targets, micro_objective
@@ -43,7 +43,7 @@ def sampled_batch(policy: Policy, threshold: float | None = None) -> Batch:
     """Three completions a prompt; with a threshold, each token with the loops that it took."""
     engine = RecursiveEngine(policy.base, byte_tokenizer(), (1,), halt_threshold=threshold)
     u_BT = torch.rand(6, 9, generator=torch.Generator().manual_seed(3))
-    sampled = engine.sample(PROMPTS, 3, Sampling(9), u_BT)
+    sampled = engine.sample(Request(PROMPTS, 3, Sampling(9), u_BT))
     prompts = [Prompt(Example("e", "q", "7"), "q", ids) for ids in PROMPTS]
     return make_batch(as_rollouts(prompts, [0, 1], 3, sampled), 3, 0)
 

@@ -9,7 +9,7 @@ from operando.models.policy import Policy
 from operando.models.prefix import Prefix
 from operando.models.scoring import Scored, flat_rows, whole_site
 from operando.rollout.engine import Engine
-from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.types import Example, Prompt, make_batch
 from tests.unit.test_packing import LORA, make_policy
@@ -89,7 +89,7 @@ def test_the_sampler_sees_what_the_scoring_pass_sees(family: str, max_batch: int
     prompts = [Prompt(Example(str(i), "", ""), "", (9, 80 + i) * (i + 1)) for i in range(3)]
     seen = Prefix(2)
     uniforms_BT = uniform_streams(SeedTree(0), 1, range(3), 4, 20)
-    sampled = engine.sample([p.ids for p in prompts], 4, Sampling(20), uniforms_BT, seen)
+    sampled = engine.sample(Request([p.ids for p in prompts], 4, Sampling(20), uniforms_BT), seen)
     batch = make_batch(as_rollouts(prompts, range(3), 4, sampled), 4, pad_id=0)
     assert len({len(one.ids) for one in sampled}) > 3
     computed = policy.score(batch).prefix

@@ -12,7 +12,7 @@ from operando.models.recursive import RecursiveCausalLM
 from operando.recipe.data import ModelConfig
 from operando.rollout.hf import HfSampler
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampling, as_rollouts
+from operando.rollout.sampler import Request, Sampling, as_rollouts
 from operando.run import SeedTree
 from operando.types import Example, Prompt, make_batch
 
@@ -35,8 +35,10 @@ def uniforms(rows: int, length: int, seed: int = 3) -> Tensor:
 def test_the_engine_samples_what_hf_generate_samples(greedy: bool) -> None:
     model = random_recursive()
     u_BT = None if greedy else uniforms(8, 14)
-    ours = engine(model).sample(PROMPTS, 2, Sampling(14), u_BT)
-    theirs = HfSampler(model, byte_tokenizer(), (1,)).sample(PROMPTS, 2, Sampling(14), u_BT)
+    ours = engine(model).sample(Request(PROMPTS, 2, Sampling(14), u_BT))
+    theirs = HfSampler(model, byte_tokenizer(), (1,)).sample(
+        Request(PROMPTS, 2, Sampling(14), u_BT)
+    )
     assert [one.ids for one in ours] == [one.ids for one in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.logp == pytest.approx(other.logp, abs=1e-4)
@@ -59,9 +61,9 @@ def test_drafting_changes_no_token_and_no_log_prob(greedy: bool, threshold: floa
     model = echoing(4)
     u_BT = None if greedy else uniforms(12, 20)
     run = {"halt_threshold": threshold}
-    plain = engine(model, **run).sample(PROMPTS, 3, Sampling(20), u_BT)
+    plain = engine(model, **run).sample(Request(PROMPTS, 3, Sampling(20), u_BT))
     drafting = engine(model, draft_tokens=4, **run)
-    drafted = drafting.sample(PROMPTS, 3, Sampling(20), u_BT)
+    drafted = drafting.sample(Request(PROMPTS, 3, Sampling(20), u_BT))
     assert [one.ids for one in drafted] == [one.ids for one in plain]
     assert [one.exit_loops for one in drafted] == [one.exit_loops for one in plain]
     for one, other in zip(drafted, plain, strict=True):
@@ -77,7 +79,7 @@ def test_drafted_samples_have_the_target_distribution() -> None:
     model = echoing(4)
     n = 4000
     sampled = engine(model, draft_tokens=2, max_batch=n).sample(
-        [PROMPTS[0]], n, Sampling(2), uniforms(n, 2)
+        Request([PROMPTS[0]], n, Sampling(2), uniforms(n, 2))
     )
     first = torch.tensor([one.ids[0] for one in sampled])
     head = int(first.mode().values)
@@ -93,9 +95,10 @@ def test_drafted_samples_have_the_target_distribution() -> None:
 def test_one_loop_for_all_and_compaction_do_not_mix_rows() -> None:
     model = random_recursive()
     alone = [
-        engine(model, halt_threshold=HALT).sample([p], 1, Sampling(12), None)[0] for p in PROMPTS
+        engine(model, halt_threshold=HALT).sample(Request([p], 1, Sampling(12), None))[0]
+        for p in PROMPTS
     ]
-    together = engine(model, halt_threshold=HALT).sample(PROMPTS, 1, Sampling(12), None)
+    together = engine(model, halt_threshold=HALT).sample(Request(PROMPTS, 1, Sampling(12), None))
     assert [one.ids for one in together] == [one.ids for one in alone]
     assert [one.exit_loops for one in together] == [one.exit_loops for one in alone]
     assert len({loops for one in together for loops in one.exit_loops}) > 1
@@ -105,7 +108,7 @@ def test_the_learner_replays_the_exits_and_gets_the_sampling_log_probs() -> None
     model = random_recursive(halt_threshold=HALT)
     tokenizer = byte_tokenizer()
     prompts = [Prompt(Example("e", "q", "7"), "q", ids) for ids in PROMPTS]
-    sampled = engine(model).sample(PROMPTS, 2, Sampling(10), uniforms(8, 10))
+    sampled = engine(model).sample(Request(PROMPTS, 2, Sampling(10), uniforms(8, 10)))
     for one, prompt in zip(sampled, [p for p in PROMPTS for _ in range(2)], strict=True):
         assert len(one.exit_loops) == len(prompt) + len(one.ids) - 1
     batch = make_batch(as_rollouts(prompts, list(range(4)), 2, sampled), 2, 0)

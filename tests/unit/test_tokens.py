@@ -28,7 +28,7 @@ from operando.pretrain.sft import encode_pairs
 from operando.recipe.data import ModelConfig, PromptConfig, RolloutConfig
 from operando.rewards.formats import is_one_block, whole_answer
 from operando.rollout.engine import Engine
-from operando.rollout.sampler import Sampling, finish
+from operando.rollout.sampler import Request, Sampling, finish
 from operando.tasks.mixture import Document, Reader, encode_texts
 from operando.tasks.prompts import answer_so_far, make_prompts, missing_start
 from operando.types import Example, Prompt, Rollout
@@ -349,7 +349,7 @@ def test_a_sampler_refuses_it_before_it_samples() -> None:
     model = tiny_model("llama", vocab_size=len(tokenizer))
     engine = Engine(model, tokenizer, (tokenizer.eos_token_id,))
     with pytest.raises(UserError, match="can't be found"):
-        engine.sample([(5, 6)], 1, Sampling(4, math.inf, ("<pad>",)), None)
+        engine.sample(Request([(5, 6)], 1, Sampling(4, math.inf, ("<pad>",)), None))
 
 
 DATED = "Today: {{ strftime_now('%d %B %Y') }}{{strftime_now( \"|%Y-%m-%d\" )}}\n" + CHAT

@@ -18,7 +18,7 @@ from operando.models.scoring import whole_site
 from operando.recipe.run import Recipe
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
-from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.setup import make_prompt_sets
 from operando.tasks.load import load_task
@@ -103,7 +103,9 @@ def sample_answers(
         groups = list(range(first, first + len(some)))
         # Step 0: training steps count from 1, so no stream is shared with a run.
         uniforms_BT = uniform_streams(seeds, 0, groups, num_generations, length)
-        sampled = sampler.sample([p.ids for p in some], num_generations, sampling, uniforms_BT)
+        sampled = sampler.sample(
+            Request([p.ids for p in some], num_generations, sampling, uniforms_BT)
+        )
         new = as_rollouts(some, groups, num_generations, sampled)
         batch = make_batch(new, num_generations, pad_id(loaded.tokenizer))
         scoring = policy.score(

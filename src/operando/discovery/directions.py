@@ -29,7 +29,7 @@ from operando.models.policy import Policy
 from operando.models.tokens import text_ids
 from operando.recipe.run import Recipe
 from operando.rollout.hf import HfSampler
-from operando.rollout.sampler import Sampling, as_rollouts
+from operando.rollout.sampler import Request, Sampling, as_rollouts
 from operando.run import SeedTree, write_json
 from operando.sae.feature_set import model_digest
 from operando.setup import make_prompt_sets
@@ -448,7 +448,7 @@ def _steered(
     )
     sampling = Sampling(recipe.rollout.max_completion_length, stop=recipe.rollout.stop)
     with adding(bench.policy, directions, scale):
-        sampled = sampler.sample([p.ids for p in prompts], 1, sampling, None)
+        sampled = sampler.sample(Request([p.ids for p in prompts], 1, sampling, None))
     rollouts = as_rollouts(prompts, list(range(len(prompts))), 1, sampled)
     counts: dict[str, int] = {}
     correct = 0

@@ -24,7 +24,7 @@ from operando.models.policy import Policy
 from operando.recipe.data import ModelConfig, PromptConfig
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
-from operando.rollout.sampler import Sampler, Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampler, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.run_folder import check_model_or_run, read_recipe, start_of
 from operando.stats.bootstrap import bootstrap_mean
@@ -185,7 +185,7 @@ def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
         sampling = sampling._replace(temperature=question.temperature)
         uniforms_BT = uniform_streams(question.seeds, 0, order, question.samples, length)
     ids = [prompt.ids for prompt in prompts]
-    sampled = model.sampler.sample(ids, question.samples, sampling, uniforms_BT)
+    sampled = model.sampler.sample(Request(ids, question.samples, sampling, uniforms_BT))
     rollouts = as_rollouts(prompts, order, question.samples, sampled)
     return grade_answers(question.task, rollouts, is_cut=question.is_cut)
 

@@ -26,7 +26,7 @@ from operando.rewards.base import TrainerState
 from operando.rewards.compose import RewardPart, compute_rewards, make_parts
 from operando.rollout.greedy_eval import grade
 from operando.rollout.make import make_sampler
-from operando.rollout.sampler import Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets, make_taps
@@ -115,7 +115,7 @@ class _Bench:
         )
         sampling = Sampling(length, rollout.temperature, rollout.stop)
         sampled = sampler.sample(
-            [p.ids for p in prompts], rollout.num_generations, sampling, uniforms_BT
+            Request([p.ids for p in prompts], rollout.num_generations, sampling, uniforms_BT)
         )
         return as_rollouts(prompts, groups, rollout.num_generations, sampled)
 

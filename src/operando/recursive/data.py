@@ -39,7 +39,7 @@ from operando.recipe.run import TaskConfig
 from operando.recipe_io import apply_override, check
 from operando.rollout.greedy_eval import grade
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampled, Sampling, as_rollouts, uniform_streams
+from operando.rollout.sampler import Request, Sampled, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_recipe
 from operando.tables import TextTable, table
@@ -309,7 +309,7 @@ def complete(
     for at in range(0, len(prompts), engine.max_batch):
         part = slice(at, at + engine.max_batch)
         rows = None if uniforms is None else uniforms[part]
-        done += engine.sample([p.ids for p in prompts[part]], 1, sampling, rows)
+        done += engine.sample(Request([p.ids for p in prompts[part]], 1, sampling, rows))
         stats = engine.stats if stats is None else stats.plus(engine.stats)
         on_progress(len(done), len(prompts))
     assert stats is not None, "no prompts"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from operando import parallel
-from operando.rollout.sampler import Sampler, Sampling, as_rollouts
+from operando.rollout.sampler import Request, Sampler, Sampling, as_rollouts
 from operando.tasks.base import Answered, Task
 from operando.types import Prompt, Rollout, Verdict
 
@@ -34,6 +34,6 @@ def greedy_eval(
     ranks = parallel.world_size()
     each = -(-len(prompts) // ranks)
     mine = list(prompts[parallel.rank() * each :][:each])
-    sampled = sampler.sample([p.ids for p in mine], 1, sampling, None) if mine else []
+    sampled = sampler.sample(Request([p.ids for p in mine], 1, sampling)) if mine else []
     rollouts = as_rollouts(mine, list(range(len(mine))), 1, sampled)
     return grade(task, parallel.gather_list(rollouts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -19,9 +18,9 @@ from transformers import (
 
 from operando.models.prefix import Prefix
 from operando.models.tokens import check_stop, completion_text
-from operando.rollout.engine import STOP_EVERY
+from operando.rollout.decoding import STOP_EVERY
 from operando.rollout.kernels import pick
-from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
+from operando.rollout.sampler import Request, Sampled, finish, first_stop
 
 
 class _Recorder(LogitsProcessor):
@@ -89,39 +88,23 @@ class HfSampler:
         self.max_batch = max_batch
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-        prefix: Prefix | None = None,
-    ) -> list[Sampled]:
-        """Return `group_size` completions of each prompt, siblings adjacent."""
-        check_stop(self.tokenizer, self.stop_ids, sampling.stop)
+    def sample(self, request: Request, prefix: Prefix | None = None) -> list[Sampled]:
+        """Return the completions of each prompt, siblings adjacent."""
+        check_stop(self.tokenizer, self.stop_ids, request.sampling.stop)
         del prefix  # generate does not show its hidden states; the scoring pass computes them
-        rows = [prompt for prompt in prompts for _ in range(group_size)]
-        done: list[Sampled] = []
-        for at in range(0, len(rows), self.max_batch):
-            part = slice(at, at + self.max_batch)
-            uniforms = None if uniforms_BT is None else uniforms_BT[part]
-            done += self._sample_rows(rows[part], sampling, uniforms)
-        return done
+        chunks = request.chunks(self.max_batch)
+        return [one for _, chunk in chunks for one in self._sample_chunk(chunk)]
 
-    def _sample_rows(
-        self,
-        rows: Sequence[Sequence[int]],
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-    ) -> list[Sampled]:
-        device = self.model.device
+    def _sample_chunk(self, request: Request) -> list[Sampled]:
+        sampling, device = request.sampling, self.model.device
+        rows = [prompt for prompt in request.prompts for _ in range(request.group_size)]
         width = max(len(row) for row in rows)
         ids_BS = torch.full((len(rows), width), self.stop_ids[0], device=device)
         mask_BS = torch.zeros_like(ids_BS)
         for b, row in enumerate(rows):  # generate wants left padding
             ids_BS[b, width - len(row) :] = torch.tensor(row, device=device)
             mask_BS[b, width - len(row) :] = 1
-        recorder = _Recorder(sampling.temperature, uniforms_BT)
+        recorder = _Recorder(sampling.temperature, request.uniforms_BT)
         stops = [_StopTexts(self.tokenizer, sampling.stop, width)] if sampling.stop else []
         out_BS = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids_BS,

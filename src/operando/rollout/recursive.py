@@ -27,9 +27,10 @@ from operando.models.prefix import Prefix
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.recursive.cache import SlotCache
 from operando.models.tokens import check_stop, completion_text
-from operando.rollout.engine import COMPACT_BELOW, STOP_EVERY
+from operando.rollout.decoding import STOP_EVERY
+from operando.rollout.engine import COMPACT_BELOW
 from operando.rollout.kernels import pick
-from operando.rollout.sampler import Sampled, Sampling, finish, first_stop
+from operando.rollout.sampler import Request, Sampled, Sampling, finish, first_stop
 
 
 @dataclass
@@ -97,7 +98,7 @@ class RecursiveEngine:
 
     `draft_tokens` and `halt_threshold` None mean the config's. `stats` is of the last call.
 
-    Example: RecursiveEngine(model, tokenizer, stop_ids=(1,)).sample(ids, 8, Sampling(64), uniforms)
+    Example: RecursiveEngine(model, tokenizer, stop_ids=(1,)).sample(request)
     """
 
     name = "operando"
@@ -122,36 +123,20 @@ class RecursiveEngine:
         self.stats = DecodeStats()
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-        prefix: Prefix | None = None,
-    ) -> list[Sampled]:
-        """Return `group_size` completions of each prompt, siblings adjacent."""
-        check_stop(self.tokenizer, self.stop_ids, sampling.stop)
+    def sample(self, request: Request, prefix: Prefix | None = None) -> list[Sampled]:
+        """Return the completions of each prompt, siblings adjacent."""
+        check_stop(self.tokenizer, self.stop_ids, request.sampling.stop)
         del prefix  # nothing below the first trained block is kept for this architecture
         g = self.draft_tokens
         self.stats = DecodeStats(tried=[0] * g, accepted=[0] * g)
-        step = max(1, self.max_batch // group_size)
-        done: list[Sampled] = []
-        for at in range(0, len(prompts), step):
-            part = prompts[at : at + step]
-            rows = slice(at * group_size, (at + len(part)) * group_size)
-            uniforms = None if uniforms_BT is None else uniforms_BT[rows].to(self.model.device)
-            with lora_in_model_dtype(self.model):
-                done += self._sample_chunk(part, group_size, sampling, uniforms)
-        return done
+        with lora_in_model_dtype(self.model):
+            chunks = request.chunks(self.max_batch)
+            return [one for _, chunk in chunks for one in self._sample_chunk(chunk)]
 
-    def _sample_chunk(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-    ) -> list[Sampled]:
+    def _sample_chunk(self, request: Request) -> list[Sampled]:
+        prompts, group_size, sampling, uniforms_BT = request
+        if uniforms_BT is not None:
+            uniforms_BT = uniforms_BT.to(self.model.device)
         self.head = HeadConfig(sampling.temperature, None)
         self.weight_VD = head_weight(self.model)
         max_new = sampling.max_completion_length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +24,30 @@ class Sampling(NamedTuple):
     stop: tuple[str, ...] = ()
 
 
+class Request(NamedTuple):
+    """What to sample: `group_size` completions of each prompt (token ids).
+
+    uniforms_BT holds one number in [0, 1) for each token of each completion, siblings adjacent, and
+    decides everything, so that a completion does not depend on its neighbours. None means greedy.
+
+    Example: Request([(5, 6, 7)], 8, Sampling(64), uniforms_BT)
+    """
+
+    prompts: Sequence[Sequence[int]]
+    group_size: int
+    sampling: Sampling
+    uniforms_BT: Float[Tensor, "B T"] | None = None
+
+    def chunks(self, max_batch: int) -> Iterator[tuple[int, Request]]:
+        """Yield the prompts in parts of at most `max_batch` completions, or of one prompt, each
+        with the place of its first."""
+        num = max(1, max_batch // self.group_size)
+        for at in range(0, len(self.prompts), num):
+            rows = slice(at * self.group_size, (at + num) * self.group_size)
+            uniforms_BT = None if self.uniforms_BT is None else self.uniforms_BT[rows]
+            yield at, self._replace(prompts=self.prompts[at : at + num], uniforms_BT=uniforms_BT)
+
+
 class Sampled(NamedTuple):
     """One completion: ids (with the end token), their log-probs, text, whether it was cut.
 
@@ -40,23 +64,14 @@ class Sampled(NamedTuple):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Samples `group_size` completions of each prompt; siblings are adjacent in the answer.
+    """Samples completions, siblings adjacent in the answer.
 
-    uniforms_BT holds one number in [0, 1) for each token of each completion and decides everything,
-    so that a completion does not depend on its neighbours. None means greedy. A sampler that can
-    fills `prefix` with the hidden states below the first trained block.
+    A sampler that can fills `prefix` with the hidden states below the first trained block.
     """
 
     name: str
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-        prefix: Prefix | None = None,
-    ) -> list[Sampled]: ...
+    def sample(self, request: Request, prefix: Prefix | None = None) -> list[Sampled]: ...
 
 
 def uniform_streams(

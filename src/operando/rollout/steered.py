@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
-
 from operando.models.prefix import Prefix
 from operando.models.steering import Switch
-from operando.rollout.sampler import Sampled, Sampler, Sampling
+from operando.rollout.sampler import Request, Sampled, Sampler
 
 
 class SteeredSampler:
@@ -17,20 +12,13 @@ class SteeredSampler:
 
     Training draws from streams of uniforms; held-out answers are greedy.
 
-    Example: SteeredSampler(sampler, switch).sample(prompts, 8, sampling, uniforms_BT)
+    Example: SteeredSampler(sampler, switch).sample(request)
     """
 
     def __init__(self, inner: Sampler, switch: Switch) -> None:
         self.inner, self.switch, self.name = inner, switch, inner.name
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        sampling: Sampling,
-        uniforms_BT: Float[Tensor, "B T"] | None,
-        prefix: Prefix | None = None,
-    ) -> list[Sampled]:
-        """Return `group_size` completions of each prompt, siblings adjacent."""
-        with self.switch.set(uniforms_BT is not None):
-            return self.inner.sample(prompts, group_size, sampling, uniforms_BT, prefix)
+    def sample(self, request: Request, prefix: Prefix | None = None) -> list[Sampled]:
+        """Return the completions of each prompt, siblings adjacent."""
+        with self.switch.set(request.uniforms_BT is not None):
+            return self.inner.sample(request, prefix)
