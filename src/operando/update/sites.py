@@ -49,6 +49,12 @@ class Site:
     def names(self) -> list[str]:
         return [self.left] if self.right is None else [self.left, self.right]
 
+    def named(self, factors: Factors) -> dict[str, Tensor]:
+        """Return the factors by their parameters' names."""
+        if self.right is None or factors.right is None:
+            return {self.left: factors.left}
+        return {self.left: factors.left, self.right: factors.right}
+
 
 def find_sites(
     config: ProjectionConfig,
