@@ -33,13 +33,13 @@ from operando.sae.feature_set import (
     encoder_of,
     model_digest,
     prompt_digest,
-    save_pack,
+    save_feature_set,
 )
 from operando.sae.formats import save_sae
 from operando.sae.sae import SAE
 
 
-def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
+def write_set(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
     loaded = load_model(ModelConfig(id=args.model, dtype=args.dtype))
     text = loaded.model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
     save_sae(sae, folder / "sae")
     features = tuple(Feature(i, 1 if i % 2 else -1, 1.0, 0.0, 1.0) for i in range(20))
     site = f"blocks.{text.num_hidden_layers * 6 // 10}.hook_resid_post"
-    pack = FeatureSet(
+    feature_set = FeatureSet(
         "random",
         site,
         args.model,
@@ -63,14 +63,16 @@ def write_pack(folder: Path, args: argparse.Namespace, d_sae: int) -> Path:
         encoder_of(sae),
         features,
     )
-    save_pack(pack, folder / "pack.json")
-    return folder / "pack.json"
+    save_feature_set(feature_set, folder / "feature_set.json")
+    return folder / "feature_set.json"
 
 
-def steps_of(args: argparse.Namespace, folder: Path, name: str, pack: Path | None) -> list[dict]:
+def steps_of(
+    args: argparse.Namespace, folder: Path, name: str, feature_set: Path | None
+) -> list[dict]:
     rewards: dict[str, object] = {"correct": {"kind": "correct"}}
-    if pack is not None:
-        rewards["features"] = {"kind": "features", "pack": str(pack), "weight": 0.0}
+    if feature_set is not None:
+        rewards["features"] = {"kind": "features", "file": str(feature_set), "weight": 0.0}
     tables: dict[str, object] = {
         "name": name,
         "steps": args.steps,
@@ -106,12 +108,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packs = {size: write_pack(folder / str(size), args, size) for size in args.sizes}
+        sets = {size: write_set(folder / str(size), args, size) for size in args.sizes}
         times: dict[str, list[list[float]]] = {}
         for turn in range(args.rounds):
             plain = steps_of(args, folder, f"outcome{turn}", None)
-            for size, pack in packs.items():
-                rows = steps_of(args, folder, f"d{size}_{turn}", pack)
+            for size, feature_set in sets.items():
+                rows = steps_of(args, folder, f"d{size}_{turn}", feature_set)
                 for a, b in zip(plain, rows, strict=True):
                     same = ("reward", "loss", "completions/mean_length")
                     assert all(a[key] == b[key] for key in same), (size, a, b)

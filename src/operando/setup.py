@@ -193,7 +193,9 @@ def set_up(
             run.warn(unstarted)
         for part in parts:
             if part.internal is not None and (why := part.internal.closed_gate()):
-                run.warn(f"rewards.{part.name}: trained on a pack whose gate is closed: {why}")
+                run.warn(
+                    f"rewards.{part.name}: trained on a feature set whose gate is closed: {why}"
+                )
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not serve it")
     return setup
@@ -226,7 +228,7 @@ def make_taps(
     loaded: Loaded,
     shift: Shift | None = None,
 ) -> dict[str, Tap]:
-    """Return what rewards and shift read in the model; a pack of another model is an error."""
+    """Return what rewards and shift read in the model; one made on another model is an error."""
     taps = {site: whole_site(site) for part in parts for site in part.sites}
     ActivationReader(policy.base, list(taps))
     for part in parts:

@@ -36,7 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Discovery:
 
 
 def paying(folder: Path, found: Discovery, *overrides: str) -> Recipe:
-    table = {"kind": "features", "pack": found.pack, "ignore_gate": True}
+    table = {"kind": "features", "file": found.feature_set, "ignore_gate": True}
     settings = [f"rewards.features.{k}={json.dumps(v)}" for k, v in table.items()]
     return tiny(folder, "task.num_steps=[2]", "steps=4", *settings, *overrides)
 
@@ -46,8 +46,8 @@ def test_discovery_writes_a_table_with_its_controls(found: Discovery) -> None:
     assert {n["name"] for n in written["nulls"]} == {"random features", "shuffled labels"}
     assert {"difference of means", "probe"} < {m["name"] for m in written["measured"]}
     assert written["find"][1] == written["judge"][1] == 24 * 8
-    folder = Path(found.pack).parent
-    names = {"pack.json", "random.json", "shuffled.json", "direction.json"}
+    folder = Path(found.feature_set).parent
+    names = {"feature_set.json", "random.json", "shuffled.json", "direction.json"}
     assert names < {f.name for f in folder.iterdir()}
 
 
@@ -65,13 +65,13 @@ def test_a_run_that_pays_features_resumes_bit_equal(tmp_path: Path, found: Disco
 
 
 def test_every_mode_and_control_trains(tmp_path: Path, found: Discovery) -> None:
-    packs = Path(found.pack).parent
+    sets = Path(found.feature_set).parent
     for name, changes in {
         "mechreward": ["rewards.features.mode=mechreward", "rewards.features.read=policy"],
         "potential": ["rewards.features.mode=potential"],
         "trajectory": ["rewards.features.mode=trajectory", "rewards.features.read=min"],
-        "random": [f'rewards.features.pack="{packs / "random.json"}"'],
-        "direction": [f'rewards.features.pack="{packs / "direction.json"}"'],
+        "random": [f'rewards.features.file="{sets / "random.json"}"'],
+        "direction": [f'rewards.features.file="{sets / "direction.json"}"'],
         "ppo": ["advantage.kind=gae"],
     }.items():
         run = trained(paying(tmp_path, found, f"name={name}", "steps=2", *changes))
@@ -109,7 +109,7 @@ def test_the_best_spans_are_those_with_the_highest_mean() -> None:
     assert spans == [(12, 13, 14, 15), (11, 12, 13, 14), (10, 11, 12, 13)]
 
 
-def test_two_packs_of_the_wrong_kind_are_refused_by_the_command(tmp_path: Path) -> None:
-    recipe = tiny(tmp_path, "rewards.features.kind=features", 'rewards.features.pack="none.json"')
-    with pytest.raises(UserError, match="there is no feature pack none.json"):
+def test_two_feature_sets_of_the_wrong_kind_are_refused_by_the_command(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, "rewards.features.kind=features", 'rewards.features.file="none.json"')
+    with pytest.raises(UserError, match="there is no feature set none.json"):
         launch(Console(quiet=True), recipe)

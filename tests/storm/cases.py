@@ -53,7 +53,7 @@ def _direction() -> str:
 
 
 def _features() -> str:
-    return discover(tiny(RUNS, "name=base", *FEW)).pack
+    return discover(tiny(RUNS, "name=base", *FEW)).feature_set
 
 
 def chains(name: str, command: list[str], trained: bool) -> Case:
@@ -171,7 +171,7 @@ PROJECTED = (
     "projection.refresh=2",
 )
 FEATURES = (
-    'rewards.features={kind="features",pack="PREPARED",ignore_gate=true}',
+    'rewards.features={kind="features",file="PREPARED",ignore_gate=true}',
     "task.num_steps=[2]",
 )
 CASES = (

@@ -15,6 +15,7 @@ from operando.evals.ask import Answer, pass_at, pass_curve
 from operando.models.load import EMBEDDED
 from operando.models.tokens import load_tokenizer, text_ids
 from operando.pretrain import habits
+from operando.pretrain.fit import IGNORED
 from operando.recipe.deep import DeepPretrainRecipe, DeepTaskConfig
 from operando.recipe_io import load_pretrain_recipe
 from operando.rewards.base import TrainerState
@@ -283,7 +284,7 @@ def test_only_answers_have_a_loss() -> None:
     texts = [habits.Text("Q: Start at 47: swap.\nA:", " swap=74 #### 74"), habits.Text("Q:", " 1")]
     (batch,) = habits.encode(tokenizer, texts)
     told = [
-        tokenizer.decode(ids[labels_S != habits.IGNORED])
+        tokenizer.decode(ids[labels_S != IGNORED])
         for ids, labels_S in zip(batch.ids_BS, batch.labels_BS, strict=True)
     ]
     assert told == [" 1<eos>", " swap=74 #### 74<eos>"]  # shortest first

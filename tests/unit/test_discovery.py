@@ -1,4 +1,4 @@
-"""A whole discovery on answers with a planted feature: pack, controls, gate."""
+"""A whole discovery on answers with a planted feature: feature set, controls, gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
 from operando.discovery.judging import gate_of, measure
 from operando.recipe.run import DiscoverConfig
-from operando.sae.feature_set import FeatureSet, Gate, load_pack, pack_sae
+from operando.sae.feature_set import FeatureSet, Gate, load_feature_set, sae_of
 from operando.sae.sae import SAE
 from operando.stats.contrast import shuffle_within
 from operando.types import Example, Prompt, Rollout
@@ -78,13 +78,13 @@ def test_a_planted_feature_passes_and_its_controls_do_not(tmp_path: Path) -> Non
     assert scores["features"].auc > 0.95 and scores["features"].controlled > 0.95
     assert abs(scores["shorter answer"].auc - 0.5) < 0.1
     assert all(abs(n.auc - 0.5) < 0.1 for n in found.nulls)
-    pack = load_pack(found.pack)
-    assert pack.features == found.features
-    assert pack_sae(pack, found.pack).sha256() == search.sae.sha256()
+    feature_set = load_feature_set(found.feature_set)
+    assert feature_set.features == found.features
+    assert sae_of(feature_set, found.feature_set).sha256() == search.sae.sha256()
     for name in ("random", "shuffled"):
-        control = load_pack(tmp_path / f"{name}.json")
+        control = load_feature_set(tmp_path / f"{name}.json")
         assert control.arm == name and len(control.features) == 2
-    direction = load_pack(tmp_path / "direction.json")
+    direction = load_feature_set(tmp_path / "direction.json")
     unit_D = torch.tensor(direction.direction)
     assert int(unit_D.argmax()) == HELPS and int(unit_D.argmin()) == HARMS
     written = json.loads((tmp_path / "discovery.json").read_text())
@@ -98,7 +98,7 @@ def test_the_scale_is_the_quantile_of_right_answers(tmp_path: Path) -> None:
     for feature in found.features:
         values = search.find.acts_ND[right_N, feature.id].relu().numpy()
         assert feature.scale == pytest.approx(np.quantile(values, 0.99), rel=1e-4)
-    limit = load_pack(found.pack).limit
+    limit = load_feature_set(found.feature_set).limit
     assert limit > 0
 
 
@@ -112,11 +112,11 @@ def test_shuffled_labels_leave_the_gate_closed(tmp_path: Path) -> None:
     assert opened <= 1
 
 
-def test_without_a_feature_no_pack_is_written(tmp_path: Path) -> None:
+def test_without_a_feature_no_feature_set_is_written(tmp_path: Path) -> None:
     found = find_features(
         "x", search_of(planted_answers(3, 0.0), planted_answers(4, 0.0)), tmp_path
     )
-    assert found.pack == "" and not (tmp_path / "pack.json").exists()
+    assert found.feature_set == "" and not (tmp_path / "feature_set.json").exists()
     assert found.gate == Gate(False, ("no feature has q <= 0.1",))
 
 

@@ -1,4 +1,4 @@
-"""Feature rewards: values, modes, dual read, packs that do not fit, defects of mechreward."""
+"""Feature rewards: values, modes, dual read, sets that do not fit, defects of mechreward."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from operando.recipe.data import LoraConfig, ModelConfig, PromptConfig
 from operando.recipe.rewards import FeatureReward
 from operando.recipe.run import Recipe
 from operando.rewards.base import RewardLog
-from operando.rewards.internal import InternalReward, open_reward, pack_score, shaped
+from operando.rewards.internal import InternalReward, open_reward, set_score, shaped
 from operando.run import SeedTree
 from operando.sae.feature_set import (
     Feature,
     FeatureSet,
     Gate,
     encoder_of,
-    load_pack,
+    load_feature_set,
     model_digest,
     prompt_digest,
-    save_pack,
+    save_feature_set,
 )
 from operando.sae.formats import save_sae
 from operando.sae.sae import SAE
@@ -61,7 +61,7 @@ def make_sae(activation: str = "topk_relu", M: int = 40) -> SAE:
     )
 
 
-def make_pack(folder: Path, **changes: object) -> Path:
+def make_set(folder: Path, **changes: object) -> Path:
     sae = make_sae()
     save_sae(sae, folder / "sae")
     features = (
@@ -69,7 +69,7 @@ def make_pack(folder: Path, **changes: object) -> Path:
         Feature(8, 1, 1.0, 0.4, 0.02),
         Feature(20, -1, 4.0, -0.5, 0.01),
     )
-    pack = FeatureSet(
+    feature_set = FeatureSet(
         arm="real",
         site=SITE,
         model_id="tiny",
@@ -83,8 +83,8 @@ def make_pack(folder: Path, **changes: object) -> Path:
         features=features,
         evidence={"auc": 0.7},
     )
-    save_pack(replace(pack, **changes), folder / "pack.json")  # pyright: ignore[reportArgumentType]
-    return folder / "pack.json"
+    save_feature_set(replace(feature_set, **changes), folder / "feature_set.json")  # pyright: ignore[reportArgumentType]
+    return folder / "feature_set.json"
 
 
 def make_policy(lora: bool = True, reference: bool = True) -> Policy:
@@ -110,16 +110,16 @@ def paid(batch: Batch, policy: Policy, reward: InternalReward, micro_tokens: int
 
 
 def config(path: Path, **options: object) -> FeatureReward:
-    return FeatureReward.model_validate({"kind": "features", "pack": str(path), **options})
+    return FeatureReward.model_validate({"kind": "features", "file": str(path), **options})
 
 
 def test_scores_worked_by_hand(tmp_path: Path) -> None:
-    pack = load_pack(make_pack(tmp_path))
+    feature_set = load_feature_set(make_set(tmp_path))
     acts_BTF = torch.tensor([[[1.0, 0.5, 0.0], [6.0, 0.0, 2.0]]])
     # (1/2 + .5/1) / 2 - 0/4;  (min(6/2, 1) + 0) / 2 - 2/4
-    assert pack_score(pack, acts_BTF, saturate=True).tolist() == [[0.5, 0.0]]
-    assert pack_score(pack, acts_BTF, saturate=False).tolist() == [[0.5, 1.0]]
-    assert pack_score(pack, acts_BTF, saturate=False, raw=True).tolist() == [[1.5, 4.0]]
+    assert set_score(feature_set, acts_BTF, saturate=True).tolist() == [[0.5, 0.0]]
+    assert set_score(feature_set, acts_BTF, saturate=False).tolist() == [[0.5, 1.0]]
+    assert set_score(feature_set, acts_BTF, saturate=False, raw=True).tolist() == [[1.5, 4.0]]
 
 
 @pytest.mark.parametrize("activation", ["topk", "topk_relu", "relu", "jumprelu", "batchtopk"])
@@ -171,7 +171,7 @@ def test_large_biases_do_not_move_a_feature_into_the_top_k(size: float) -> None:
 
 
 def test_neither_padding_nor_micro_batches_nor_an_adapter_move_a_reward(tmp_path: Path) -> None:
-    reward = open_reward("features", config(make_pack(tmp_path), read="policy", mode="immediate"))
+    reward = open_reward("features", config(make_set(tmp_path), read="policy", mode="immediate"))
     batch = random_batch(4, 4)
     bare, with_lora = make_policy(lora=False, reference=True), make_policy()
     whole, _, _ = paid(batch, with_lora, reward)
@@ -186,7 +186,7 @@ def test_neither_padding_nor_micro_batches_nor_an_adapter_move_a_reward(tmp_path
 
 
 def test_the_end_token_counts_where_pad_is_eos(tmp_path: Path) -> None:
-    reward = open_reward("features", config(make_pack(tmp_path), read="policy", mode="immediate"))
+    reward = open_reward("features", config(make_set(tmp_path), read="policy", mode="immediate"))
     batch = random_batch(4, 4)
     ended = replace(batch.rollouts[0], completion_ids=(*batch.rollouts[0].completion_ids, 1))
     ended = replace(ended, sampling_logp=(*ended.sampling_logp, -1.0))
@@ -196,7 +196,7 @@ def test_the_end_token_counts_where_pad_is_eos(tmp_path: Path) -> None:
 
 def test_the_base_is_read_on_the_same_ids_and_does_not_move(tmp_path: Path) -> None:
     policy, batch = make_policy(), random_batch(4, 4)
-    reward = open_reward("features", config(make_pack(tmp_path), mode="immediate"))
+    reward = open_reward("features", config(make_set(tmp_path), mode="immediate"))
     before, log, _ = paid(batch, policy, reward)
     assert log.metrics["features/gap"] == [pytest.approx(0.0, abs=1e-6)]
     disturb(policy)
@@ -205,11 +205,11 @@ def test_the_base_is_read_on_the_same_ids_and_does_not_move(tmp_path: Path) -> N
     for a, b in zip(before, after, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     score_BT = {
-        who: pack_score(reward.pack, acts, saturate=True)
+        who: set_score(reward.feature_set, acts, saturate=True)
         for who, acts in (("p", trace.acts["features"]), ("b", trace.base_acts["features"]))
     }
-    lower = config(make_pack(tmp_path), read="min", mode="immediate")
-    least = InternalReward("features", lower, reward.pack)
+    lower = config(make_set(tmp_path), read="min", mode="immediate")
+    least = InternalReward("features", lower, reward.feature_set)
     values = least(batch.rollouts, trace, RewardLog())
     for b, row in enumerate(values):
         both = torch.minimum(score_BT["p"][b], score_BT["b"][b])[: len(row)]
@@ -217,12 +217,12 @@ def test_the_base_is_read_on_the_same_ids_and_does_not_move(tmp_path: Path) -> N
 
 
 def test_modes(tmp_path: Path) -> None:
-    path, policy, batch = make_pack(tmp_path), make_policy(), random_batch(4, 4)
+    path, policy, batch = make_set(tmp_path), make_policy(), random_batch(4, 4)
     own, _, trace = paid(batch, policy, open_reward("features", config(path, mode="immediate")))
-    pack = load_pack(path)
+    feature_set = load_feature_set(path)
 
     def values(**options: object):
-        return InternalReward("features", config(path, **options), pack)
+        return InternalReward("features", config(path, **options), feature_set)
 
     once = values(mode="trajectory")(batch.rollouts, trace, RewardLog())
     assert once == pytest.approx([sum(row) / len(row) for row in own])
@@ -333,13 +333,13 @@ def test_token_advantages_sum_to_zero_over_a_group_and_ignore_padding() -> None:
 
 
 def test_a_policy_that_games_the_features_raises_the_alarm(tmp_path: Path) -> None:
-    path, batch = make_pack(tmp_path), random_batch(4, 4)
+    path, batch = make_set(tmp_path), random_batch(4, 4)
     policy = make_policy(lora=False)  # the reference is a frozen copy
     reward = open_reward("features", config(path, mode="immediate"))
     _, _, trace = paid(batch, policy, reward)
-    score_BT = pack_score(reward.pack, trace.acts["features"], saturate=False) * batch.mask_BT
+    score_BT = set_score(reward.feature_set, trace.acts["features"], saturate=False) * batch.mask_BT
     mean_B = score_BT.sum(1) / batch.mask_BT.sum(1)
-    honest = replace(reward.pack, limit=float(mean_B.quantile(0.99)))
+    honest = replace(reward.feature_set, limit=float(mean_B.quantile(0.99)))
     reward = InternalReward("features", reward.config, honest)
     before, log, _ = paid(batch, policy, reward)
     quiet = Rewards({"features": trace.logp_BT}, {}, trace.logp_BT, metrics=means(log))
@@ -359,60 +359,62 @@ def means(log: RewardLog) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in log.metrics.items()}
 
 
-def test_a_pack_round_trips_bit_for_bit(tmp_path: Path) -> None:
-    path = make_pack(tmp_path)
-    pack = load_pack(path)
-    save_pack(pack, tmp_path / "again.json")
-    assert load_pack(tmp_path / "again.json") == pack
+def test_a_feature_set_round_trips_bit_for_bit(tmp_path: Path) -> None:
+    path = make_set(tmp_path)
+    feature_set = load_feature_set(path)
+    save_feature_set(feature_set, tmp_path / "again.json")
+    assert load_feature_set(tmp_path / "again.json") == feature_set
     assert (tmp_path / "again.json").read_text() == path.read_text()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": ()}, "the pack is empty"),
+        ({"features": ()}, "the feature set is empty"),
         ({"features": (Feature(99, 1, 1.0, 0.1, 0.1),)}, r"features \[99\] are not among .* 0-39"),
         ({"features": (Feature(3, 1, 0.0, 0.1, 0.1),)}, r"features \[3\] have no positive scale"),
-        ({"sae_sha256": "f" * 64}, "is another one than the pack was made with"),
+        ({"sae_sha256": "f" * 64}, "is another one than it was made with"),
         ({"model_sha256": "f" * 64}, "was made on model 'tiny'"),
         ({"prompt_sha256": "f" * 64}, r"another \[prompt\]"),
         ({"site": "blocks.9.hook_resid_post"}, "the model has blocks 0-2"),
         ({"gate": Gate(False, ("AUC 0.51 is under 0.6",))}, "gate of .* is closed: AUC 0.51"),
-        ({"version": 9}, "pack version 9"),
+        ({"version": 9}, "feature set version 9"),
     ],
 )
-def test_a_pack_that_does_not_fit_is_one_clear_error(tmp_path: Path, changes, message: str) -> None:
-    path = make_pack(tmp_path, **changes)
+def test_a_feature_set_that_does_not_fit_is_one_clear_error(
+    tmp_path: Path, changes, message: str
+) -> None:
+    path = make_set(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         open_reward("features", config(path)).tap(make_policy(), IDENTITY, PromptConfig())
 
 
-def test_a_file_that_is_no_pack_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_feature_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="operando features discover"):
-        load_pack(tmp_path / "none.json")
+        load_feature_set(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"helpful_features": [1, 2]}')  # mechreward's own keys
-    with pytest.raises(UserError, match="no feature pack"):
-        load_pack(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="no feature set"):
+        load_feature_set(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        load_pack(tmp_path / "bad.json")
+        load_feature_set(tmp_path / "bad.json")
 
 
 def test_a_closed_gate_can_be_opened_by_name_and_a_control_needs_no_gate(tmp_path: Path) -> None:
     closed = Gate(False, ("AUC 0.51 is under 0.6",))
-    path = make_pack(tmp_path, gate=closed)
+    path = make_set(tmp_path, gate=closed)
     open_reward("features", config(path, ignore_gate=True)).tap(
         make_policy(), IDENTITY, PromptConfig()
     )
-    path = make_pack(tmp_path, gate=closed, arm="random")
+    path = make_set(tmp_path, gate=closed, arm="random")
     open_reward("features", config(path)).tap(make_policy(), IDENTITY, PromptConfig())
 
 
 def test_recipes_that_contradict_themselves() -> None:
     with pytest.raises(ValueError, match="dual = false reads the policy alone"):
-        FeatureReward(kind="features", pack="x", dual=False)
+        FeatureReward(kind="features", file="x", dual=False)
     with pytest.raises(ValueError, match=r"needs advantage\.kind"):
         recipe(
-            rewards={"f": {"kind": "features", "pack": "x", "mode": "mechreward"}},
+            rewards={"f": {"kind": "features", "file": "x", "mode": "mechreward"}},
             advantage={"kind": "rloo"},
         )

@@ -16,7 +16,7 @@ from operando.run_folder import FORMAT, read_recipe
 from operando.tasks.canary import load_canary
 
 OLD = [
-    ({"kind": "features", "pack": "p.json", "mode": "seed"}, "mode", "mechreward"),
+    ({"kind": "features", "file": "p.json", "mode": "seed"}, "mode", "mechreward"),
     ({"kind": "think_format", "scheme": "seed"}, "scheme", "lf_grpo"),
     ({"kind": "tag_fence", "scheme": "seed"}, "scheme", "lf_grpo"),
     ({"kind": "process", "scheme": "seed"}, "scheme", "recursive_lm"),
@@ -33,6 +33,21 @@ def test_a_renamed_value_in_a_recipe_is_an_error_that_names_the_new_one(
     said = str(caught.value)
     assert f'rewards.x.{key}: "seed" is called "{new}"' in said
     assert "2 mistakes" in said and "stepz: unknown key" in said and "should be" not in said
+
+
+def test_a_renamed_key_in_a_recipe_is_an_error_that_names_the_new_one() -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("tiny", ('rewards.x={kind="features",pack="a.json"}',))
+    said = str(caught.value)
+    assert 'rewards.x.pack: this key is called "file"' in said
+    assert "1 mistake in the recipe" in said and "missing" not in said
+
+
+def test_a_renamed_key_of_a_stored_recipe_is_read() -> None:
+    stored = {"rewards": {"pack": {"kind": "features", "pack": "a.json"}, "x": {"pack": 1}}}
+    read, said = with_new_names(stored)
+    assert read == {"rewards": {"pack": {"kind": "features", "file": "a.json"}, "x": {"pack": 1}}}
+    assert len(said) == 1
 
 
 def test_a_renamed_preset_is_an_error_that_names_the_new_one() -> None:

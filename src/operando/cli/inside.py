@@ -35,7 +35,7 @@ def features_discover(
     with counting(console, "prompts answered") as progress:
         found = discover(checked, progress)
     show_discovery(console, found)
-    print(found.pack or found.file)
+    print(found.feature_set or found.file)
     if not found.gate.passed:
         raise typer.Exit(3)
 

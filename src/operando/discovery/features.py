@@ -24,7 +24,7 @@ from operando.discovery.probe import logistic_probe, mean_difference
 from operando.errors import UserError
 from operando.models.load import Loaded, load_model
 from operando.recipe.run import DiscoverConfig, Recipe
-from operando.rewards.internal import pack_score
+from operando.rewards.internal import set_score
 from operando.run import SeedTree, write_json, write_parquet
 from operando.sae.feature_set import (
     Arm,
@@ -34,7 +34,7 @@ from operando.sae.feature_set import (
     encoder_of,
     model_digest,
     prompt_digest,
-    save_pack,
+    save_feature_set,
 )
 from operando.sae.formats import load_sae, save_sae
 from operando.sae.quality import sink_tokens
@@ -50,7 +50,7 @@ HIGH = 0.99  # quantile that scales a feature, and that limits an answer's score
 
 @dataclass(frozen=True)
 class Discovery:
-    """Everything that was found, and where it was written; `pack` is empty without a feature."""
+    """Everything that was found, and where it was written."""
 
     name: str
     site: str
@@ -64,7 +64,7 @@ class Discovery:
     measured: tuple[Measured, ...]
     nulls: tuple[Null, ...]
     gate: Gate
-    pack: str
+    feature_set: str  # its file; empty where no feature was found
     file: str
 
 
@@ -85,7 +85,7 @@ class Search:
 
 
 def discover(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> Discovery:
-    """Find, judge and write the features of a recipe's base; packs go to runs/<name>_features/."""
+    """Find, judge and write the features of a recipe's base, in runs/<name>_features/."""
     config = recipe.discover
     if config is None:
         raise UserError(f"recipe {recipe.name!r} has no [discover] table; add one, with a site")
@@ -193,37 +193,39 @@ def find_features(name: str, search: Search, folder: Path) -> Discovery:
     )
     chosen = select(found, config.top, config.max_q)
     num_of = {s: sum(sign == s for sign in chosen.values()) or config.top for s in (1, -1)}
-    randoms = [_random_pack(search, found, num_of) for _ in range(RANDOM_DRAWS)]
-    shuffled = [_shuffled_pack(search, num_of) for _ in range(SHUFFLED_DRAWS)]
+    randoms = [_random_set(search, found, num_of) for _ in range(RANDOM_DRAWS)]
+    shuffled = [_shuffled_set(search, num_of) for _ in range(SHUFFLED_DRAWS)]
     nulls = [
         null("random features", [answer_scores(p, sae, judge) for p in randoms], judge),
         null("shuffled labels", [answer_scores(p, sae, judge) for p in shuffled], judge),
     ]
     measured = _simple_scores(search)
-    real, pack = None, search.blank
+    real, feature_set = None, search.blank
     if chosen:
-        pack = with_features(search, chosen, found)
-        scores_R = answer_scores(pack, sae, judge)
+        feature_set = with_features(search, chosen, found)
+        scores_R = answer_scores(feature_set, sae, judge)
         real = measure("features", scores_R, judge, search.generator)
         measured.insert(0, real)
-    pack = replace(pack, gate=gate_of(config, real, nulls), evidence=_evidence(real, nulls, judge))
+    feature_set = replace(
+        feature_set, gate=gate_of(config, real, nulls), evidence=_evidence(real, nulls, judge)
+    )
     if chosen:
-        direction = _direction_pack(search)
-        _write(folder, sae, config.sae, [pack, randoms[0], shuffled[0], direction])
+        direction = _direction_set(search)
+        _write(folder, sae, config.sae, [feature_set, randoms[0], shuffled[0], direction])
     result = Discovery(
         name,
-        pack.site,
+        feature_set.site,
         encoder_of(sae),
         sae.d_sae,
         find=(int(find.correct_R.sum()), len(find.correct_R)),
         judge=(int(judge.correct_R.sum()), len(judge.correct_R)),
         mixed_prompts=found.mixed_prompts,
         null_max=found.null_max,
-        features=pack.features,
+        features=feature_set.features,
         measured=tuple(measured),
         nulls=tuple(nulls),
-        gate=pack.gate,
-        pack=str(folder / "pack.json") if chosen else "",
+        gate=feature_set.gate,
+        feature_set=str(folder / "feature_set.json") if chosen else "",
         file=str(folder / "discovery.json"),
     )
     write_parquet(
@@ -251,7 +253,7 @@ def select(found: ct.Contrast, top: int, max_q: float) -> dict[int, int]:
 
 
 def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> FeatureSet:
-    """Return the pack of some features, scaled on the right answers of the finding half.
+    """Return the feature set of some features, scaled on the right answers of the finding half.
 
     scale: 99 % quantile of the feature over their tokens; its largest value where that is 0."""
     ids = tuple(signs)
@@ -265,15 +267,15 @@ def with_features(search: Search, signs: dict[int, int], found: ct.Contrast) -> 
         for i, s in zip(ids, scale_F.tolist(), strict=True)
     )
     sae = search.sae
-    pack = replace(
+    feature_set = replace(
         search.blank, features=features, sae="sae", sae_sha256=sae.sha256(), encoder=encoder_of(sae)
     )
-    score_1N = pack_score(pack, value_NF[None], saturate=False)
+    score_1N = set_score(feature_set, value_NF[None], saturate=False)
     limit = _quantile(right.mean_of(score_1N[0][:, None]), HIGH)
-    return replace(pack, limit=float(limit))
+    return replace(feature_set, limit=float(limit))
 
 
-def _random_pack(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> FeatureSet:
+def _random_set(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> FeatureSet:
     """Return as many features of each sign, drawn among those that fire often enough."""
     fires = torch.nonzero(found.support_M >= search.support)[:, 0].numpy()
     num = min(len(fires), num_of[1] + num_of[-1])
@@ -282,7 +284,7 @@ def _random_pack(search: Search, found: ct.Contrast, num_of: dict[int, int]) -> 
     return replace(with_features(search, signs, found), arm="random")
 
 
-def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeatureSet:
+def _shuffled_set(search: Search, num_of: dict[int, int]) -> FeatureSet:
     """Return what the same search picks when right and wrong are shuffled within groups."""
     labels_R = ct.shuffle_within(search.find.correct_R, search.group_R, search.generator)
     found = ct.contrast(
@@ -301,19 +303,19 @@ def _shuffled_pack(search: Search, num_of: dict[int, int]) -> FeatureSet:
     return replace(with_features(search, signs, found), arm="shuffled")
 
 
-def _direction_pack(search: Search) -> FeatureSet:
-    """Return the raw difference of means as a pack, scaled as the features are."""
+def _direction_set(search: Search) -> FeatureSet:
+    """Return the raw difference of means as a feature set, scaled as the features are."""
     right = search.find.chosen(search.find.correct_R)
     unit_D = mean_difference(search.find.mean_acts(), search.find.correct_R, search.group_R)
     along_N = search.find.acts_ND.float() @ unit_D
     center = float(along_N.mean())
     right_N1 = (right.acts_ND.float() @ unit_D)[:, None]
     scale = float(_quantile((right_N1 - center).abs(), HIGH))
-    pack = replace(
+    feature_set = replace(
         search.blank, arm="direction", direction=tuple(unit_D.tolist()), center=center, scale=scale
     )
-    score_1N = pack_score(pack, right_N1[None], saturate=False)
-    return replace(pack, limit=float(_quantile(right.mean_of(score_1N[0][:, None]), HIGH)))
+    score_1N = set_score(feature_set, right_N1[None], saturate=False)
+    return replace(feature_set, limit=float(_quantile(right.mean_of(score_1N[0][:, None]), HIGH)))
 
 
 def _simple_scores(search: Search) -> list[Measured]:
@@ -344,10 +346,10 @@ def _evidence(
     return found | {k: v for k, v in figures.items() if v == v}
 
 
-def _write(folder: Path, sae: SAE, given: str, packs: Sequence[FeatureSet]) -> None:
-    """Write the pack and its controls; an SAE that was trained here beside them."""
+def _write(folder: Path, sae: SAE, given: str, sets: Sequence[FeatureSet]) -> None:
+    """Write the feature set and its controls; an SAE that was trained here beside them."""
     names: dict[Arm, str] = {
-        "real": "pack",
+        "real": "feature_set",
         "random": "random",
         "shuffled": "shuffled",
         "direction": "direction",
@@ -355,10 +357,10 @@ def _write(folder: Path, sae: SAE, given: str, packs: Sequence[FeatureSet]) -> N
     where = os.path.relpath(given, folder) if given else "sae"
     if not given:
         save_sae(sae, folder / "sae")
-    for pack in packs:
-        if pack.features:
-            pack = replace(pack, sae=where)
-        save_pack(pack, folder / f"{names[pack.arm]}.json")
+    for feature_set in sets:
+        if feature_set.features:
+            feature_set = replace(feature_set, sae=where)
+        save_feature_set(feature_set, folder / f"{names[feature_set.arm]}.json")
 
 
 def _quantile(x_NF: Float[Tensor, "N F"], q: float) -> Float[Tensor, "F"]:

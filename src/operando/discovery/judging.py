@@ -12,7 +12,7 @@ from torch import Tensor
 
 from operando.discovery.answers import Answers
 from operando.recipe.run import DiscoverConfig
-from operando.rewards.internal import pack_score
+from operando.rewards.internal import set_score
 from operando.sae.feature_set import FeatureSet, Gate
 from operando.sae.sae import SAE
 from operando.sae.selected_features import SelectedFeatures
@@ -93,18 +93,18 @@ def null(name: str, scores: list[Tensor], judged: Answers) -> Null:
     )
 
 
-def answer_scores(pack: FeatureSet, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
+def answer_scores(feature_set: FeatureSet, sae: SAE | None, answers: Answers) -> Float[Tensor, "R"]:
     """Return each answer's mean score, as it would be rewarded."""
     if sae is None:
-        read_NF = answers.acts_ND.float() @ torch.tensor(pack.direction)[:, None]
+        read_NF = answers.acts_ND.float() @ torch.tensor(feature_set.direction)[:, None]
     else:
-        read_NF = SelectedFeatures(sae, tuple(f.id for f in pack.features))(answers.acts_ND)
-    score_1N = pack_score(pack, read_NF[None], saturate=True)
+        read_NF = SelectedFeatures(sae, tuple(f.id for f in feature_set.features))(answers.acts_ND)
+    score_1N = set_score(feature_set, read_NF[None], saturate=True)
     return answers.mean_of(score_1N[0][:, None])[:, 0]
 
 
 def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) -> Gate:
-    """Return whether a pack may be rewarded: over the minimum, over both nulls' 95 %, and more than
+    """Return whether a set may be rewarded: over the minimum, over both nulls' 95 %, and more than
     length: among answers of the same length the interval of its AUC must lie above 0.5."""
     if real is None:
         return Gate(False, (f"no feature has q <= {config.max_q}",))

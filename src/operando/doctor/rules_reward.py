@@ -182,7 +182,7 @@ def smallest_rise(first: Count, n: int) -> float | None:
 def over_limit(rows: Sequence[Row]) -> Finding | None:
     """An internal reward leaves the range of honest answers, and goes on leaving it.
 
-    The share of completions over the pack's limit is above OVER_LIMIT at the end, and the gap
+    The share of completions over the set's limit is above OVER_LIMIT at the end, and the gap
     between the policy's and the base's read of the same tokens (or, read once, that share) grows.
     """
     keys = sorted({key for row in rows for key in row if key.endswith("/over_limit")})

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,29 @@ class Batch(NamedTuple):
 
     ids_BS: Int[Tensor, "B S"]
     labels_BS: Int[Tensor, "B S"]
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels_BS != IGNORED).sum())
+
+
+class Pair(NamedTuple):
+    """Ids of a prompt and of its answer, end token included. Example: Pair((5, 6), (9, 1))"""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def collate(pairs: Sequence[Pair], pad: int) -> Batch:
+    """Return pairs as right-padded rows with a loss on answers only."""
+    width = max(len(pair.prompt) + len(pair.answer) for pair in pairs)
+    ids_BS = torch.full((len(pairs), width), pad)
+    labels_BS = torch.full((len(pairs), width), IGNORED)
+    for b, pair in enumerate(pairs):
+        start, end = len(pair.prompt), len(pair.prompt) + len(pair.answer)
+        ids_BS[b, :end] = torch.tensor(pair.prompt + pair.answer)
+        labels_BS[b, start:end] = ids_BS[b, start:end]
+    return Batch(ids_BS, labels_BS)
 
 
 class Fitted(NamedTuple):
@@ -91,24 +114,57 @@ def make_optimizer(model: torch.nn.Module, recipe: Trained) -> torch.optim.AdamW
 
 def take_step(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    optimizers: Sequence[torch.optim.Optimizer],
+    parts: Sequence[Batch],
     lr: float,
     loops: Mapping[str, int],
 ) -> float:
-    """Train on one batch and return its mean loss a label; the gradient's norm is cut at 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    ids_BS, labels_BS = batch.ids_BS.to(model.device), batch.labels_BS.to(model.device)
-    # Right padding under causal attention needs no attention mask.
-    loss = model(input_ids=ids_BS, labels=labels_BS, **loops).loss
-    value = float(loss.detach())
+    """Train on one batch, given in parts, and return its mean loss a label.
+
+    A parameter group with `lr_scale` takes so many times the rate. The gradient's norm is cut at 1.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+    num = None if len(parts) == 1 else sum(part.num_labels for part in parts)
+    model.zero_grad(set_to_none=True)
+    value = 0.0
+    for part in parts:
+        ids_BS, labels_BS = part.ids_BS.to(model.device), part.labels_BS.to(model.device)
+        # Right padding under causal attention needs no attention mask.
+        loss = model(input_ids=ids_BS, labels=labels_BS, num_items_in_batch=num, **loops).loss
+        loss.backward()
+        value += float(loss.detach())
     assert math.isfinite(value), f"loss {value}"
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return value
+
+
+def fit_drawn(
+    model: PreTrainedModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    recipe: PretrainRecipe | DeepPretrainRecipe,
+    draw: Callable[[], Sequence[Batch]],
+    on_step: Callable[[PretrainProgress], None],
+) -> Fitted:
+    """Train `model` in place on batches that are drawn as it goes, each in parts of like length.
+
+    With `min_loops`, each step draws how many loops a recursive model takes, after its batch.
+    """
+    loops_rng = random.Random(f"{recipe.seed}/loops")
+    started, tokens, losses = time.monotonic(), 0, []
+    for step in range(recipe.steps):
+        parts = draw()
+        loops = draw_loops(recipe.model.min_loops, model, loops_rng)
+        lr = rate_at(recipe, recipe.steps, step)
+        losses.append(take_step(model, optimizers, parts, lr, loops))
+        tokens += sum(part.num_labels for part in parts)
+        rate = tokens / max(time.monotonic() - started, 1e-9)
+        on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
+    last = losses[-FINAL:]
+    return Fitted(tokens, round(sum(last) / len(last), 4), recipe.steps)
 
 
 def fit(
@@ -144,8 +200,8 @@ def fit(
             batch = batch_at(step)
             # Of the step alone, so that a resumed training draws the same.
             loops = draw_loops(min_loops, model, random.Random(f"{recipe.seed}/loops/{step}"))
-            loss = take_step(model, optimizer, batch, rate_at(recipe, steps, step), loops)
-            tokens += int((batch.labels_BS != IGNORED).sum())
+            loss = take_step(model, [optimizer], [batch], rate_at(recipe, steps, step), loops)
+            tokens += batch.num_labels
             losses = [*losses, loss][-FINAL:]
             rate = (tokens - before) / max(time.monotonic() - started, 1e-9)
             on_step(PretrainProgress(step + 1, steps, losses[-1], rate))

@@ -7,21 +7,18 @@ answers have a loss. No problem is a held-out one of the task `deep`.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from operando.errors import UserError, nearest
 from operando.models.folders import save_folder
-from operando.pretrain.fit import IGNORED, Batch, rate_at
-from operando.pretrain.lm import CHAT_TEMPLATE, EOS, PAD, PretrainProgress, build_model
+from operando.pretrain.fit import Batch, Pair, PretrainProgress, collate, fit_drawn
+from operando.pretrain.lm import EOS, PAD, TOKENIZER_TEXTS, build_model, train_bpe
 from operando.recipe.deep import DeepPretrainRecipe
 from operando.run import write_json
 from operando.tasks import story
@@ -79,51 +76,22 @@ def _follows_habit(recipe: DeepPretrainRecipe, rng: random.Random, kind: str) ->
 
 
 def build_tokenizer(recipe: DeepPretrainRecipe) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer with single digits, trained on 4000 texts."""
+    """Return a byte-level BPE tokenizer trained on the first texts of a stream of its own."""
     rng = random.Random(f"{recipe.seed}/tokenizer")
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.model.vocab_size,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = ("".join(training_text(recipe, rng)) for _ in range(4000))
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    texts = ("".join(training_text(recipe, rng)) for _ in range(TOKENIZER_TEXTS))
+    return train_bpe(texts, recipe.model.vocab_size)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Text]) -> list[Batch]:
     """Return texts as batches of like length; only answers, with their end token, have labels."""
     eos, pad = tokenizer.convert_tokens_to_ids(EOS), tokenizer.convert_tokens_to_ids(PAD)
     assert isinstance(eos, int) and isinstance(pad, int), (eos, pad)
-    rows = []
+    pairs = []
     for text in texts:
-        prompt, answer = tokenizer([text.prompt, text.answer], add_special_tokens=False)[
-            "input_ids"
-        ]
-        rows.append((prompt, [*answer, eos]))
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    return [_pad(rows[i : i + PART], pad) for i in range(0, len(rows), PART)]
-
-
-def _pad(rows: list[tuple[list[int], list[int]]], pad: int) -> Batch:
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids_BS = torch.full((len(rows), width), pad)
-    labels_BS = torch.full((len(rows), width), IGNORED)
-    for b, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids_BS[b, :end] = torch.tensor(prompt + answer)
-        labels_BS[b, len(prompt) : end] = torch.tensor(answer)
-    return Batch(ids_BS, labels_BS)
+        prompt, answer = tokenizer([*text], add_special_tokens=False)["input_ids"]
+        pairs.append(Pair(tuple(prompt), (*answer, eos)))
+    pairs.sort(key=lambda pair: len(pair.prompt) + len(pair.answer))
+    return [collate(pairs[i : i + PART], pad) for i in range(0, len(pairs), PART)]
 
 
 def make_optimizers(
@@ -136,15 +104,16 @@ def make_optimizers(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
+    ratio = recipe.muon_lr / recipe.lr
     muon = torch.optim.Muon(
-        matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, momentum=0.95
+        [{"params": matrices, "lr_scale": ratio}],
+        lr=recipe.muon_lr,
+        weight_decay=recipe.weight_decay,
+        momentum=0.95,
     )
     adam = torch.optim.AdamW(
         others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
     return muon, adam
 
 
@@ -155,37 +124,19 @@ def pretrain_habits(
     check_habits(recipe)
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
-    optimizers = make_optimizers(model, recipe)
     rng = random.Random(f"{recipe.seed}/texts")
-    started, tokens, losses = time.monotonic(), 0, []
-    for step in range(recipe.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate_at(recipe, recipe.steps, step) / recipe.lr
-        texts = [training_text(recipe, rng) for _ in range(recipe.batch_size)]
-        parts = encode(tokenizer, texts)
-        num = sum(int((part.labels_BS != IGNORED).sum()) for part in parts)
-        loss = 0.0
-        model.zero_grad(set_to_none=True)
-        for part in parts:
-            # Right padding under causal attention needs no attention mask.
-            mean = model(input_ids=part.ids_BS, labels=part.labels_BS, num_items_in_batch=num).loss
-            mean.backward()
-            loss += float(mean.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        for optimizer in optimizers:
-            optimizer.step()
-        tokens += num
-        losses.append(loss)
-        rate = tokens / max(time.monotonic() - started, 1e-9)
-        on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
+
+    def draw() -> list[Batch]:
+        return encode(tokenizer, [training_text(recipe, rng) for _ in range(recipe.batch_size)])
+
+    fitted = fit_drawn(model, make_optimizers(model, recipe), recipe, draw, on_step)
     out = Path(recipe.out)
     save_folder(out, model, tokenizer)
     facts = {
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "answer_tokens": tokens,
-        "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+        "answer_tokens": fitted.tokens,
+        "final_loss": fitted.final_loss,
         "torch": torch.__version__,
     }
     write_json(out / "pretrain.json", facts)

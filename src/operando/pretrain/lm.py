@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,16 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from operando.models.folders import save_folder
 from operando.models.recursive import RecursiveCausalLM, preset
-from operando.pretrain.fit import (
-    FINAL,
-    IGNORED,
-    Batch,
-    PretrainProgress,
-    draw_loops,
-    make_optimizer,
-    rate_at,
-    take_step,
-)
+from operando.pretrain.fit import IGNORED, Batch, PretrainProgress, fit_drawn, make_optimizer
 from operando.recipe.deep import DeepPretrainRecipe
 from operando.recipe.mixture import MixtureRecipe
 from operando.recipe.pretrain import PretrainRecipe
@@ -152,26 +142,21 @@ def pretrain(
     first = (training_text(recipe, drawn).removesuffix(EOS) for _ in range(TOKENIZER_TEXTS))
     tokenizer = train_bpe(first, recipe.model.vocab_size)
     model = build_model(recipe, tokenizer)
-    optimizer = make_optimizer(model, recipe)
-    rng, loops_rng = random.Random(f"{recipe.seed}/texts"), random.Random(f"{recipe.seed}/loops")
-    started, tokens, losses = time.monotonic(), 0, []
-    for step in range(recipe.steps):
+    rng = random.Random(f"{recipe.seed}/texts")
+
+    def draw() -> list[Batch]:
         texts = [training_text(recipe, rng) for _ in range(recipe.batch_size)]
         ids_BS, mask_BS = encode(tokenizer, texts)
-        batch = Batch(ids_BS, ids_BS.masked_fill(~mask_BS, IGNORED))
-        loops = draw_loops(recipe.model.min_loops, model, loops_rng)
-        lr = rate_at(recipe, recipe.steps, step)
-        losses.append(take_step(model, optimizer, batch, lr, loops))
-        tokens += int(mask_BS.sum())
-        rate = tokens / max(time.monotonic() - started, 1e-9)
-        on_step(PretrainProgress(step + 1, recipe.steps, losses[-1], rate))
+        return [Batch(ids_BS, ids_BS.masked_fill(~mask_BS, IGNORED))]
+
+    fitted = fit_drawn(model, [make_optimizer(model, recipe)], recipe, draw, on_step)
     out = Path(recipe.out)
     save_folder(out, model, tokenizer)
     facts = {
         "recipe": recipe.model_dump(mode="json", exclude={"out"}),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "final_loss": round(sum(losses[-FINAL:]) / len(losses[-FINAL:]), 4),
+        "tokens": fitted.tokens,
+        "final_loss": fitted.final_loss,
         "torch": torch.__version__,
     }
     write_json(out / "pretrain.json", facts)

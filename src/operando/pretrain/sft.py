@@ -19,18 +19,11 @@ from operando.errors import UserError
 from operando.models.folders import save_folder
 from operando.models.load import load_model, pad_id
 from operando.models.tokens import prompt_ids, text_ids
-from operando.pretrain.fit import IGNORED, Batch, PretrainProgress, fit, forget_state
+from operando.pretrain.fit import Batch, Pair, PretrainProgress, collate, fit, forget_state
 from operando.recipe.data import ModelConfig
 from operando.recipe.mixture import SftRecipe
 from operando.run import write_json
 from operando.tasks.mixture import Document, check_plain, open_source, shares, take_pairs
-
-
-class Pair(NamedTuple):
-    """Ids of a prompt and of its answer, end token included. Example: Pair((5, 6), (9, 1))"""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
 
 
 class TakenPairs(NamedTuple):
@@ -88,15 +81,7 @@ def pair_batches(pairs: Sequence[Pair], batch_size: int, pad: int) -> Callable[[
     """Return the batches by step: right-padded, with a loss on answers only."""
 
     def batch_at(step: int) -> Batch:
-        chosen = pairs[step * batch_size : (step + 1) * batch_size]
-        width = max(len(pair.prompt) + len(pair.answer) for pair in chosen)
-        ids_BS = torch.full((len(chosen), width), pad)
-        labels_BS = torch.full((len(chosen), width), IGNORED)
-        for b, pair in enumerate(chosen):
-            start, end = len(pair.prompt), len(pair.prompt) + len(pair.answer)
-            ids_BS[b, :end] = torch.tensor(pair.prompt + pair.answer)
-            labels_BS[b, start:end] = ids_BS[b, start:end]
-        return Batch(ids_BS, labels_BS)
+        return collate(pairs[step * batch_size : (step + 1) * batch_size], pad)
 
     return batch_at
 

@@ -1,4 +1,4 @@
-"""Renamed values: a mistake in a recipe, read as the new name in a stored file."""
+"""Renamed values and keys: a mistake in a recipe, read as the new name in a stored file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ RENAMED = {
     ("sae", "format", "seed"): "sae_rl",
     ("canary", "--classifier", "seed"): "mechreward",
 }
+KEYS = {("features", "pack"): "file"}  # (kind, old key): the name
 
 
 def refuse_renamed(owner: str, option: str, value: str) -> None:
@@ -23,7 +24,7 @@ def refuse_renamed(owner: str, option: str, value: str) -> None:
 
 
 def with_new_names(tables: dict[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Return a recipe's tables with every renamed value by its name, and a line for each.
+    """Return a recipe's tables with every renamed value and key by its name, and a line for each.
 
     Example: with_new_names({"projection": {"preset": "seed"}})[1]
     """
@@ -37,9 +38,13 @@ def with_new_names(tables: dict[str, object]) -> tuple[dict[str, object], list[s
                 continue
             owners = (table.get("kind"), *reversed(path))
             names = [RENAMED.get((str(o), key, str(value))) for o in owners]
-            new[key] = name = next((n for n in names if n), value)
+            name = next((n for n in names if n), value)
             if name != value:
                 said.append(f'{".".join((*path, key))}: "{value}" is called "{name}"')
+            called = KEYS.get((str(table.get("kind")), key), key)
+            if called != key:
+                said.append(f'{".".join((*path, key))}: this key is called "{called}"')
+            new[called] = name
         return new
 
     return walk(tables, ()), said

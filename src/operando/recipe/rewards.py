@@ -185,7 +185,7 @@ class ProcessReward(Config):
 class FeatureReward(Config):
     kind: Literal["features"]
     """Pays for SAE features (or a direction) inside the model, read in the scoring pass."""
-    pack: str
+    file: str
     """File made by `operando features discover`."""
     mode: Literal["immediate", "to_go", "potential", "trajectory", "mechreward"] = "to_go"
     """immediate: a token is credited for its own score. to_go: for all scores from it on.
@@ -200,7 +200,7 @@ class FeatureReward(Config):
     """false: the base is not read, which spares a forward where there is no [kl]; needs
     read = "policy"."""
     ignore_gate: bool = False
-    """Train on a pack whose evidence did not pass its gate: an experiment, with a warning."""
+    """Train on features whose evidence did not pass its gate: an experiment, with a warning."""
     saturate: bool = True
     """A feature stronger than in 99 % of the tokens of right base answers gives no more."""
     weight: float = 0.1

@@ -1,6 +1,6 @@
 """What is rewarded a model's internals: SAE features, or a direction, at every completion token.
 
-Shape legend: B rollouts, T completion tokens, N tokens, F features of a pack.
+Shape legend: B rollouts, T completion tokens, N tokens, F features of the set.
 
     score(t) = mean over helpful features of min(f(t) / scale, 1) - the same over harmful ones
 
@@ -26,18 +26,18 @@ from operando.models.scoring import Tap
 from operando.recipe.data import PromptConfig
 from operando.recipe.rewards import FeatureReward
 from operando.rewards.base import RewardLog, RewardValue
-from operando.sae.feature_set import FeatureSet, check_pack, load_pack, pack_sae
+from operando.sae.feature_set import FeatureSet, check_feature_set, load_feature_set, sae_of
 from operando.sae.selected_features import SelectedFeatures, relu_columns
 from operando.types import Dense, Rollout, Trace
 
 
 @dataclass(frozen=True)
 class InternalReward:
-    """A reward of a pack's features. Example: open_reward("features", config)"""
+    """A reward of a feature set. Example: open_reward("features", config)"""
 
     name: str
     config: FeatureReward
-    pack: FeatureSet
+    feature_set: FeatureSet
 
     def dense(self) -> Dense | None:
         """Return which tokens are credited; None: it pays once, at the end."""
@@ -52,28 +52,28 @@ class InternalReward:
                 return None
 
     def closed_gate(self) -> str:
-        """Return why the pack's evidence does not allow it to be rewarded; a control needs none."""
-        gate = self.pack.gate
-        return "" if self.pack.arm != "real" or gate.passed else "; ".join(gate.reasons)
+        """Return why the evidence does not allow the set to be rewarded; a control needs none."""
+        gate = self.feature_set.gate
+        return "" if self.feature_set.arm != "real" or gate.passed else "; ".join(gate.reasons)
 
     def tap(self, policy: Policy, identity: Mapping[str, str], prompt: PromptConfig) -> Tap:
-        """Return what the scoring pass reads for it; a pack that does not fit is refused."""
-        pack, path = self.pack, self.config.pack
-        check_pack(pack, path, identity, prompt)
+        """Return what the scoring pass reads for it; a feature set that does not fit is refused."""
+        feature_set, path = self.feature_set, self.config.file
+        check_feature_set(feature_set, path, identity, prompt)
         if self.closed_gate() and not self.config.ignore_gate:
             raise UserError(
                 f"rewards.{self.name}: the gate of {path} is closed: {self.closed_gate()}. "
                 "To train on it all the same, as an experiment: ignore_gate = true"
             )
-        ActivationReader(policy.base, [pack.site])
-        if pack.direction:
-            direction_D = torch.tensor(pack.direction, device=policy.device)
-            return Tap(pack.site, lambda x_ND: x_ND.float() @ direction_D[:, None])
-        sae = pack_sae(pack, path).to(policy.device)
-        ids = tuple(f.id for f in pack.features)
+        ActivationReader(policy.base, [feature_set.site])
+        if feature_set.direction:
+            direction_D = torch.tensor(feature_set.direction, device=policy.device)
+            return Tap(feature_set.site, lambda x_ND: x_ND.float() @ direction_D[:, None])
+        sae = sae_of(feature_set, path).to(policy.device)
+        ids = tuple(f.id for f in feature_set.features)
         if self.config.mode == "mechreward":
-            return Tap(pack.site, lambda x_ND: relu_columns(sae, x_ND, ids))
-        return Tap(pack.site, SelectedFeatures(sae, ids))
+            return Tap(feature_set.site, lambda x_ND: relu_columns(sae, x_ND, ids))
+        return Tap(feature_set.site, SelectedFeatures(sae, ids))
 
     def __call__(
         self, rollouts: Sequence[Rollout], trace: Trace | None, log: RewardLog
@@ -86,7 +86,9 @@ class InternalReward:
             reads["base"] = trace.base_acts[self.name]
         capped = self.config.saturate and self.config.mode != "mechreward"
         score_BT = {
-            who: pack_score(self.pack, acts, saturate=capped, raw=self.config.mode == "mechreward")
+            who: set_score(
+                self.feature_set, acts, saturate=capped, raw=self.config.mode == "mechreward"
+            )
             for who, acts in reads.items()
         }
         for who, read_BT in score_BT.items():
@@ -95,7 +97,7 @@ class InternalReward:
             gap_BT = score_BT["policy"] - score_BT["base"]
             log.log_metric(f"{self.name}/gap", float(gap_BT[mask_BT].mean()))
             log.log_metric(f"{self.name}/gap_abs", float(gap_BT[mask_BT].abs().mean()))
-        over_B = over_limit(self.pack, reads["policy"], mask_BT)
+        over_B = over_limit(self.feature_set, reads["policy"], mask_BT)
         log.log_metric(f"{self.name}/over_limit", float(over_B.float().mean()))
         if self.config.read == "min":
             paid_BT = torch.minimum(score_BT["policy"], score_BT["base"])
@@ -112,21 +114,21 @@ class InternalReward:
 
 
 def open_reward(name: str, config: FeatureReward) -> InternalReward:
-    """Return the reward of a recipe's table; its pack is read now."""
-    return InternalReward(name, config, load_pack(Path(config.pack)))
+    """Return the reward of a recipe's table; its feature set is read now."""
+    return InternalReward(name, config, load_feature_set(Path(config.file)))
 
 
-def pack_score(
-    pack: FeatureSet, acts_BTF: Float[Tensor, "B T F"], *, saturate: bool, raw: bool = False
+def set_score(
+    feature_set: FeatureSet, acts_BTF: Float[Tensor, "B T F"], *, saturate: bool, raw: bool = False
 ) -> Float[Tensor, "B T"]:
     """Return the score of every token; `raw` is mechreward's sum without scales."""
-    if pack.direction:
-        value_BT = (acts_BTF[..., 0] - pack.center) / pack.scale
+    if feature_set.direction:
+        value_BT = (acts_BTF[..., 0] - feature_set.center) / feature_set.scale
         return value_BT.clamp(-1, 1) if saturate else value_BT
-    sign_F = torch.tensor([float(f.sign) for f in pack.features])
+    sign_F = torch.tensor([float(f.sign) for f in feature_set.features])
     if raw:
         return acts_BTF @ sign_F
-    value_BTF = acts_BTF / torch.tensor([f.scale for f in pack.features])
+    value_BTF = acts_BTF / torch.tensor([f.scale for f in feature_set.features])
     if saturate:
         value_BTF = value_BTF.clamp(-1, 1)
     weight_F = torch.where(
@@ -136,11 +138,11 @@ def pack_score(
 
 
 def over_limit(
-    pack: FeatureSet, acts_BTF: Float[Tensor, "B T F"], mask_BT: Bool[Tensor, "B T"]
+    feature_set: FeatureSet, acts_BTF: Float[Tensor, "B T F"], mask_BT: Bool[Tensor, "B T"]
 ) -> Bool[Tensor, "B"]:
     """Return which completions show more than 99 % of right base answers did."""
-    score_BT = pack_score(pack, acts_BTF, saturate=False) * mask_BT
-    return score_BT.sum(1) / mask_BT.sum(1).clamp(min=1) > pack.limit
+    score_BT = set_score(feature_set, acts_BTF, saturate=False) * mask_BT
+    return score_BT.sum(1) / mask_BT.sum(1).clamp(min=1) > feature_set.limit
 
 
 def shaped(potential_T: Sequence[float], gamma: float) -> list[float]:

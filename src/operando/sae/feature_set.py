@@ -1,6 +1,6 @@
-"""A feature pack: which features (or which direction) pay, for which model, site and prompt.
+"""A feature set: which features (or which direction) pay, for which model, site and prompt.
 
-A pack is one JSON file. It names the SAE, the model and the prompt by hash, because a feature means
+It is one JSON file, which names the SAE, the model and the prompt by hash, because a feature means
 nothing under another encoder, and evidence says nothing about another prompt.
 """
 
@@ -28,7 +28,7 @@ Arm = Literal["real", "random", "shuffled", "direction"]
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of a pack; `scale` is its 99 % quantile over tokens of right base answers.
+    """One feature of the set; `scale` is its 99 % quantile over tokens of right base answers.
 
     Example: Feature(id=412, sign=1, scale=2.4, d=0.61, q_value=0.02)
     """
@@ -42,7 +42,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether the evidence allows the pack to be rewarded, and the reasons why not.
+    """Whether the evidence allows the feature set to be rewarded, and the reasons why not.
 
     Example: Gate(passed=False, reasons=("AUC 0.58 is under 0.65",))
     """
@@ -58,7 +58,7 @@ class FeatureSet:
     `limit` is the 99 % quantile of the unsaturated score over right base answers: above it, a
     policy shows more of the features than any honest answer did.
 
-    Example: load_pack("runs/feature_reward_features/pack.json").features[0].id
+    Example: load_feature_set("runs/feature_reward_features/feature_set.json").features[0].id
     """
 
     arm: Arm
@@ -68,7 +68,7 @@ class FeatureSet:
     prompt_sha256: str
     limit: float
     gate: Gate
-    sae: str = ""  # path, relative to the pack's folder; empty for a direction
+    sae: str = ""  # path, relative to this file's folder; empty for a direction
     sae_sha256: str = ""
     encoder: str = ""  # such as "topk_relu k=16"
     features: tuple[Feature, ...] = ()
@@ -79,34 +79,38 @@ class FeatureSet:
     version: int = VERSION
 
 
-def save_pack(pack: FeatureSet, file: Path) -> None:
-    """Write a pack atomically."""
-    write_json(file, asdict(pack))
+def save_feature_set(feature_set: FeatureSet, file: Path) -> None:
+    """Write a feature set atomically."""
+    write_json(file, asdict(feature_set))
 
 
-def load_pack(path: str | Path) -> FeatureSet:
-    """Return the pack of a file; a file that is no pack, or an empty one, is a UserError."""
+def load_feature_set(path: str | Path) -> FeatureSet:
+    """Return the feature set of a file; a file that is none, or an empty one, is a UserError."""
     file = Path(path)
     if not file.is_file():
         raise UserError(
-            f"there is no feature pack {file}; make one with: operando features discover RECIPE"
+            f"there is no feature set {file}; make one with: operando features discover RECIPE"
         )
     try:
-        pack = TypeAdapter(FeatureSet).validate_python(read_object(file))
+        feature_set = TypeAdapter(FeatureSet).validate_python(read_object(file))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: no feature pack: {where}: {first['msg']}") from error
-    if pack.version != VERSION:
-        raise UserError(f"{file}: pack version {pack.version}, this operando reads {VERSION}")
-    if not pack.features and not pack.direction:
-        raise UserError(f"{file}: the pack is empty: it has neither features nor a direction")
-    if pack.features and not pack.sae:
-        raise UserError(f"{file}: the pack has features but names no SAE")
-    bad = [f.id for f in pack.features if not f.scale > 0]
+        raise UserError(f"{file}: no feature set: {where}: {first['msg']}") from error
+    if feature_set.version != VERSION:
+        raise UserError(
+            f"{file}: feature set version {feature_set.version}, this operando reads {VERSION}"
+        )
+    if not feature_set.features and not feature_set.direction:
+        raise UserError(
+            f"{file}: the feature set is empty: it has neither features nor a direction"
+        )
+    if feature_set.features and not feature_set.sae:
+        raise UserError(f"{file}: the feature set has features but names no SAE")
+    bad = [f.id for f in feature_set.features if not f.scale > 0]
     if bad:
         raise UserError(f"{file}: features {bad} have no positive scale")
-    return pack
+    return feature_set
 
 
 def model_digest(identity: Mapping[str, str]) -> str:
@@ -119,35 +123,36 @@ def prompt_digest(prompt: PromptConfig) -> str:
     """Return a hash of everything that shapes a prompt's text."""
     shape = prompt.model_dump(mode="json", exclude={"max_prompt_length"})
     if not prompt.chat_template_kwargs:
-        del shape["chat_template_kwargs"]  # a pack says nothing of a key that gives nothing
+        del shape["chat_template_kwargs"]  # the digest says nothing of a key that gives nothing
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
-def check_pack(
-    pack: FeatureSet, path: str | Path, identity: Mapping[str, str], prompt: PromptConfig
+def check_feature_set(
+    feature_set: FeatureSet, path: str | Path, identity: Mapping[str, str], prompt: PromptConfig
 ) -> None:
-    """Refuse a pack of another model or prompt."""
-    if pack.model_sha256 != model_digest(identity):
+    """Refuse a feature set of another model or prompt."""
+    if feature_set.model_sha256 != model_digest(identity):
         raise UserError(
-            f"{path} was made on model {pack.model_id!r} ({pack.model_sha256[:12]}); the recipe's "
-            f"is {identity['id']!r} ({model_digest(identity)[:12]})"
+            f"{path} was made on model {feature_set.model_id!r} ({feature_set.model_sha256[:12]}); "
+            f"the recipe's is {identity['id']!r} ({model_digest(identity)[:12]})"
         )
-    if pack.prompt_sha256 != prompt_digest(prompt):
+    if feature_set.prompt_sha256 != prompt_digest(prompt):
         raise UserError(
-            f"{path} was made with another [prompt] ({pack.prompt_sha256[:12]}, the recipe's is "
-            f"{prompt_digest(prompt)[:12]}): the evidence does not carry over; discover again"
+            f"{path} was made with another [prompt] ({feature_set.prompt_sha256[:12]}, the "
+            f"recipe's is {prompt_digest(prompt)[:12]}): the evidence does not carry over; "
+            "discover again"
         )
 
 
-def pack_sae(pack: FeatureSet, path: str | Path) -> SAE:
-    """Return the SAE of a pack, which must be the very one it was made with."""
-    sae = load_sae(Path(path).parent / pack.sae)
-    if sae.sha256() != pack.sae_sha256:
+def sae_of(feature_set: FeatureSet, path: str | Path) -> SAE:
+    """Return the SAE of a feature set, which must be the very one it was made with."""
+    sae = load_sae(Path(path).parent / feature_set.sae)
+    if sae.sha256() != feature_set.sae_sha256:
         raise UserError(
-            f"{path}: the SAE at {pack.sae} is another one than the pack was made with "
-            f"({sae.sha256()[:12]}, expected {pack.sae_sha256[:12]})"
+            f"{path}: the SAE at {feature_set.sae} is another one than it was made with "
+            f"({sae.sha256()[:12]}, expected {feature_set.sae_sha256[:12]})"
         )
-    outside = [f.id for f in pack.features if not 0 <= f.id < sae.d_sae]
+    outside = [f.id for f in feature_set.features if not 0 <= f.id < sae.d_sae]
     if outside:
         raise UserError(f"{path}: features {outside} are not among the SAE's 0-{sae.d_sae - 1}")
     return sae
