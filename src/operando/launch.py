@@ -182,7 +182,7 @@ def run_study(console: Console, study: Study, at_once: int, on_ray: bool) -> Stu
 def show_plan(console: Console, study: Study) -> None:
     """Print every run of a study and how far it is; train and write nothing."""
     for (arm, seed), job in plan(study).items():
-        state = "done" if job.is_done else "begun" if job.is_started else "to do"
+        state = "done" if job.is_done else "started" if job.is_started else "to do"
         console.print(
             f"{state:6} {arm} seed {seed}: {job.recipe.steps} steps, {job.folder}",
             highlight=False,

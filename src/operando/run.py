@@ -78,7 +78,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 f"no space left while writing {target} ({error}); nothing half-written"
             ) from error
         if _is_refused(error):
-            raise UserError(f"can't write {target} ({error}); what was there is whole") from error
+            raise UserError(f"can't write {target} ({error}); what was there is intact") from error
         raise
     finally:  # what can't be removed, on a disk that has become read-only, the next owner sweeps
         if temporary.is_dir():
@@ -136,7 +136,7 @@ def write_json(target: Path, value: object) -> None:
 
 
 def write_parquet(target: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    """Write a parquet file atomically; every column has one value a row."""
+    """Write a parquet file atomically; every column has one value per row."""
     with atomic_path(target) as temporary:
         pq.write_table(pa.table({k: list(v) for k, v in columns.items()}), temporary)
 
@@ -169,7 +169,7 @@ class Run:
             undo.callback(lock.release)
             if folder.exists():
                 raise UserError(
-                    f"{folder} exists. Go on with it: --resume. Or choose another: name=NEW_NAME"
+                    f"{folder} exists. Continue it with --resume. Or choose another: name=NEW_NAME"
                 )
             cls._begin(folder, recipe, command)
             undo.pop_all()
@@ -198,8 +198,8 @@ class Run:
         if old != recipe:
             changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
             raise UserError(
-                f"{folder} was begun with another recipe; changed: {'; '.join(changed)}. "
-                "Undo the change, or begin a new run with name=NEW_NAME"
+                f"{folder} was started with another recipe; changed: {'; '.join(changed)}. "
+                "Undo the change, or start a new run with name=NEW_NAME"
             )
         return cls(folder, recipe, FolderLock(folder))
 
@@ -227,8 +227,8 @@ class Run:
             why = "no space left"
         if written != len(line):
             raise UserError(
-                f"{self.folder / 'metrics.jsonl'}: {why}; what is saved is whole: make room, then "
-                "go on with --resume"
+                f"{self.folder / 'metrics.jsonl'}: {why}; what was saved is intact: free some "
+                "space, then continue with --resume"
             )
 
     def sync(self) -> None:

@@ -197,7 +197,7 @@ def set_up(
                     f"rewards.{part.name}: trained on a feature set whose gate is closed: {why}"
                 )
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
-            run.warn("this model is sampled with HF generate: the engine does not serve it")
+            run.warn("this model is sampled with HF generate: the engine does not support it")
     return setup
 
 
@@ -397,9 +397,9 @@ def check_examples(run: Run, task: Task) -> str:
     changed = [name for name, value in former.items() if value != present[name]]
     if changed:
         raise UserError(
-            f"{run.folder} was begun with another task; changed: {', '.join(changed)} (now of "
+            f"{run.folder} was started with another task; changed: {', '.join(changed)} (now of "
             f"{task.name!r}, {len(task.train)} training and {len(task.held_out)} held-out "
-            "questions). Undo the change, or begin a new run with name=NEW_NAME"
+            "questions). Undo the change, or start a new run with name=NEW_NAME"
         )
     return now
 
@@ -410,9 +410,9 @@ def check_prompts(run: Run, prompts: Sequence[Prompt]) -> str:
     former = read_manifest(run.folder).get("prompts_sha256", now)
     if former != now:
         raise UserError(
-            f"{run.folder} was begun with other prompts: their ids had sha256 {str(former)[:12]}, "
-            f"now {now[:12]}. The data, the tokenizer or the chat template has changed: undo that, "
-            "or begin a new run with name=NEW_NAME"
+            f"{run.folder} was started with other prompts: their ids had sha256 "
+            f"{str(former)[:12]}, now {now[:12]}. The data, the tokenizer or the chat template has "
+            "changed: undo that, or start a new run with name=NEW_NAME"
         )
     return now
 
@@ -445,7 +445,7 @@ def resume(setup: Setup) -> int:
         )
     done = steps[-1] if steps else 0
     if parallel.rank() == 0 and steps[-1:] != saved[-1:]:
-        setup.run.warn(f"metrics.jsonl has no row of step {saved[-1]}: gone on from step {done}")
+        setup.run.warn(f"metrics.jsonl has no row of step {saved[-1]}: continuing from step {done}")
     if done:
         check_base(checkpoint_folder(setup.run.folder, done) / "certificate.json", setup.insulation)
         load_checkpoint(setup.run.folder, done, setup.policy, setup.optimizer)

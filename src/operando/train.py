@@ -101,7 +101,7 @@ def train(
             if recipe.saves(step) or signum:
                 write_checkpoint(setup, step)
             if signum and step < recipe.steps:
-                raise Stopped(signum, f"stopped; step {step} is saved: go on with --resume")
+                raise Stopped(signum, f"stopped; step {step} is saved: continue with --resume")
     if parallel.rank() == 0:
         write_results(run, recipe)
     tracker.finish()

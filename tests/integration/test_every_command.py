@@ -258,7 +258,7 @@ def test_a_damaged_file_of_a_run_is_one_line(
         shutil.copytree(run_folder, kept)
         (run_folder / file).write_bytes(junk)
         ended = operando("train", str(kept / "recipe.toml"), "--resume")
-        assert "begun with another recipe" not in ended.said, "the damage must be met"
+        assert "started with another recipe" not in ended.said, "the damage must be met"
         for folder in (run_folder, run):
             shutil.rmtree(folder)
         kept.rename(run_folder)

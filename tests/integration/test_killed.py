@@ -114,7 +114,7 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(
     monkeypatch.setenv("SIGNAL_AT", f"{number} 3")
     stopped = operando(*command, f"runs_dir={tmp_path}")
     assert stopped[0] == code
-    assert stopped[1].splitlines()[-1] == "stopped; step 3 is saved: go on with --resume"
+    assert stopped[1].splitlines()[-1] == "stopped; step 3 is saved: continue with --resume"
     folder = tmp_path / "tiny"
     assert saved_steps(folder) == [2, 3]
     assert [row["step"] for row in metric_rows(folder)] == [0, 1, 2, 3]
@@ -326,5 +326,5 @@ def test_metrics_cut_or_damaged_lose_no_saved_step(
     lines = good.splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:3]) + lines[3][:40])
     code, said = operando(*again)
-    assert code == 0 and "metrics.jsonl has no row of step 4: gone on from step 2" in said
+    assert code == 0 and "metrics.jsonl has no row of step 4: continuing from step 2" in said
     assert same(folder, whole)

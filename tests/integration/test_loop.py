@@ -175,7 +175,7 @@ def test_a_run_does_not_go_on_with_other_prompts(
     monkeypatch.setattr(
         setup, "make_prompts", lambda *a: [replace(p, ids=(5, *p.ids)) for p in real(*a)]
     )
-    with pytest.raises(UserError, match="was begun with other prompts"):
+    with pytest.raises(UserError, match="was started with other prompts"):
         train_tiny(tmp_path, "steps=2", resume=True)
 
 

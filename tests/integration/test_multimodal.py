@@ -87,7 +87,7 @@ def test_the_certificate_passes_and_all_layers_leave_the_tower_alone(
 
 
 def test_a_target_that_only_the_tower_has_is_refused() -> None:
-    with pytest.raises(UserError, match="'fc1' is no linear module of its decoder blocks"):
+    with pytest.raises(UserError, match="'fc1' is not a linear module of its decoder blocks"):
         policy_of("gemma3", "1-2", LoraConfig(targets=("fc1",)))
 
 
@@ -121,7 +121,7 @@ def test_two_steps_of_training_and_the_way_back(
         )
     )
     warnings = read_manifest(folder)["warnings"]
-    assert "this model is sampled with HF generate: the engine does not serve it" in str(warnings)
+    assert "this model is sampled with HF generate: the engine does not support it" in str(warnings)
     assert json.loads((folder / "certificate.json").read_text())["passed"]
     assert certify_run(folder)[0].passed
     assert metric_rows(folder)[-1]["kl"] > 0

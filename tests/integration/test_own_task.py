@@ -128,7 +128,7 @@ def test_from_a_csv_to_a_report(
     (here / "my.py").write_text(MINE + "\n# another verifier\n")
     capsys.readouterr()
     assert operando(monkeypatch, "train", "pens.toml", "--resume") == 2
-    assert "begun with another task; changed: verify, labels" in capsys.readouterr().err
+    assert "started with another task; changed: verify, labels" in capsys.readouterr().err
 
 
 def test_a_verifier_that_calls_gold_answers_wrong_is_exit_code_3(
@@ -175,11 +175,11 @@ def test_a_task_object_is_trained_on_and_no_other_takes_its_place(here: Path) ->
     trained(recipe, resume=True, task=mine)
     first, *rest = mine.train
     other = replace(mine, train=[replace(first, answer="0"), *rest])
-    with pytest.raises(UserError, match="begun with another task; changed: examples"):
+    with pytest.raises(UserError, match="started with another task; changed: examples"):
         trained(recipe, resume=True, task=other)
-    with pytest.raises(UserError, match="begun with another recipe; changed: task.name"):
+    with pytest.raises(UserError, match="started with another recipe; changed: task.name"):
         trained(recipe, resume=True, task=replace(mine, name="yours"))
-    with pytest.raises(UserError, match="begun with another recipe; changed: task"):
+    with pytest.raises(UserError, match="started with another recipe; changed: task"):
         trained(recipe, resume=True)
 
 

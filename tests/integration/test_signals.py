@@ -21,7 +21,7 @@ from tests.storm.cases import CASES
 from tests.storm.killing import OPERATIONS, WRITING, differing
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-SAYS = "interrupted; go on with the same command (train: and --resume)"
+SAYS = "interrupted; run the same command again to continue (train: with --resume)"
 Hook = Callable[[str, tuple[object, ...]], None]
 hooks: list[Hook] = []  # of the one audit hook of this process, which can't be taken back
 

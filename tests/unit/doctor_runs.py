@@ -263,7 +263,7 @@ def healthy(seed):
 def trained_runs():
     """Return rows, recipe changes, by name: runs of recipes/demo.toml that were really trained.
 
-    12 prompts a step (sick_hack2: 24), 30 steps (40), one CPU core; four significant digits.
+    12 prompts per step (sick_hack2: 24), 30 steps (40), one CPU core; four significant digits.
     """
     file = Path(__file__).with_name("trained_runs.json.gz")
     runs = json.loads(gzip.decompress(file.read_bytes()))

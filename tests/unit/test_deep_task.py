@@ -271,7 +271,7 @@ def test_no_text_is_of_a_held_out_problem() -> None:
 
 
 def test_a_missing_or_unknown_kind_of_habit_is_refused() -> None:
-    with pytest.raises(UserError, match="'swop' is no kind of step"):
+    with pytest.raises(UserError, match="'swop' is not a kind of step"):
         habits.check_habits(recipe(habits={**recipe().habits, "swop": 0.5}))
     with pytest.raises(UserError, match="no share for 'swap'"):
         habits.check_habits(

@@ -123,7 +123,7 @@ def test_a_set_round_trips(tmp_path: Path) -> None:
     [
         ({"model_sha256": "cd"}, "was made on model 'tiny'"),
         ({"dtype": "bfloat16"}, "extracted in bfloat16, the recipe trains in float32"),
-        ({"accuracy": 0.7}, "orders 70% of the held-out pairs rightly, the gate is 90%"),
+        ({"accuracy": 0.7}, "ranks 70% of the held-out pairs correctly, below the gate of 90%"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:

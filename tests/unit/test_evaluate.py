@@ -203,7 +203,7 @@ def test_two_model_folders_are_asked_the_same(tmp_path: Path) -> None:
         (["--tasks", "clrs", "--sizes", "1,x"], "--sizes 1,x: expected numbers"),
         (["--tasks", "clrs", "--also", "nowhere"], "nowhere: neither a run folder"),
         (["--tasks", "clrs", "--step", "3"], "it has no steps"),
-        (["--tasks", "clrs", "--also", str(STARTER)], "two models are called alike"),
+        (["--tasks", "clrs", "--also", str(STARTER)], "two models have the same name"),
         (["--tasks", "clrs", "--sizes", "16", "--num", "2"], "ask smaller problems .--sizes."),
     ],
 )

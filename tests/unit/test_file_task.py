@@ -140,7 +140,7 @@ def test_a_hub_id_needs_datasets_or_says_so(
     assert asked == [("someone/things", "main", "validation"), ("someone/things", None, "test")]
     assert [e.answer for e in task.train] == ["Lima", "Bamako"]
     assert [e.id for e in task.held_out] == ["file/test/0"]
-    with pytest.raises(UserError, match=r"can't be had .* hub: Unknown split 'nope'\.$"):
+    with pytest.raises(UserError, match=r"can't be downloaded .* hub: Unknown split 'nope'\.$"):
         load("someone/things:nope")
 
 
@@ -256,7 +256,7 @@ def test_a_column_of_mixed_kinds_is_refused_before_the_first_parquet(tmp_path: P
         ({"template": "{ask"}, "expected '}'"),
         ({"system": "no"}, "task.system = 'no'"),
         ({"num_held_out": 9}, "task.num_held_out = 9, but there are only 1"),
-        ({"verify": "regex", "pattern": "("}, "task.pattern = '\\(' is no regular expression"),
+        ({"verify": "regex", "pattern": "("}, "task.pattern = '\\(' is not a regular expression"),
         ({"verify": "regex", "pattern": "x"}, "has no group"),
         ({"verify": "number"}, "verify = 'number' needs a number, got 'Lima'"),
         ({"verify": "choice"}, "verify = 'choice' needs a letter A to D, got 'Lima'"),

@@ -199,7 +199,9 @@ def test_text_is_split_as_the_file_says(
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pre = 'llama-bp' is not served. Did you mean 'llama-bpe"):
+    with pytest.raises(
+        UserError, match=r"pre = 'llama-bp' is not supported. Did you mean 'llama-bpe"
+    ):
         import_gguf(write_gguf(tmp_path / "x.gguf", tiny_llama(0), pre="llama-bp"))
 
 
@@ -276,14 +278,14 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
 def test_cut_file(tiny: Path, home: Path, keep: float) -> None:
     whole = tiny.read_bytes()
     tiny.write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
-    with pytest.raises(UserError, match="damaged or cut"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         import_gguf(tiny)
     assert not (home / "models").exists()
 
 
 def test_architecture_transformers_does_not_know(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", tiny_llama(0), architecture="rwkv6")
-    with pytest.raises(UserError, match=r"'rwkv6' is not served.* llama, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"'rwkv6' is not supported.* llama, qwen2, qwen3"):
         import_gguf(file)
 
 

@@ -311,7 +311,7 @@ def test_yarn_keys_at_their_plain_values_are_honoured(tmp_path: Path) -> None:
     ("extra", "more", "said"),
     [
         ((key("llama.attention.scale", 0.5),), {}, "llama.attention.scale"),
-        ((key("llama.rope.scaling.type", "longrope"),), {}, "'longrope' is not served"),
+        ((key("llama.rope.scaling.type", "longrope"),), {}, "'longrope' is not supported"),
         ((yarn, key("llama.rope.scaling.attn_factor", 0.7)), {}, "attn_factor"),
         ((key("llama.rope.scaling.type", "yarn"),), {}, "original_context_length"),
         ((), {"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "factors_long"),

@@ -399,8 +399,9 @@ def test_unreachable_hub_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError) as caught:
         load_gsm8k(Gsm8kTaskConfig(kind="gsm8k"))
     assert str(caught.value) == (
-        "task.test = 'openai/gsm8k' can't be had from the Hugging Face hub (no route to host). "
-        "With local files (.jsonl, .jsonl.gz or .parquet): task.train=PATH task.test=PATH"
+        "task.test = 'openai/gsm8k' can't be downloaded from the Hugging Face hub "
+        "(no route to host). With local files (.jsonl, .jsonl.gz or .parquet): "
+        "task.train=PATH task.test=PATH"
     )
 
 

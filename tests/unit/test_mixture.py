@@ -262,11 +262,14 @@ def refuse(**_: object) -> str:
             {"kind": "text", "path": "nowhere.txt"},
             "mixture.sources.x.path = 'nowhere.txt': no such",
         ),
-        ({"kind": "gsm8k"}, r"sources.x.path = 'openai/gsm8k' can't be had from the Hugging Face"),
+        (
+            {"kind": "gsm8k"},
+            r"sources.x.path = 'openai/gsm8k' can't be downloaded from the Hugging Face",
+        ),
         ({"kind": "text", "path": "a/b"}, "name the file in it as mixture.sources.x.hub_file"),
         (
             {"kind": "text", "path": "Salesforce/wikitext", "hub_file": "x.parquet"},
-            r"can't be had from the Hugging Face hub \(no route to host\)",
+            r"can't be downloaded from the Hugging Face hub \(no route to host\)",
         ),
     ],
 )
@@ -279,7 +282,7 @@ def test_a_source_that_cannot_be_had_stops_everything(
         pm.pretrain_mixture(mixture(tmp_path / "out", sources))
     assert not (tmp_path / "out").exists()
     if source["kind"] != "text":
-        with pytest.raises(UserError, match="can't be had"):
+        with pytest.raises(UserError, match="can't be downloaded"):
             sft.take_all(tuning(tmp_path, "starter", sources), load_starter())
 
 
@@ -343,7 +346,7 @@ def test_pretraining_goes_on_bit_equal_after_a_kill(tmp_path: Path, pretrained: 
     recipe = mixture(tmp_path / "killed")
     with pytest.raises(Killed):
         pm.pretrain_mixture(recipe, on_step=killer(6))
-    with pytest.raises(UserError, match="did not finish: go on with --resume"):
+    with pytest.raises(UserError, match="did not finish: continue with --resume"):
         pm.pretrain_mixture(recipe)
     with pytest.raises(UserError, match=r"--resume: the recipe is not .* lr: 0.002 -> 0.5"):
         pm.pretrain_mixture(mixture(tmp_path / "killed", lr=0.5), resume=True)

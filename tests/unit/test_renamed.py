@@ -31,7 +31,7 @@ def test_a_renamed_value_in_a_recipe_is_an_error_that_names_the_new_one(
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", (f"rewards.x={{{toml}}}", "stepz=3"))
     said = str(caught.value)
-    assert f'rewards.x.{key}: "seed" is called "{new}"' in said
+    assert f'rewards.x.{key}: "seed" was renamed to "{new}"' in said
     assert "2 mistakes" in said and "stepz: unknown key" in said and "should be" not in said
 
 
@@ -39,7 +39,7 @@ def test_a_renamed_key_in_a_recipe_is_an_error_that_names_the_new_one() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", ('rewards.x={kind="features",pack="a.json"}',))
     said = str(caught.value)
-    assert 'rewards.x.pack: this key is called "file"' in said
+    assert 'rewards.x.pack: this key was renamed to "file"' in said
     assert "1 mistake in the recipe" in said and "missing" not in said
 
 
@@ -51,7 +51,9 @@ def test_a_renamed_key_of_a_stored_recipe_is_read() -> None:
 
 
 def test_a_renamed_preset_is_an_error_that_names_the_new_one() -> None:
-    with pytest.raises(UserError, match='projection.preset: "seed" is called "projected_grpo"'):
+    with pytest.raises(
+        UserError, match='projection.preset: "seed" was renamed to "projected_grpo"'
+    ):
         load_recipe("tiny", ("projection.directions=d", "projection.preset=seed"))
 
 
@@ -76,7 +78,7 @@ def test_every_new_value_of_a_recipe_is_valid() -> None:
 )
 def test_a_renamed_option_names_the_new_value(owner: str, option: str) -> None:
     new = RENAMED[owner, option, "seed"]
-    with pytest.raises(UserError, match=f'{option} seed: "seed" is called "{new}"'):
+    with pytest.raises(UserError, match=f'{option} seed: "seed" was renamed to "{new}"'):
         refuse_renamed(owner, option, "seed")
     refuse_renamed(owner, option, new)
 

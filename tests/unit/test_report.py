@@ -311,7 +311,7 @@ def test_cautions_name_what_holds(tmp_path):
     (folder / "metrics.jsonl").write_text(text)
     cautions = " ".join(collect(folder).cautions)
     assert "largest norm 0.9, clip 1" in cautions
-    assert "0.100 nats a token" in cautions
+    assert "0.100 nats per token" in cautions
 
 
 def test_the_time_table_adds_up(tmp_path):
@@ -324,7 +324,7 @@ def test_the_time_table_adds_up(tmp_path):
         ["everything else", "0.500", "12%"],
         ["whole step", "4.000", "100%"],
     ]
-    assert "20 steps, 80 s in all; 100 completion tokens a second" in table.note
+    assert "20 steps, 80 s in all; 100 completion tokens per second" in table.note
 
 
 def test_every_chart_has_its_table(tmp_path):

@@ -146,7 +146,7 @@ def test_a_changed_claim_is_refused_and_an_added_seed_is_recorded(tmp_path: Path
     written = json.loads(file.read_text())
     assert written["seeds"] == [0, 1, 5] and written["amendments"][0]["seeds_added"] == [5]
     assert written["sha256"] == json.loads(first)["sha256"]
-    with pytest.raises(UserError, match=r"may be added, but \[5\] were taken away"):
+    with pytest.raises(UserError, match=r"may be added, but \[5\] were removed"):
         preregister(loaded(tmp_path))
 
 
@@ -323,7 +323,7 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
     page = study_page(result)
     assert "- A falsified: It rises." in page and "Amended after preregistration: seeds [5]" in page
     assert "| pass | trained | 2 | 30.2%" in page and "not significant" in page
-    assert "has a standard error of" in page and "so 2 seeds an arm show one of" in page
+    assert "has a standard error of" in page and "so 2 seeds per arm show one of" in page
     assert "two seeds find a difference where there is none in about 11 % of studies" in page
     assert "cut: the runs of an arm are all alike" in page
 

@@ -48,6 +48,9 @@ def main() -> None:
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except Stopped as error:
-        text = str(error) or "interrupted; go on with the same command (train: and --resume)"
+        text = (
+            str(error)
+            or "interrupted; run the same command again to continue (train: with --resume)"
+        )
         print(text, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -35,7 +35,9 @@ def evaluate(
     few_shot: Annotated[int | None, typer.Option(min=0, help="Default: as the run.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The default.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Sample instead.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="A problem; with --temperature.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Answers per problem; with --temperature.")
+    ] = 1,
     grader: Annotated[
         str | None, typer.Option(help="Of math500: ours (default) or math_verify.")
     ] = None,
@@ -78,7 +80,7 @@ def canary(
         str, typer.Option(help="ours, or mechreward: that project's, to compare with.")
     ] = "ours",
 ) -> None:
-    """Ask base and trained model canary prompts; try to game its feature rewards (exit code 3)."""
+    """Ask base and trained model canary prompts; try to game the feature rewards (exit code 3)."""
     own_run(run)
     from operando.display import make_console
     from operando.evals.canary import canary_lines, canary_table, run_canary
@@ -145,7 +147,7 @@ def certify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
 ) -> None:
-    """Check from the files alone that training landed only in its layers; exit code 3 if not."""
+    """Check from the files alone that training changed only its layers; exit code 3 if not."""
     own_run(run)
     from operando.display import make_console, show_certificate
     from operando.evals.certify import certify_run
@@ -181,7 +183,7 @@ def report(
 
 @app.command()
 def doctor(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
-    """Say what ails a run, with the arithmetic and a remedy, or what was checked and is well."""
+    """Diagnose a run: findings with arithmetic and a remedy, or what was checked and is fine."""
     from operando.run_folder import read_recipe
 
     read_recipe(run)
@@ -203,7 +205,7 @@ def fuzz(
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Answers to edit, of each kind.")] = 16,
 ) -> None:
-    """Look for edits of answers that a reward rewards; exit code 3 if there is one."""
+    """Search for edits of wrong answers that fool a reward; exit code 3 if there is one."""
     from operando.recipe_io import load_recipe
 
     if target.endswith(".toml"):
@@ -221,7 +223,7 @@ def fuzz(
 
 @app.command()
 def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Show the tags a run's model writes, base beside trained on the same prompts."""
+    """Show the tags that a run's model writes, base and trained model on the same prompts."""
     own_run(run)
     from operando.display import make_console
     from operando.evals.tags import audit_tags, tags_table
@@ -231,13 +233,15 @@ def tags(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     print(result.file)
 
 
-audit_app = typer.Typer(no_args_is_help=True, help="What ails a model, beside a random one.")
+audit_app = typer.Typer(
+    no_args_is_help=True, help="Audit a model beside a randomly initialized one."
+)
 app.add_typer(audit_app, name="audit")
 
 
 @audit_app.callback()
 def audit() -> None:
-    """What ails a model, beside a random one."""
+    """Audit a model beside a randomly initialized one."""
 
 
 @audit_app.command("pathology")

@@ -16,7 +16,7 @@ app.add_typer(features_app, name="features")
 
 @features_app.command("discover")
 def features_discover(
-    recipe: Annotated[str, typer.Argument(help="A recipe with a [discover] table.")],
+    recipe: Annotated[str, typer.Argument(help=r"A recipe with a \[discover] table.")],
     overrides: Overrides = None,
 ) -> None:
     """Find features that tell right from wrong answers; exit code 3 if the gate stays closed."""
@@ -46,7 +46,7 @@ app.add_typer(direction_app, name="direction")
 
 @direction_app.command("extract")
 def direction_extract(
-    recipe: Annotated[str, typer.Argument(help="A recipe with a [direction] table.")],
+    recipe: Annotated[str, typer.Argument(help=r"A recipe with a \[direction] table.")],
     overrides: Overrides = None,
 ) -> None:
     """Extract a hack-ward direction and its controls; exit code 3 if it fails its gate."""
@@ -118,9 +118,9 @@ app.add_typer(sae_app, name="sae")
 def sae_train(
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     layers: Annotated[str, typer.Option(help='Layers to read after, e.g. "2,4".')],
-    expansion: Annotated[int, typer.Option(min=1, help="Features a dimension.")] = 8,
-    k: Annotated[int | None, typer.Option(min=1, help="Active features a token; 16.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Chains an arm.")] = 3,
+    expansion: Annotated[int, typer.Option(min=1, help="Features per dimension.")] = 8,
+    k: Annotated[int | None, typer.Option(min=1, help="Active features per token; 16.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Chains per arm.")] = 3,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 10.")] = None,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Default: 1e-3.")] = None,
     mode: Annotated[
@@ -194,7 +194,7 @@ def drift(
         str | None, typer.Option(help="Where the SAE reads, if it does not say so itself.")
     ] = None,
 ) -> None:
-    """Show what changed inside between a run's stages, the null arm beside every number."""
+    """Show what changed inside the model between a run's stages, a null arm beside every number."""
     if runs[0] != "compare" and len(runs) != 1:
         raise UserError("drift: give one run folder, or: drift compare RUN_A RUN_B RUN_C")
     for folder in dict.fromkeys(runs[1:] if runs[0] == "compare" else runs):

@@ -30,10 +30,10 @@ def demo(
 def train(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything and stop before step 1.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on where the run of this name stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, stop before step 1.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue the run of this name.")] = False,
 ) -> None:
-    """Train as a recipe says. Prints the run folder last."""
+    """Train from a recipe; the last line printed is the run folder."""
     from operando.recipe_io import load_recipe
 
     checked = load_recipe(recipe, tuple(overrides or ()))
@@ -61,7 +61,7 @@ def contribution(
         list[str] | None, typer.Option("--set", help="A layer set; instead of --width.")
     ] = None,
 ) -> None:
-    """Train each block of layers alone: which share of all layers' gain does it bring?"""
+    """Train each block of layers alone: what share of the full gain does it recover?"""
     from operando.recipe_io import load_recipe
 
     checked = load_recipe(recipe, tuple(overrides or ()))
@@ -87,7 +87,9 @@ def study(
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Check it and print the plan.")] = False,
 ) -> None:
-    """Train arms x seeds, ask all the same, judge preregistered claims; 3 if one is falsified."""
+    """Train arms x seeds, evaluate all on the same problems, judge preregistered claims.
+
+    Exit code 3 if one is falsified."""
     from operando.recipe_io import load_study_recipe
 
     load_study_recipe(recipe)  # its mistakes at once; those of its arms need the library
@@ -146,7 +148,7 @@ def import_model(
         None
     ),
 ) -> None:
-    """Bring a model once into the local cache; then train it by model.id = NAME."""
+    """Import a model file into the local cache; train it with model.id = NAME."""
     from operando.models.gguf import import_gguf, import_smollm2
 
     folder = import_smollm2() if source == "smollm2" else import_gguf(Path(source), name)
@@ -157,11 +159,11 @@ def import_model(
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A pre-training recipe, e.g. starter.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the saved state; [mixture] only.")] = (
-        False
-    ),
+    resume: Annotated[
+        bool, typer.Option(help=r"Continue from the saved state; recipes with \[mixture] only.")
+    ] = (False),
 ) -> None:
-    """Train a small language model from nothing: word problems, habits, or a mixture of sources."""
+    """Train a small language model from scratch: word problems, habits, or a mixture of sources."""
     from operando.recipe_io import load_pretrain_recipe
 
     checked = load_pretrain_recipe(recipe, tuple(overrides or ()))

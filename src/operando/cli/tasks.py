@@ -10,7 +10,7 @@ import typer
 from operando.cli.app import Overrides, app
 from operando.errors import UserError
 
-task_app = typer.Typer(no_args_is_help=True, help="A task, before anything is trained on it.")
+task_app = typer.Typer(no_args_is_help=True, help="Check a task before training on it.")
 app.add_typer(task_app, name="task")
 
 

@@ -1,1 +1,1 @@
-"""What ails a run: findings from its metrics, each with a remedy."""
+"""What is wrong with a run: findings from its metrics, each with a remedy."""

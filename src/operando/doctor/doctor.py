@@ -1,4 +1,4 @@
-"""What ails a run, read from its metrics: each finding says its arithmetic and a remedy."""
+"""What is wrong with a run, from its metrics: each finding gives its arithmetic and a remedy."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Diagnosis:
 
 
 def diagnose(rows: Sequence[Row], recipe: Recipe) -> list[Finding]:
-    """Return what ails a run, gravest first; a healthy run has no finding."""
+    """Return what is wrong with a run, worst first; a healthy run has no finding."""
     fall = fall_of(rows)
     hack = reward_hack(rows, recipe, fall)
     collapsed = collapse(rows, recipe, fall, hacked=hack is not None)
@@ -202,7 +202,7 @@ def last_step(rows: Sequence[Row]) -> int:
 
 
 def diagnose_folder(folder: Path, rows: Sequence[Row], recipe: Recipe) -> list[Finding]:
-    """Return what ails the run of a folder: a step at which it broke comes first."""
+    """Return what is wrong with the run of a folder: a step at which it broke comes first."""
     stop = broken_step(folder, rows)
     found = diagnose(rows, recipe)
     return found if stop is None else [stop, *(f for f in found if f.name != stop.name)]
@@ -236,7 +236,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> Group:
 
 
 def show_finding(finding: Finding) -> list[Text]:
-    """Return a finding in two lines: what ails the run, and what to do."""
+    """Return a finding in two lines: what is wrong, and what to do."""
     return [
         Text(f"{finding.severity}: {finding.name}: {finding.sentence}", style="bold"),
         Text(f"  remedy: {finding.remedy}"),

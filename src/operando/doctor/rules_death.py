@@ -39,7 +39,7 @@ VITAL = (
     "sampler/ess",
 )
 MOST = 0.9  # share of steps that is as good as all
-HIGH_KL = 1.0  # nats a token: another model than the one it began as
+HIGH_KL = 1.0  # nats per token: another model than the one it began as
 TIMES_ENTROPY = 5.0  # of the start
 GONE_ENTROPY = 0.1  # of the start
 AT_THE_TOP = 0.95  # of what can be right: who is sure there is right
@@ -74,7 +74,7 @@ def broken(step: int, file: str) -> Finding:
         f"The run stopped before step {step}: its loss, reward, advantage or gradient was not "
         f"finite. No weight was changed; the batch is in {file}.",
         "read that batch (torch.load: completions, parts, adv_BT), mend what is not finite, and "
-        'go on with --resume; model.dtype = "float32" if it is 16 bits',
+        'continue with --resume; model.dtype = "float32" if it is 16 bits',
     )
 
 
@@ -202,7 +202,7 @@ def kl_exploding(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
         "kl_exploding",
         "error",
         f"The policy has left its reference: KL went from {kl[0].value:.2g} to {fmean(last):.2g} "
-        f"nats a token (over {HIGH_KL:g} is another model), and neither reward nor held-out "
+        f"nats per token (over {HIGH_KL:g} is another model), and neither reward nor held-out "
         "accuracy has risen.",
         f"{rate or lower}; {term}",
     )
@@ -224,7 +224,7 @@ def entropy_explodes(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
     return Finding(
         "entropy_explodes",
         "error",
-        f"The policy becomes noise: entropy rose from {first:.3g} to {end:.3g} nats a token "
+        f"The policy becomes noise: entropy rose from {first:.3g} to {end:.3g} nats per token "
         f"({as_factor(end / first if first else float('inf'))} times its start), and neither "
         "reward nor held-out accuracy has risen.",
         f"{rate or lower}{other}, or add [kl] coef = 0.05",
@@ -242,7 +242,7 @@ def entropy_gone(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
     return Finding(
         "entropy_gone",
         "error",
-        f"Entropy has run out: {start:.3g} nats a token at first and {end:.2g} now "
+        f"Entropy has run out: {start:.3g} nats per token at first and {end:.2g} now "
         f"({end / start:.1%} of it), so siblings are copies of one another and nothing is left to "
         "choose from, while neither reward nor held-out accuracy has risen.",
         "go back to a checkpoint with entropy in it, and add update.entropy_coef = 0.01 or [kl] "

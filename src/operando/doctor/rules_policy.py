@@ -29,7 +29,7 @@ LOW_ENTROPY = 0.1  # of the start
 FALLEN_ENTROPY = 0.75  # of the start: a forecast needs a fall to start from
 TRUNCATED = 0.1
 NEVER_ENDS, UNFINISHED_STEPS = 0.95, 5  # share of completions that are cut, in the first steps
-MOVED_KL = 0.02  # nats a token: less is nowhere
+MOVED_KL = 0.02  # nats per token: less is nowhere
 ONE_PLACE = 0.7  # share of a quarter; 0.25 is even
 
 
@@ -54,7 +54,7 @@ def collapse(
     signs = []
     if end < LOW_ENTROPY * start:
         signs.append(
-            f"entropy fell from {start:.3f} to {end:.4f} nats a token ({end / start:.1%} of its "
+            f"entropy fell from {start:.3f} to {end:.4f} nats per token ({end / start:.1%} of its "
             "start)"
         )
     last = flat[-max(3, len(flat) // 10) :]
@@ -147,7 +147,7 @@ def entropy_eta(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
         "entropy_eta",
         "warning",
         f"Entropy runs out around step {found.step:.0f} (95 % interval {found.low:.0f} to "
-        f"{found.high:.0f}): it fell from {start:.3f} to {now:.3f} nats a token at step {last}, "
+        f"{found.high:.0f}): it fell from {start:.3f} to {now:.3f} nats per token at step {last}, "
         f"and the {found.shape} trend of steps {half[0].step}-{last} meets {LOW_ENTROPY:.0%} of "
         "the start there, while neither reward nor held-out accuracy has risen.",
         "add update.entropy_coef = 0.01 or [kl] coef = 0.05, or lower optim.lr from "
@@ -208,7 +208,7 @@ def positional_kl(rows: Sequence[Row]) -> Finding | None:
         "positional_kl",
         "warning",
         f"The policy moves in one place only: {share:.0%} of the KL to the reference lies in the "
-        f"{where[0]} quarter of the completions ({numbers} nats a token in quarters 1-4; even "
+        f"{where[0]} quarter of the completions ({numbers} nats per token in quarters 1-4; even "
         f"would be 25 %), a matter {where[1]}, and neither reward nor held-out accuracy has risen.",
         remedy,
     )

@@ -21,7 +21,7 @@ from operando.recipe.update import ClipLoss, GaeAdvantage, GroupAdvantage
 
 FEW_STEPS = 10
 HIGH_ZERO_STD = 0.8  # share of groups without a difference between siblings
-TINY_KL = 0.02  # nats a token
+TINY_KL = 0.02  # nats per token
 TINY_UPDATE = 1e-4  # ||dW|| / ||W|| of one step
 GOOD_UPDATE = 1e-3
 STRANGLED = 0.5  # pull of the KL over push of the advantages; 1 is where they balance
@@ -87,7 +87,7 @@ def no_learning(rows: Sequence[Row], recipe: Recipe) -> Finding | None:
         f"{max_grad_norm:g})"
     ]
     if kl:
-        words.append(f"KL to the reference ended at {late_kl:.2g} nats a token")
+        words.append(f"KL to the reference ended at {late_kl:.2g} nats per token")
     if moved:
         words.append(f"a step moved the weights by {median(moved):.1e} of their norm")
     return Finding(

@@ -309,7 +309,7 @@ def decoders(chain: dict[int, SAE]) -> Float[Tensor, "S M D"]:
 def training_table(
     run: Path, configs: Mapping[str, ChainConfig], stages: Sequence[int], seeds: Sequence[int]
 ) -> TextTable:
-    """Return how the training of the chains went: one row a site, stage and arm, mean over seeds.
+    """Return how the training of the chains went: one row per site, stage and arm, mean over seeds.
 
     The curve of every SAE, an entry an epoch, is in its folder's training.json.
     """
@@ -332,6 +332,6 @@ def training_table(
                         f"{sum(t.dead for t in of_seed) / num:.1%}",
                     )
                 )
-    title = f"{run.name}: SAE training, {len(seeds)} seeds an arm, error on held-out tokens"
+    title = f"{run.name}: SAE training, {len(seeds)} seeds per arm, error on held-out tokens"
     heads = ("site", "step", "arm", "k", "lr", "best epoch", "error / variance", "dead")
     return table(title, heads, rows, words=("site", "arm"))

@@ -50,7 +50,7 @@ class FrozenRow:
 
     `changed` features have q <= 0.05; `abs_delta` is the mean over features of |difference of the
     mean activation|; `beta` the quartiles of the latent scaling over the features that the base
-    uses, None if it uses none; `delta_ce` what the reconstruction costs, in nats a token.
+    uses, None if it uses none; `delta_ce` what the reconstruction costs, in nats per token.
     """
 
     step: int
@@ -204,7 +204,7 @@ def _halves(sae: SAE, acts_ND: Float[Tensor, "N D"], text_N: Int[Tensor, "N"]) -
 def _splice_costs(
     run: Path, sae: SAE, site: str, texts: Texts, kept_N: Tensor, stages: Sequence[int]
 ) -> list[float]:
-    """Return for each stage cross-entropy with the reconstruction minus without, nats a token.
+    """Return for each stage cross-entropy with the reconstruction minus without, nats per token.
 
     Over about SPLICE_TOKENS tokens of texts taken evenly; sinks stay as they are; the first token
     of a completion is left out, as nothing before it was replaced.
@@ -233,7 +233,7 @@ def _splice_costs(
 
 
 def frozen_table(report: FrozenReport) -> TextTable:
-    """Return one row a stage, then the warning row of unpaired halves of the base's texts."""
+    """Return one row per stage, then the warning row of unpaired halves of the base's texts."""
     rows = []
     for row in report.stages:
         first = row is report.stages[0]

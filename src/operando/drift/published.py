@@ -60,8 +60,8 @@ def _published(root: Path, name: str, stage: str, layer: int, k: int | None) -> 
     if not folder.is_dir():
         there = [f.name.removeprefix("sae_") for f in root.glob("sae_*") if f.is_dir()]
         raise UserError(
-            f"no chain {name!r}: {folder} is no folder. Chains there: {', '.join(sorted(there))}."
-            f"{nearest(name, there)}"
+            f"no chain {name!r}: {folder} is not a folder. Chains there: "
+            f"{', '.join(sorted(there))}.{nearest(name, there)}"
         )
     file = f"sae_{stage}_layer{layer}.pt"
     by_k = {_k_of(f.parent): f for f in folder.glob(f"*/{file}") if _k_of(f.parent) is not None}

@@ -298,7 +298,7 @@ def drift_table(report: DriftReport) -> TextTable:
         rows += [["best match"], *matched] if matched else []
     title = (
         f"{report.run}: drift of decoder and encoder (1 - mean cosine), decoupling (1 - r), "
-        f"{report.seeds} seeds an arm, {report.tokens:,} tokens; 95 % intervals over seeds; "
+        f"{report.seeds} seeds per arm, {report.tokens:,} tokens; 95 % intervals over seeds; "
         f"p can't be under {floor:.3f}; q of all measures"
     )
     heads = ("steps", "measure", "real", "null", "null/real %", "excess, 1e-3", "p", "q")
@@ -410,7 +410,7 @@ def draw_drift(report: DriftReport, target: Path) -> Path:
         axes.set_title(site.removesuffix(".hook_resid_post"), fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("steps")
-    figure.suptitle(f"{report.run}: {report.seeds} seeds an arm, 95 % of the excess", fontsize=9)
+    figure.suptitle(f"{report.run}: {report.seeds} seeds per arm, 95 % of the excess", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     with rc_context({"svg.hashsalt": "operando"}), atomic_path(target) as temporary:

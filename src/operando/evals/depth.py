@@ -107,7 +107,9 @@ def measure_depth(
         Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed)) for _ in range(2)
     )
     if isinstance(base.base, RecursiveCausalLM):
-        raise UserError("depth compares models token by token; a recursive model isn't served yet")
+        raise UserError(
+            "depth compares models token by token; a recursive model is not supported yet"
+        )
     load_weights(run, step, trained)
     tokenizer = base.tokenizer
     others, prompts = make_prompt_sets(wanted, task, tokenizer, base.base.config, start_of(run))

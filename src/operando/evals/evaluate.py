@@ -109,7 +109,9 @@ def eval_config(
     if temperature is not None and not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0")
     if temperature is None and samples != 1:
-        raise UserError(f"--samples {samples} needs --temperature: greedy answers are all alike")
+        raise UserError(
+            f"--samples {samples} needs --temperature: greedy answers are all identical"
+        )
     pairs = [item.partition("=") for item in data]
     for (key, _, path), item in zip(pairs, data, strict=True):
         if not key or not path:
@@ -186,7 +188,7 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
         models.append(last._replace(name=f"{other.name} {last.name}") if last.run else last)
     names = [model.name for model in models]
     if len(set(names)) != len(names):
-        raise UserError(f"--also: two models are called alike: {', '.join(names)}")
+        raise UserError(f"--also: two models have the same name: {', '.join(names)}")
     return models
 
 

@@ -265,7 +265,7 @@ def written(
 
 
 class Reader:
-    """A model that reads prompts, and then one token a row at a time."""
+    """A model that reads prompts, and then one token per row at a time."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> None:
         self.model = model

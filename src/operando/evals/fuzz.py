@@ -165,7 +165,7 @@ def fuzz_target(
     left_out = [part.name for part in parts if part.needs_trace()]
     parts = [part for part in parts if not part.needs_trace()]
     if not parts:
-        raise UserError(f"{target}: every reward wants `trace`, which the fuzzer does not have")
+        raise UserError(f"{target}: every reward needs `trace`, which the fuzzer does not have")
     cases = made_cases(recipe, task, num if folder is None else MADE_BESIDE_REAL)
     if folder is not None:
         cases = real_cases(folder, task, recipe, num) + cases

@@ -184,6 +184,6 @@ def check_directions(directions: DirectionSet, path: str | Path, digest: str, dt
     gate = float(directions.evidence.get("gate", 0.0))
     if directions.arm == "real" and directions.accuracy < gate:
         raise UserError(
-            f"{path}: the direction orders {directions.accuracy:.0%} of the held-out pairs "
-            f"rightly, the gate is {gate:.0%}: it does not stand for what the pairs differ in"
+            f"{path}: the direction ranks {directions.accuracy:.0%} of the held-out pairs "
+            f"correctly, below the gate of {gate:.0%}: it is not what the pairs differ in"
         )

@@ -215,7 +215,7 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     ) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{file} can't be converted (damaged or cut, or not served by transformers "
+            f"{file} can't be converted (damaged or truncated, or not supported by transformers "
             f"{metadata.version('transformers')}): {type(error).__name__}: {first}"
         ) from error
     if opened.keys.get("tokenizer.ggml.model") == "gpt2":
@@ -276,7 +276,7 @@ def _split_as(file: Path, name: str | None, tokenizer: PreTrainedTokenizerBase) 
     else:
         known = sorted({*LLAMA3, *QWEN2, *SINGLE_DIGITS, *GPT2})
         raise UserError(
-            f"{file}: tokenizer.ggml.pre = {name!r} is not served.{nearest(name, known)} "
+            f"{file}: tokenizer.ggml.pre = {name!r} is not supported.{nearest(name, known)} "
             f"Served: {', '.join(known)}"
         )
 

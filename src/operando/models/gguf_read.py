@@ -168,7 +168,7 @@ class GgufFile:
         return float(value)
 
     def refuse(self, name: str, why: str) -> NoReturn:
-        raise UserError(f"{self.path} can't be imported rightly: {name!r} {why}")
+        raise UserError(f"{self.path} can't be imported correctly: {name!r} {why}")
 
     def check_all_used(self) -> None:
         """Refuse a file with a key or a tensor that nothing has read."""
@@ -191,8 +191,8 @@ def read_model(file: GgufFile) -> PreTrainedModel:
         file.refuse("tokenizer.ggml.add_space_prefix", "= False is not what transformers does")
     if name not in SERVED:
         raise UserError(
-            f"{file.path}: architecture {name!r} is not served.{nearest(name, SERVED)} "
-            f"Served from GGUF: {', '.join(SERVED)}; others as safetensors folders"
+            f"{file.path}: architecture {name!r} is not supported.{nearest(name, SERVED)} "
+            f"Supported as GGUF: {', '.join(SERVED)}; others as safetensors folders"
         )
     if any(key.startswith("split.") for key in file.keys):
         raise UserError(
@@ -216,7 +216,7 @@ def read_model(file: GgufFile) -> PreTrainedModel:
     if missing:
         raise UserError(
             f"{file.path} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])} "
-            "...), which would be filled at random"
+            "...), which would be randomly initialized"
         )
     if found.unexpected_keys:
         file.refuse(found.unexpected_keys[0], "is a tensor that this architecture does not have")
@@ -320,7 +320,7 @@ def _rope(file: GgufFile, head_dim: int) -> dict[str, object]:
             "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
         }
     if kind not in ("none", "linear"):
-        file.refuse("rope.scaling.type", f"= {kind!r} is not served: none, linear, yarn are")
+        file.refuse("rope.scaling.type", f"= {kind!r} is not supported: none, linear, yarn are")
     if factor != 1.0 and kind == "none" and "llama.rope.scale_linear" not in file.keys:
         file.refuse("rope.scaling.factor", f"= {factor} without rope.scaling.type")
     return rope if factor == 1.0 else rope | {"rope_type": "linear", "factor": factor}

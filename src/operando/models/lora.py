@@ -32,7 +32,7 @@ def with_lora(
     for target in lora.targets:
         if target not in names:
             raise UserError(
-                f"model.lora.targets: {target!r} is no linear module of its decoder blocks."
+                f"model.lora.targets: {target!r} is not a linear module of its decoder blocks."
                 f"{nearest(target, names)} It has: {', '.join(sorted(names))}"
             )
     # PEFT looks for names and layer numbers everywhere, in a vision tower too: there, whole paths.

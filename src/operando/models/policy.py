@@ -72,7 +72,7 @@ class Policy:
             )
         self.blocks_name, self.blocks = decoder_blocks(base)
         self.layers = parse_layer_set(config.layers, len(self.blocks))
-        # First trained block; what lies below it is computed once a batch. 0: nothing does.
+        # First trained block; what lies below it is computed once per batch. 0: nothing does.
         self.first_trained = self.layers[0] if is_llama_like(base) else 0
         self.head_config = HeadConfig(temperature, _softcap(base))
         _check_head(base, self.head_config._replace(temperature=1.0))
@@ -306,7 +306,9 @@ def recomputed_blocks(model: PreTrainedModel) -> list[nn.Module]:
         m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
     ]
     if not blocks:
-        raise UserError(f"model.gradient_checkpointing: {type(model).__name__} can't recompute")
+        raise UserError(
+            f"model.gradient_checkpointing: {type(model).__name__} can't recompute activations"
+        )
     for block in blocks:
         recompute = partial(checkpoint, use_reentrant=False)
         vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=recompute)

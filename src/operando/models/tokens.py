@@ -46,7 +46,7 @@ def text_ids(
     """
     for text in texts:
         if lone_surrogate(text) is not None:
-            raise UserError(f"{what}: a lone surrogate, which is no character: {text[:200]!r}")
+            raise UserError(f"{what}: a lone surrogate, which is not a character: {text[:200]!r}")
     rows: list[list[int]] = (
         tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     )

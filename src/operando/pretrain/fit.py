@@ -119,7 +119,7 @@ def take_step(
     lr: float,
     loops: Mapping[str, int],
 ) -> float:
-    """Train on one batch, given in parts, and return its mean loss a label.
+    """Train on one batch, given in parts, and return its mean loss per label.
 
     A parameter group with `lr_scale` takes so many times the rate. The gradient's norm is cut at 1.
     """
@@ -190,8 +190,8 @@ def fit(
         first, tokens, losses = _load(file, asked, model, optimizer)
     elif file.exists():
         raise UserError(
-            f"{file} is the state of a training that did not finish: go on with --resume, delete "
-            "it, or choose another out=FOLDER"
+            f"{file} is the state of a training that did not finish: continue with --resume, "
+            "delete it, or choose another out=FOLDER"
         )
     model.train()
     started, before = time.monotonic(), tokens
@@ -209,7 +209,9 @@ def fit(
             if ((step + 1) % recipe.checkpoint_every == 0 or signum) and step + 1 < steps:
                 _save(file, asked, model, optimizer, step + 1, tokens, losses)
                 if signum:
-                    raise Stopped(signum, f"stopped; step {step + 1} is saved: go on with --resume")
+                    raise Stopped(
+                        signum, f"stopped; step {step + 1} is saved: continue with --resume"
+                    )
     model.eval()
     return Fitted(tokens, round(sum(losses) / len(losses), 4), steps)
 
@@ -253,7 +255,7 @@ def _load(
     state: dict[str, Any] = read_torch(file)
     missing = {*asked, "step", "tokens", "losses", "model", "optimizer", "rng"} - set(state)
     if missing:
-        raise UserError(f"{file} is no state of a training: no {', '.join(sorted(missing))}")
+        raise UserError(f"{file} is not a training state: no {', '.join(sorted(missing))}")
     changed = differences(json.loads(state["recipe"]), json.loads(asked["recipe"]))
     if changed:
         raise UserError(

@@ -42,7 +42,7 @@ def check_habits(recipe: DeepPretrainRecipe) -> None:
     """Raise unless every kind of risky step, and nothing else, has its share."""
     for kind in recipe.habits:
         if kind not in KINDS:
-            raise UserError(f"habits: {kind!r} is no kind of step.{nearest(kind, KINDS)}")
+            raise UserError(f"habits: {kind!r} is not a kind of step.{nearest(kind, KINDS)}")
     missing = [kind for kind in KINDS if kind not in recipe.habits]
     if missing:
         raise UserError(f"habits: no share for {', '.join(map(repr, missing))}")

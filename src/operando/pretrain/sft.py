@@ -34,7 +34,7 @@ class TakenPairs(NamedTuple):
 
 
 def take_documents(recipe: SftRecipe) -> dict[str, TakenPairs]:
-    """Return each source's share of the pairs; a source that can't be had is an error."""
+    """Return each source's share of the pairs; a source that can't be read is an error."""
     counts = shares(recipe.num_pairs, {name: s.weight for name, s in recipe.sources.items()})
     return {
         name: TakenPairs(

@@ -295,7 +295,7 @@ class PromptConfig(Config):
 
 class RolloutConfig(Config):
     num_prompts: int = Field(default=16, ge=1, le=100_000)
-    """Prompts a step (P)."""
+    """Prompts per step (P)."""
     num_generations: int = Field(default=8, ge=1, le=100_000)
     """Completions of each prompt (G); B = P * G."""
     max_completion_length: int = Field(default=64, ge=1)

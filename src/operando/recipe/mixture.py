@@ -133,7 +133,7 @@ class MixtureConfig(Config):
     """Tokens in a row of a batch. Documents are packed one after the other, and attention crosses
     them."""
     sources: dict[str, SourceConfig]
-    """By a name of your own; their weights sum to 1. A source that can't be had is an error."""
+    """By a name of your own; their weights sum to 1. A source that can't be read is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> MixtureConfig:
@@ -149,7 +149,7 @@ class MixtureRecipe(Config):
     """Folder that gets the model, its tokenizer and pretrain.json."""
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
-    """Rows a step."""
+    """Rows per step."""
     model: TinyModelConfig = TinyModelConfig()
     mixture: MixtureConfig
     lr: Rate = 2e-3
@@ -183,9 +183,9 @@ class SftRecipe(Config):
     max_length: int = Field(default=256, ge=8)
     """Most tokens of a pair, end token included. A longer one is an error."""
     batch_size: int = Field(default=16, ge=1)
-    """Pairs a step."""
+    """Pairs per step."""
     sources: dict[str, SourceConfig]
-    """By a name of your own; their weights sum to 1. A source that can't be had is an error."""
+    """By a name of your own; their weights sum to 1. A source that can't be read is an error."""
     min_loops: int | None = Field(default=None, ge=1)
     """Of a recursive model: a step draws its loops from here to the model's. Absent: all."""
     lr: Rate = 5e-4

@@ -80,9 +80,9 @@ class ProjectionConfig(Config):
                 'mode = "token" acts in the backward pass: stage = "gradient", magnitude = "none"'
             )
         if self.convention == "literal_grad" and self.gate not in ("one_sided", "measure"):
-            problems.append("convention only decides a one-sided gate; here it is inert")
+            problems.append("convention only decides a one-sided gate; here it has no effect")
         if self.flat and self.mode not in ("rank1", "svd_gain"):
-            problems.append('flat is about mode = "rank1" and "svd_gain"; here it is inert')
+            problems.append('flat is about mode = "rank1" and "svd_gain"; here it has no effect')
         if self.purge and (self.mode not in ("writer", "reader") or self.gate != "two_sided"):
             problems.append('purge needs mode = "writer" or "reader" and gate = "two_sided"')
         if problems:
@@ -150,7 +150,7 @@ def _check_monitor(monitor: str, directions: str) -> None:
     if monitor == "direction" and not directions:
         raise ValueError('monitor = "direction" needs directions, a file')
     if monitor == "oracle" and directions:
-        raise ValueError('directions is inert with monitor = "oracle"')
+        raise ValueError('directions has no effect with monitor = "oracle"')
 
 
 ShiftConfig = Annotated[ReboundShift | PenaltyShift | ScreeningShift, Field(discriminator="kind")]

@@ -20,7 +20,7 @@ KEYS = {("features", "pack"): "file"}  # (kind, old key): the name
 def refuse_renamed(owner: str, option: str, value: str) -> None:
     """Raise a UserError that says what a renamed value of an option is called."""
     if new := RENAMED.get((owner, option, value)):
-        raise UserError(f'{option} {value}: "{value}" is called "{new}"')
+        raise UserError(f'{option} {value}: "{value}" was renamed to "{new}"')
 
 
 def with_new_names(tables: dict[str, object]) -> tuple[dict[str, object], list[str]]:
@@ -40,10 +40,10 @@ def with_new_names(tables: dict[str, object]) -> tuple[dict[str, object], list[s
             names = [RENAMED.get((str(o), key, str(value))) for o in owners]
             name = next((n for n in names if n), value)
             if name != value:
-                said.append(f'{".".join((*path, key))}: "{value}" is called "{name}"')
+                said.append(f'{".".join((*path, key))}: "{value}" was renamed to "{name}"')
             called = KEYS.get((str(table.get("kind")), key), key)
             if called != key:
-                said.append(f'{".".join((*path, key))}: this key is called "{called}"')
+                said.append(f'{".".join((*path, key))}: this key was renamed to "{called}"')
             new[called] = name
         return new
 

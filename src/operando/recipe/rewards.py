@@ -192,7 +192,7 @@ class FeatureReward(Config):
     potential: for the change of the score; no completion's return changes. trajectory: the mean
     score, paid once (mechreward's G2). mechreward: its G3, with its flaws."""
     gamma: float = Field(default=0.95, gt=0, le=1)
-    """Discount a token, of to_go and potential."""
+    """Discount per token, of to_go and potential."""
     read: Literal["base", "policy", "min"] = "base"
     """Where the features are read: in the frozen base, which the policy cannot move, in the policy,
     or the lower of both. Both reads and their gap are logged."""

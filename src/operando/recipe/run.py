@@ -86,15 +86,15 @@ class DiscoverConfig(Config):
     site: str = ""
     """Where to read, e.g. "blocks.3.hook_resid_post"; absent: the SAE says it itself."""
     expansion: int = Field(default=8, ge=1)
-    """Of an SAE trained here: features a dimension."""
+    """Of an SAE trained here: features per dimension."""
     k: int = Field(default=16, ge=1)
-    """Of an SAE trained here: active features a token."""
+    """Of an SAE trained here: active features per token."""
     epochs: int = Field(default=10, ge=1)
     """Of an SAE trained here."""
     num_prompts: int = Field(default=128, ge=4)
     """Training prompts to answer; half of them find the features, half judge them."""
     num_generations: int = Field(default=8, ge=2)
-    """Answers a prompt."""
+    """Answers per prompt."""
     contrast: Literal["within", "across"] = "within"
     """within: right against wrong answers of the same prompt. across: of all, as in mechreward."""
     adjust: Literal["none", "length"] = "length"

@@ -39,7 +39,7 @@ class GaeAdvantage(Config):
     kind: Literal["gae"]
     """PPO: generalised advantage estimation with a value head."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount a token."""
+    """Discount per token."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """1: returns minus values; 0: one-step differences."""
     whiten: bool = True
@@ -105,11 +105,11 @@ class KlConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> KlConfig:
         if self.coef == 0:
-            raise ValueError("coef = 0 would be inert; leave the [kl] table out instead")
+            raise ValueError("coef = 0 would have no effect; leave the [kl] table out instead")
         if self.target is not None and self.place != "reward":
             raise ValueError('target adapts a KL in the reward; set place = "reward"')
         if self.place == "reward" and not self.unbiased:
-            raise ValueError("unbiased is about a KL in the loss; in the reward it is inert")
+            raise ValueError("unbiased is about a KL in the loss; in the reward it has no effect")
         if self.estimator == "k1" and self.place == "loss" and not self.unbiased:
             raise ValueError("k1 in the loss has zero expected gradient; use k2, k3 or unbiased")
         return self
@@ -128,7 +128,7 @@ class UpdateConfig(Config):
     """Tokens (padding included) in one forward and backward. Changes memory, never the gradient.
     What a CUDA device can't hold, by estimate, is refused at the start with a value that fits."""
     entropy_coef: float = Field(default=0.0, ge=0)
-    """Weight of the entropy bonus (nats a token)."""
+    """Weight of the entropy bonus (nats per token)."""
     sampler_correction: Literal["none", "token", "sequence"] = "none"
     """Truncated importance weights for the gap between sampler and trainer."""
     sampler_cap: float = Field(default=2.0, gt=0)

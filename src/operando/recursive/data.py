@@ -134,7 +134,7 @@ class Race(NamedTuple):
     tokens: Mapping[str, int]
 
     def rate(self, arm: str) -> float:
-        """Return the median tokens a second."""
+        """Return the median tokens per second."""
         return self.tokens[arm] / statistics.median(self.seconds[arm])
 
     def gain(self, arm: str, over: str) -> float:

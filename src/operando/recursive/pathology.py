@@ -1,4 +1,4 @@
-"""What ails a recursive model's loops, and what a random model would show: `audit pathology`.
+"""What is wrong with a recursive model's loops, beside a random model's: `audit pathology`.
 
     operando audit pathology RUN
     operando audit pathology FOLDER --task words task.num_steps=[1]

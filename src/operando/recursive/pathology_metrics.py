@@ -1,6 +1,6 @@
 """What the pathology audit measures of a model's loops, as plain functions.
 
-Dims: P prompts, N tokens, D d_model, T loops, K numbers a prompt, b resamples.
+Dims: P prompts, N tokens, D d_model, T loops, K numbers per prompt, b resamples.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Reading(NamedTuple):
 
     shock: Shock
     steps: list[list[float]]  # mean s_t of each prompt, T each
-    nll: dict[int, list[float]]  # of the answer's tokens, mean nats a token
+    nll: dict[int, list[float]]  # of the answer's tokens, mean nats per token
     kl: dict[int, list[float]]  # KL(p_R || p_T') at the answer's tokens
     agree: dict[int, list[float]]  # share of them with the same first choice
     likeness: dict[int, Likeness]

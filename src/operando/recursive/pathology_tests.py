@@ -21,9 +21,9 @@ Verdict = Literal["PASS", "FAIL", "WARN", "UNINFORMATIVE"]
 
 MOST_JITTER, MOST_SPIKE, DRIFT = 0.10, 4.0, (0.5, 2.0)
 FAR, FAR_DRIFT = 3, (0.25, 4.0)  # what is a failure: times the limits of jitter and spike
-MOST_NLL, MOST_DROP = 0.02, 0.02  # nats a token; share of right answers
-LEAST_GAIN = 0.01  # nats a token of R loops over one; CART's was about 0.01
-LEAST_SENSE = 0.10  # nats a token of the texts below the same tokens in random order
+MOST_NLL, MOST_DROP = 0.02, 0.02  # nats per token; share of right answers
+LEAST_GAIN = 0.01  # nats per token of R loops over one; CART's was about 0.01
+LEAST_SENSE = 0.10  # nats per token of the texts below the same tokens in random order
 MOST_CACHE_GAP = 1e-4
 PUBLISHED_JITTER, PUBLISHED_COSINE = 0.10, 0.735  # what recursive_lm's report called healthy
 

@@ -170,7 +170,7 @@ def run_chain(console: Console, recipe: PipelineRecipe, chain: Chain) -> None:
     """Make every stage of one seed that is not there, and ask all of them the same problems."""
     say = f"seed {chain.seed}, "
     if not (chain.folder / "sft" / "sft.json").is_file():
-        sft.take_documents(chain.sft)  # what can't be had is an error before minutes of training
+        sft.take_documents(chain.sft)  # what can't be read is an error before minutes of training
     if _is_missing(chain.folder / "base" / "pretrain.json", chain.pretrain):
         console.print(f"{say}pre-training", highlight=False)
         resume = (chain.folder / "base" / STATE).is_file()

@@ -17,7 +17,7 @@ from operando.stats.intervals import Interval, PairedDifference, paired_differen
 from operando.tables import read_parquet
 from operando.text import shown
 
-GAP_LIMIT = 0.02  # nats a token; float32 and matching kernels stay under 0.001
+GAP_LIMIT = 0.02  # nats per token; float32 and matching kernels stay under 0.001
 ESS_LIMIT = 0.9
 
 
@@ -164,7 +164,7 @@ def read_held_out(folder: Path, rows: Sequence[Row], step: int | None = None) ->
 
 
 def score_marks(step: int, marks: Sequence[bool]) -> Score:
-    """Return the score of one verdict a problem."""
+    """Return the score of one verdict per problem."""
     return Score(step, sum(marks), len(marks), wilson(sum(marks), len(marks)))
 
 
@@ -207,7 +207,7 @@ def _cautions(recipe: Recipe, rows: Sequence[Row], last_step: int, *, finished: 
     if gap and fmean(gap) > GAP_LIMIT or ess and fmean(ess) < ESS_LIMIT:
         share = f", effective sample size {fmean(ess):.0%}" if ess else ""
         found.append(
-            f"Sampler and trainer disagree: {fmean(gap) if gap else 0:.3f} nats a token on "
+            f"Sampler and trainer disagree: {fmean(gap) if gap else 0:.3f} nats per token on "
             f"average (limit {GAP_LIMIT}){share}. The ratios start away from 1; use float32 or "
             'update.sampler_correction = "token".'
         )

@@ -10,7 +10,7 @@ from operando.tables import TextTable, interval, table
 
 
 def contribution_table(result: ContributionResult) -> TextTable:
-    """Return one row a layer set, with intervals over seeds."""
+    """Return one row per layer set, with intervals over seeds."""
     seeds = result.rows[0].num_seeds
     return table(
         f"{result.name}: gain over {result.base:.1%} held out, {seeds} seeds, 95 % t-intervals",

@@ -159,7 +159,11 @@ def train_accuracy(runs: Sequence[RunTables]) -> Chart | None:
 def kl(runs: Sequence[RunTables]) -> Chart | None:
     """How far the policy is from where it began."""
     return _metric(
-        runs, "kl", "KL", "KL to the reference", "Nats a token, k3 estimator on the sampled tokens."
+        runs,
+        "kl",
+        "KL",
+        "KL to the reference",
+        "Nats per token, k3 estimator on the sampled tokens.",
     )
 
 
@@ -170,7 +174,7 @@ def entropy(runs: Sequence[RunTables]) -> Chart | None:
         "entropy",
         "entropy",
         "Entropy",
-        "Nats a token, mean of the completions.",
+        "Nats per token, mean of the completions.",
         Look(level=0.0),
     )
 
@@ -241,7 +245,7 @@ def sampler_gap(runs: Sequence[RunTables]) -> Chart | None:
         "sampler/gap_mean",
         "gap",
         "Sampler gap",
-        "Mean difference between sampling and scoring log-probs, nats a token.",
+        "Mean difference between sampling and scoring log-probs, nats per token.",
         Look(form="{:.2e}"),
     )
 

@@ -157,9 +157,9 @@ def time_table(runs: Sequence[RunTables]) -> list[tuple[str, Table]]:
         rows = [[lap, f"{s:.3f}", f"{s / total:.0%}"] for lap, s in means.items()]
         rows.append(["whole step", f"{total:.3f}", "100%"])
         speed = [p.value for p in series(run.rows, "tokens_per_second")]
-        rate = f"; {fmean(speed):.0f} completion tokens a second" if speed else ""
+        rate = f"; {fmean(speed):.0f} completion tokens per second" if speed else ""
         note = f"{len(step)} steps, {sum(step):.0f} s in all{rate}. Evaluation is not in a step."
-        tables.append((run.label, Table(["part", "seconds a step", "share"], rows, note)))
+        tables.append((run.label, Table(["part", "seconds per step", "share"], rows, note)))
     return tables
 
 

@@ -57,7 +57,7 @@ def study_tables(result: StudyResult) -> list[TextTable]:
     seeds = len(result.recipe.seeds)
     return [
         table(
-            f"{metric} ({config.better} is better), {seeds} seeds an arm",
+            f"{metric} ({config.better} is better), {seeds} seeds per arm",
             ("arm", *HEADS[3:]),
             [(row[1], *row[3:]) for row in study_cells(result) if row[0] == metric],
             words=("arm", ""),
@@ -171,7 +171,7 @@ def _base_place(result: StudyResult) -> tuple[float, float]:
 def draw_pareto(
     study: StudyRecipe, runs: Sequence[Point], base: tuple[float, float], target: Path
 ) -> Path:
-    """Write the runs as an SVG file: a mark an arm, a large one its mean; a cross the untrained
+    """Write the runs as an SVG file: a mark per arm, a large one its mean; a cross the untrained
     model; dotted the frontier of the runs."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -81,7 +81,7 @@ def matches(pattern: str) -> OutcomeReward:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise UserError(
-            f"rewards: pattern {pattern!r} is no regular expression: {error}"
+            f"rewards: pattern {pattern!r} is not a regular expression: {error}"
         ) from error
 
     def reward(rollouts: Sequence[Rollout]) -> list[float]:

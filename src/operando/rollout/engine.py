@@ -1,4 +1,4 @@
-"""The in-process sampler: static KV cache, one prefill a prompt, finished rows compacted away.
+"""The in-process sampler: static KV cache, one prefill per prompt, finished rows compacted away.
 
 Prefill is the model's own forward. Decoding is written out here for the Llama family, on the
 model's own weights with LoRA unmerged, so an optimizer step is seen at once and there is nothing to
@@ -69,7 +69,9 @@ class Engine:
         max_batch: int = 512,
     ) -> None:
         if not serves(model):
-            raise UserError(f"the engine does not serve {model.config.model_type!r}: {LLAMA_LIKE}")
+            raise UserError(
+                f"the engine does not support {model.config.model_type!r}: {LLAMA_LIKE}"
+            )
         self.model = model
         self.decoder: nn.Module = model.get_decoder()
         self.tokenizer = tokenizer

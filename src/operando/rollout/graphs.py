@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-Step = Callable[[], None]  # decodes one token a row, in place
+Step = Callable[[], None]  # decodes one token per row, in place
 
 
 class StepRunner:

@@ -89,7 +89,7 @@ def attend(
 def pick(
     logits_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"] | None, temperature: float = 1.0
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return one token a row by inverse CDF of its uniform (None: the argmax), and its log-prob.
+    """Return one token per row by inverse CDF of its uniform (None: the argmax), and its log-prob.
 
     The logits may be in any dtype; they are divided by the temperature in float32. The CDF is taken
     in two levels, over blocks of the vocabulary and then inside one block, in float64: in float32

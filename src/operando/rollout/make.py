@@ -30,8 +30,8 @@ def make_sampler(
     if isinstance(model, RecursiveCausalLM):
         if kind == "hf" and (model.config.halt_threshold is not None or model.config.draft_tokens):
             raise UserError(
-                'rollout.engine = "hf" keeps no exits and drafts nothing, but this recursive model '
-                'halts or drafts; use "auto"'
+                'rollout.engine = "hf" has neither early exits nor drafting, but this recursive '
+                'model halts or drafts; use "auto"'
             )
         if kind != "hf":
             return RecursiveEngine(model, tokenizer, stop_ids, max_batch)
@@ -39,7 +39,7 @@ def make_sampler(
         return HfSampler(model, tokenizer, stop_ids, max_batch)
     if not serves(model):
         raise UserError(
-            f'rollout.engine = "operando" does not serve {model.config.model_type!r} '
-            f'(it serves {", ".join(LLAMA_LIKE)}); use "auto" or "hf"'
+            f'rollout.engine = "operando" does not support {model.config.model_type!r} '
+            f'(it supports {", ".join(LLAMA_LIKE)}); use "auto" or "hf"'
         )
     return Engine(model, tokenizer, stop_ids, max_batch)

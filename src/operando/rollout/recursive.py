@@ -252,7 +252,7 @@ class RecursiveEngine:
     def _write(
         self, written: Written, sources: list[int], drawn: Drawn, kept_B: Tensor | None
     ) -> None:
-        """Append one drawn token a row, or the first `kept` of a block."""
+        """Append one drawn token per row, or the first `kept` of a block."""
         tokens, logps = drawn.token.tolist(), drawn.logp.tolist()
         for b, source in enumerate(sources):
             if kept_B is None:

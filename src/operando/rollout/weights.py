@@ -118,11 +118,11 @@ def _block(layer: nn.Module, norm: Callable[[nn.Module], Tensor]) -> Block:
 def _linear(module: nn.Module) -> Linear:
     """Return a linear module's plain tensors, with its LoRA factors."""
     if not isinstance(module, LoraLayer):
-        assert isinstance(module, nn.Linear), f"{type(module).__name__} is not served"
+        assert isinstance(module, nn.Linear), f"{type(module).__name__} is not supported"
         bias = None if module.bias is None else whole(module.bias)
         return Linear(whole(module.weight), bias, None, None)
     base = module.get_base_layer()
-    assert isinstance(base, nn.Linear), f"{type(base).__name__} is not served"
+    assert isinstance(base, nn.Linear), f"{type(base).__name__} is not supported"
     plain = _linear(base)
     active = module.active_adapters
     if module.disable_adapters or not active:

@@ -145,7 +145,7 @@ def read_safetensors(file: Path) -> Weights:
     try:
         return Weights(file, load_file(file))
     except SafetensorError as error:
-        raise UserError(f"{file} is damaged or cut short: {error}") from error
+        raise UserError(f"{file} is damaged or truncated: {error}") from error
 
 
 def read_torch(file: Path) -> dict[str, object]:
@@ -166,7 +166,7 @@ def read_torch(file: Path) -> dict[str, object]:
         pickle.UnpicklingError,
     ) as error:  # whatever a damaged pickle makes of itself
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} is damaged, cut short or no weights file: {first}") from error
+        raise UserError(f"{file} is damaged, truncated or not a weights file: {first}") from error
     if not isinstance(held, Mapping):
         raise UserError(f"{file} holds a {type(held).__name__}, expected a dict of tensors")
     return mapping(held)

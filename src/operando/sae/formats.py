@@ -93,7 +93,7 @@ def _load(path: Path, k: int | None) -> SAE:
         listed = ", ".join(sorted(found)[:8]) or "an empty folder"
         raise UserError(f"{path} holds no SAE in a known format: found {listed}; {EXPECTED}")
     if path.suffix != ".pt":
-        raise UserError(f"{path} is no SAE in a known format: {EXPECTED}")
+        raise UserError(f"{path} is not an SAE in a known format: {EXPECTED}")
     held = read_torch(path)
     if "state_dict" in held and "config" in held:
         return load_sae_rl(path, held)

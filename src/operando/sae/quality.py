@@ -30,7 +30,7 @@ class Quality(NamedTuple):
     fvu          sum |x - x_hat|^2 / sum |x - mean_n x|^2, per dimension centred
     fvu_no_sinks the same without sink tokens, the mean taken without them too; NaN if none is left
     fvu_median   median over tokens of |x - x_hat|^2 / |x - mean_n x|^2
-    l0           mean number of active features a token
+    l0           mean number of active features per token
     dead         share of features that fire on no token
 
     Example: measure_quality(sae, val_ND, first_N=first).fvu_no_sinks
@@ -61,7 +61,7 @@ class TextBatch(NamedTuple):
 
 
 class LossRecovered(NamedTuple):
-    """Next-token cross-entropy in nats a token, with the site as it is, spliced, and ablated.
+    """Next-token cross-entropy in nats per token, with the site as it is, spliced, and ablated.
 
     delta           spliced - base: what the SAE's error costs, in nats
     recovered_mean  (mean_ablated - spliced) / (mean_ablated - base)   (sae_rl's denominator)

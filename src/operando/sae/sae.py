@@ -1,6 +1,6 @@
 """A sparse autoencoder as plain tensors: encode, decode, its origin and its hash.
 
-Shape legend: N tokens, D width of the model (d_in), M features (d_sae), k active features a token.
+Shape legend: N tokens, D width of the model (d_in), M features (d_sae), k active ones per token.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class SAE:
 
     W_enc_MD: Float[Tensor, "M D"]
     b_enc_M: Float[Tensor, "M"]
-    W_dec_MD: Float[Tensor, "M D"]  # one row a feature
+    W_dec_MD: Float[Tensor, "M D"]  # one row per feature
     b_pre_D: Float[Tensor, "D"]
     b_dec_D: Float[Tensor, "D"]
     activation: Activation
@@ -116,7 +116,7 @@ class SAE:
     def __call__(self, x: Float[Tensor, "*rows D"]) -> Reconstructed:
         """Return the reconstruction and every feature, for x of any leading dims.
 
-        Dense: x.numel() / D * M floats are held. `encode` and `decode` hold k a token.
+        Dense: x.numel() / D * M floats are held. `encode` and `decode` hold k per token.
         """
         rows_ND = x.reshape(-1, x.shape[-1])
         f_NM = self.encode_dense(rows_ND)

@@ -50,7 +50,7 @@ class SaeTrainConfig:
     select: Literal["float32", "bfloat16"] = "float32"  # bfloat16: preselect, then exact values
 
     def aux_k(self, d_in: int) -> int:
-        """Return how many dead features a token may use: 16 k (sae_rl) or d_in / 2 (Gao et al.)."""
+        """Return how many dead features per token use: 16 k (sae_rl) or d_in / 2 (Gao et al.)."""
         return 16 * self.k if self.mode == "sae_rl" else max(1, d_in // 2)
 
 

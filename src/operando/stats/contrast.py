@@ -74,7 +74,7 @@ def contrast(
         raise UserError(
             f"no prompt has both right and wrong answers ({int(correct_R.sum())} of "
             f"{len(correct_R)} answers are right): nothing to compare. Choose easier or harder "
-            "problems, or more answers a prompt (discover.num_generations)"
+            "problems, or more answers per prompt (discover.num_generations)"
         )
     shuffled = [
         contrast_weights(shuffle_within(correct_R, prompt_R, generator), prompt_R)

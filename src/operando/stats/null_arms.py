@@ -215,7 +215,7 @@ def classify(
     - structural: e_A, e_B and e_C are all above 0, and neither difference was shown. It says that
       the change is there in every chain; it does not show that the chains change equally.
     - undecided: none of these. The null arms do not let it be said, and that is no evidence of
-      absence: with 3 seeds an arm only differences of several standard deviations are seen.
+      absence: with 3 seeds per arm only differences of several standard deviations are seen.
 
     The tests are Welch's t over chains, so they lean on drift being roughly normal over seeds (the
     permutation test can not reach 0.05 two-sided with 3 + 3 chains). A joint claim has the largest

@@ -198,11 +198,11 @@ def preregister(study: Study) -> Path:
         changed = differences(then, json.loads(json.dumps(promised)))
         raise UserError(
             f"{file} was written before the first run and says otherwise; changed: "
-            f"{'; '.join(changed)}. Undo the change, or begin a new study with another name"
+            f"{'; '.join(changed)}. Undo the change, or start a new study with another name"
         )
     missing = sorted(set(old["seeds"]) - set(seeds))
     if missing:
-        raise UserError(f"{file}: seeds may be added, but {missing} were taken away")
+        raise UserError(f"{file}: seeds may be added, but {missing} were removed")
     added = sorted(set(seeds) - set(old["seeds"]))
     if added:
         old["amendments"].append({"written": now, "seeds_added": added})

@@ -1,4 +1,4 @@
-"""Data of a task: a local file or a hub id, and its rows. What can't be had is one UserError."""
+"""Data of a task: a local file or a hub id, and its rows. What can't be read is one UserError."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Source(NamedTuple):
             first = str(error).strip().splitlines()[0]
             *others, last = self.suffixes
             raise UserError(
-                f"{self.key} = {self.given!r} can't be had from the Hugging Face hub ({first}). "
-                f"With local files ({', '.join(others)} or {last}): {self.remedy}"
+                f"{self.key} = {self.given!r} can't be downloaded from the Hugging Face hub "
+                f"({first}). With local files ({', '.join(others)} or {last}): {self.remedy}"
             ) from error
 
 
@@ -150,7 +150,7 @@ def _refuse_surrogate(row: object, where: str) -> None:
     broken = lone_surrogate(row)
     if broken is not None:
         raise UserError(
-            f"{where}: a lone surrogate, which is no character: {brief(broken)}. Write what it "
+            f"{where}: a lone surrogate, which is not a character: {brief(broken)}. Write what it "
             "stands for, or leave the row out"
         )
 
@@ -222,7 +222,9 @@ def _from_hub(name: str, config: str | None, split: str, given: str) -> Data:
         found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # rewritten: the hub's and the library's own kinds are many
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{given} can't be had from the Hugging Face hub: {first}") from error
+        raise UserError(
+            f"{given} can't be downloaded from the Hugging Face hub: {first}"
+        ) from error
     rows = [Row(dict(row), f"{name}:{split} row {i}") for i, row in enumerate(found)]
     text = json.dumps([row.values for row in rows], default=str)
     return Data(rows, hashlib.sha256(text.encode()).hexdigest())

@@ -98,7 +98,7 @@ def given_task(config: TaskConfig, task: Task) -> Task:
     """
     if not isinstance(config, PythonTaskConfig):
         raise UserError(
-            f"a Task {task.name!r} was handed over, but the recipe's is task.kind = "
+            f"a Task {task.name!r} was passed, but the recipe's is task.kind = "
             f"{config.kind!r}: set kind = 'python'"
         )
     _check_splits(task, to_train=True)

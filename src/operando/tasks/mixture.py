@@ -1,7 +1,7 @@
 """Sources of training text: generators and files, each with its rows and its hash.
 
 A source gives documents: a prompt as reinforcement learning would show it, and the answer. Plain
-text is an answer without a prompt. What can't be had is an error; nothing is put in its place, and
+text is an answer without a prompt. What can't be read is an error; nothing is put in its place, and
 no source is left out or repeated without being told to.
 """
 

@@ -272,7 +272,7 @@ def _check_template(config: PromptConfig, chat: _Chat) -> None:
     if head.removeprefix(text).strip():
         raise UserError(
             "the chat template ignores add_generation_prompt: a prompt ends with "
-            f"{text[-40:]!r}, and the model would go on as anybody, but an answer begins with "
-            f"{head.removeprefix(text)[-40:]!r}. Mend the model's chat template, or use "
+            f"{text[-40:]!r}, and the model would continue as any speaker, but an answer begins "
+            f"with {head.removeprefix(text)[-40:]!r}. Fix the model's chat template, or use "
             'prompt.format = "raw"'
         )

@@ -144,7 +144,7 @@ def containment(sandbox: str = "wall", image: str = IMAGE) -> Containment:
     told = "; ".join(refused)
     if sandbox != "none":
         raise UserError(
-            f"nothing here can hold model-written code in ({told}). Install bubblewrap, use "
+            f"nothing here can isolate model-written code ({told}). Install bubblewrap, use "
             'task.sandbox = "docker" or "podman", or a virtual machine with task.sandbox = "none", '
             "which leaves Python's audit hook and limits only: three lines get around them"
         )
@@ -153,7 +153,7 @@ def containment(sandbox: str = "wall", image: str = IMAGE) -> Containment:
     if why:
         raise UserError(f"the sandbox does not start here: {why}")
     log.warning(
-        "no wall holds model-written code in here (%s): Python's audit hook and resource limits "
+        "nothing isolates model-written code here (%s): Python's audit hook and resource limits "
         "only, which a determined program can get around",
         told,
     )

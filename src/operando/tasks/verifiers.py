@@ -88,7 +88,7 @@ def by_pattern(pattern: str, key: str) -> Verifier:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{key} = {pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"{key} = {pattern!r} is not a regular expression: {error}") from error
     if not compiled.groups:
         raise UserError(
             f"{key} = {pattern!r} has no group: put what is compared with the answer in ( )"
@@ -165,7 +165,7 @@ def own_labels(path: str, key: str) -> Labels:
 
 def _check_parameters(function: Callable[..., object], given: str, expected: str) -> None:
     if not callable(function):
-        raise UserError(f"{given} is no function; expected {expected}")
+        raise UserError(f"{given} is not a function; expected {expected}")
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C, and says nothing of what it takes

@@ -91,7 +91,7 @@ def load_checkpoint(
     state: dict[str, Any] = read_torch(file)
     missing = {"parameters", "value_head", "optimizer"} - set(state)
     if missing:
-        raise UserError(f"{file} is no resume state: it has no {', '.join(sorted(missing))}")
+        raise UserError(f"{file} is not a resume state: it has no {', '.join(sorted(missing))}")
     _put(policy.trainable(), state["parameters"], str(file))
     with torch.no_grad():
         for parameter, saved in zip(policy.value_parameters(), state["value_head"], strict=True):
@@ -130,7 +130,7 @@ def load_weights(run_folder: Path, step: int, policy: Policy) -> None:
         try:
             saved |= load_file(file)
         except SafetensorError as error:
-            raise UserError(f"{file} is cut short or no safetensors file: {error}") from error
+            raise UserError(f"{file} is truncated or not a safetensors file: {error}") from error
     if policy.config.lora is not None:
         wanted = policy.trainable()
         saved = {_with_adapter_name(name): tensor for name, tensor in saved.items()}

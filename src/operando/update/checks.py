@@ -14,7 +14,7 @@ from operando.models.scoring import flat_rows
 from operando.types import Batch, Rewards, Trace
 from operando.update.reduce import masked_mean, masked_sum
 
-GAP_LIMIT = 0.05  # nats a token, mean; bf16 with unmerged LoRA stays under 0.01
+GAP_LIMIT = 0.05  # nats per token, mean; bf16 with unmerged LoRA stays under 0.01
 # Nats, mean over a row's tokens: in bfloat16 another batch shape alone makes 0.03 to 0.05.
 PADDING_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
@@ -56,7 +56,7 @@ def check_rollouts(batch: Batch, trace: Trace, rewards: Rewards) -> list[str]:
     gap = float(masked_mean((trace.logp_BT - batch.sampling_logp_BT).abs(), batch.mask_BT))
     if gap > GAP_LIMIT:
         warnings.append(
-            f"sampler and trainer disagree by {gap:.3f} nats a token (limit {GAP_LIMIT}): use "
+            f"sampler and trainer disagree by {gap:.3f} nats per token (limit {GAP_LIMIT}): use "
             'float32, or update.sampler_correction = "token"'
         )
     copies = duplicate_fraction(batch)
@@ -95,8 +95,8 @@ def check_padding(policy: Policy, batch: Batch) -> list[str]:
     gap = float((alone - padded).abs()[batch.mask_BT[short]].mean())
     if gap > PADDING_LIMIT[getattr(torch, policy.config.dtype)]:
         return [
-            f"padding or siblings change log-probs by {gap:.3f} nats a token: this architecture is "
-            "not causal under right padding, and its scores can't be trusted"
+            f"padding or siblings change log-probs by {gap:.3f} nats per token: this architecture "
+            "is not causal under right padding, and its scores can't be trusted"
         ]
     return []
 

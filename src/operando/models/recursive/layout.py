@@ -58,7 +58,7 @@ def _given(folder: Path) -> dict[str, Shape]:
                 for name in tensors.keys():  # noqa: SIM118  # no mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise UserError(f"{file} is cut short or no safetensors file: {error}") from error
+            raise UserError(f"{file} is truncated or not a safetensors file: {error}") from error
     return shapes
 
 
