@@ -235,7 +235,7 @@ def wants(completions, colour): return [0.0 for _ in completions]
     [
         (("modle.id=x",), "Did you mean 'model'"),
         (("steps=many",), "steps"),
-        (("kl.coef=0",), "inert"),
+        (("kl.coef=0",), "no effect"),
         (("rollout.num_generations=1",), "at least 2"),
         (("rollout.top_p=0.9",), "truncated support"),
         (("model.layers=9-12",), "0-5"),

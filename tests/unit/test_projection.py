@@ -435,7 +435,7 @@ def test_a_gain_direction_moves_only_singular_values() -> None:
         ({"magnitude": "global"}, "magnitude restores a gradient"),
         ({"mode": "reader", "gate": "one_sided"}, "no hack-ward sign"),
         ({"mode": "token"}, "acts in the backward pass"),
-        ({"convention": "literal_grad"}, "inert"),
+        ({"convention": "literal_grad"}, "no effect"),
         ({"flat": True}, "flat is about"),
         ({"preset": "hard", "gate": "one_sided"}, "purge needs"),
     ],
