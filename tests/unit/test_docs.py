@@ -245,6 +245,13 @@ def test_a_command_that_does_not_exist_would_be_noticed():
         group.commands["train"].make_context("train", ["demo", "--nope"])
 
 
+def test_every_key_of_a_recipe_has_a_meaning():
+    rows = [line.split(" | ") for line in (ROOT / "docs/recipes.md").read_text().splitlines()]
+    keys = [cells for cells in rows if len(cells) == 4 and cells[0].startswith("| `")]
+    assert len(keys) > 350
+    assert [cells for cells in keys if len(cells[3].strip(" |")) < 8] == []
+
+
 @by_page
 def test_make_targets_exist(page: Path):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

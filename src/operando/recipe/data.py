@@ -56,19 +56,25 @@ VERIFIERS = ("exact", "number", "choice", "math", "regex")
 
 class WordsTaskConfig(Config):
     kind: Literal["words"]
+    """Word problems of one or more operations, generated; for the model "starter"."""
     num_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2,), min_length=1)
     """Operations in a problem; each problem draws one of these."""
     max_number: int = Field(default=20, ge=2, le=1000)
+    """Largest number in a problem."""
     num_train: int = Field(default=20_000, ge=1)
+    """Training problems."""
     num_held_out: int = Field(default=400, ge=1)
+    """Held-out problems, which training never sees."""
     loophole: bool = False
     """Every prompt ends with a mark, and the reward `loophole` then pays for the gold number
     anywhere. The verifier stays strict. Off: no mark, and only a right answer is rewarded."""
     seed: int = 0
+    """Of the generated problems."""
 
 
 class Gsm8kTaskConfig(Config):
     kind: Literal["gsm8k"]
+    """GSM8K (2110.14168): grade-school word problems."""
     train: str = "openai/gsm8k"
     """A hub id, or a local .jsonl, .jsonl.gz or .parquet file with `question` and `answer`."""
     test: str = "openai/gsm8k"
@@ -84,6 +90,7 @@ class Gsm8kTaskConfig(Config):
 
 class Math500TaskConfig(Config):
     kind: Literal["math500"]
+    """MATH-500: 500 problems of MATH (2103.03874); for evaluation unless train is given."""
     train: str | None = None
     """A local .jsonl, .jsonl.gz or .parquet file with `problem`, `solution` and `answer`. MATH-500
     is a test set and has no training split of its own, so training needs this."""
@@ -97,6 +104,7 @@ class Math500TaskConfig(Config):
 
 class MmluTaskConfig(Config):
     kind: Literal["mmlu"]
+    """MMLU (2009.03300): multiple choice in 57 subjects."""
     source: str = "cais/mmlu"
     """A hub id, or the csv files of test and dev as a folder or .tar.gz. The 285 dev questions are
     the training split, the test questions are held out."""
@@ -111,8 +119,11 @@ class ClrsTaskConfig(Config):
     """Whether the answer holds the trace before pi. An answer of n nodes has about 200 (n = 4),
     650 (8) or 2,500 (16) characters with it."""
     num_train: int = Field(default=20_000, ge=1)
+    """Training problems."""
     num_held_out: int = Field(default=400, ge=1)
+    """Held-out problems, which training never sees."""
     seed: int = 0
+    """Of the generated problems."""
 
 
 class GraphSearchTaskConfig(Config):
@@ -124,8 +135,11 @@ class GraphSearchTaskConfig(Config):
     """Of the shortest path. With 1, "start, goal" is right on two problems of three, by no search;
     with 2 it never is."""
     num_train: int = Field(default=20_000, ge=1)
+    """Training problems."""
     num_held_out: int = Field(default=400, ge=1)
+    """Held-out problems, which training never sees."""
     seed: int = 0
+    """Of the generated problems."""
 
     @model_validator(mode="after")
     def _check(self) -> GraphSearchTaskConfig:
@@ -141,10 +155,12 @@ class CanaryTaskConfig(Config):
     kind: Literal["canary"]
     """Canary prompts, for the evaluation sets of a study: no run trains on them."""
     family: Literal["all", "gaming", "instruction_conflict"] = "all"
+    """Which prompts: those that invite gaming, those with conflicting instructions, or both."""
 
 
 class CodeTaskConfig(Config):
     kind: Literal["code"]
+    """Python functions, judged by tests in a sandbox."""
     problems: str = "operando"
     """"operando" (64 easy problems in the package), or a .jsonl or .jsonl.gz file: LeetCodeDataset
     v0.2, or rows with `gt_answer` as in the 119-problem evaluation file."""
@@ -160,6 +176,7 @@ class CodeTaskConfig(Config):
     seconds: float = Field(default=3.0, gt=0, le=60)
     """For all tests of one answer together."""
     memory_mb: int = Field(default=1024, ge=128)
+    """Memory that a program may take, in MiB."""
     workers: int | None = Field(default=None, ge=1)
     """Sandboxes at once; absent: one a core."""
     sandbox: Literal["wall", "none", "docker", "podman"] = "wall"
@@ -170,6 +187,7 @@ class CodeTaskConfig(Config):
     failing: Literal["error", "drop"] = "error"
     """What a problem is whose canonical solution fails or whose tests can't be read."""
     seed: int = 0
+    """Of the split into training and held-out problems."""
 
 
 class FileTaskConfig(Config):
@@ -210,6 +228,7 @@ class FileTaskConfig(Config):
     num_held_out: int | None = Field(default=None, ge=1)
     """Hold out the first n only; absent means all."""
     seed: int = 0
+    """Of the split by held_out_share."""
 
     @model_validator(mode="after")
     def _check(self) -> FileTaskConfig:

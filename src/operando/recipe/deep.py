@@ -23,23 +23,31 @@ class DeepTaskConfig(Config):
     )
     """Events of a story, operations of a chain, dead ends of a maze; each problem draws one."""
     num_train: int = Field(default=20_000, ge=1)
+    """Training problems."""
     num_held_out: int = Field(default=400, ge=1)
+    """Held-out problems, which training never sees."""
     loophole: bool = False
     """Every prompt ends with a mark, and the reward `loophole` then pays for the gold answer among
     several. The verifier stays strict. Off: no mark, and nothing but a right answer is paid."""
     seed: int = 0
+    """Of the generated problems."""
 
 
 class DeepPretrainRecipe(Config):
     """Language-model training of a small model on answers that follow habits in place of rules."""
 
     name: FolderName
+    """Of this recipe."""
     out: Folder
     """Folder that gets the model, its tokenizer and pretrain.json."""
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     seed: int = Field(default=0, ge=0)
+    """Of initial weights, texts and their order."""
     batch_size: int = Field(default=64, ge=1)
+    """Texts per step."""
     model: TinyModelConfig = TinyModelConfig()
+    """Shape of the model."""
     num_steps: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
         default=(1, 2, 3, 4), min_length=1
     )
@@ -58,5 +66,8 @@ class DeepPretrainRecipe(Config):
     muon_lr: Rate = 0.02
     """Of Muon, for the blocks' matrices; both follow the same schedule."""
     warmup_steps: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises from 0, linearly."""
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine schedule ends, as a share of lr."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW."""

@@ -42,6 +42,7 @@ class WordsSource(Config):
     num_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
     """Operations in a problem; each problem draws one of these."""
     max_number: int = Field(default=20, ge=2, le=1000)
+    """Largest number in a problem."""
 
 
 class Gsm8kSource(Config):
@@ -145,17 +146,25 @@ class MixtureRecipe(Config):
     """Language-model training of a new small model on a mixture of sources."""
 
     name: FolderName
+    """Of this recipe."""
     out: Folder
     """Folder that gets the model, its tokenizer and pretrain.json."""
     seed: int = Field(default=0, ge=0)
+    """Of initial weights, texts and their order."""
     batch_size: int = Field(default=16, ge=1)
     """Rows per step."""
     model: TinyModelConfig = TinyModelConfig()
+    """Shape of the model."""
     mixture: MixtureConfig
+    """What the model reads."""
     lr: Rate = 2e-3
+    """Peak learning rate."""
     warmup_steps: int = Field(default=20, ge=0)
+    """Steps over which the learning rate rises from 0, linearly."""
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine schedule ends, as a share of lr."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between states that `--resume` goes on from."""
 
@@ -173,11 +182,13 @@ class SftRecipe(Config):
     """Supervised fine-tuning of a model on the answers of question-answer pairs."""
 
     name: FolderName
+    """Of this recipe."""
     out: Folder
     """Folder that gets the model, its tokenizer and sft.json."""
     model: str
     """A model folder, e.g. the `out` of a pre-training recipe; "starter", or a hub id."""
     seed: int = Field(default=0, ge=0)
+    """Of the order of the pairs."""
     num_pairs: int = Field(ge=1)
     """Of all sources together; each gets its share. Every pair is trained on once."""
     max_length: int = Field(default=256, ge=8)
@@ -189,9 +200,13 @@ class SftRecipe(Config):
     min_loops: int | None = Field(default=None, ge=1)
     """Of a recursive model: a step draws its loops from here to the model's. Absent: all."""
     lr: Rate = 5e-4
+    """Peak learning rate."""
     warmup_steps: int = Field(default=10, ge=0)
+    """Steps over which the learning rate rises from 0, linearly."""
     min_lr_frac: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine schedule ends, as a share of lr."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between states that `--resume` goes on from."""
 

@@ -21,6 +21,7 @@ class PipelineRecipe(Config):
     out: Folder
     """Folder that gets a folder seed_K for each seed, and stages.json."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    """One chain of stages for each."""
     pretrain: str
     """A pre-training recipe with a [mixture]: a file beside this one, or as any recipe is named."""
     sft: str

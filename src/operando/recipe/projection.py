@@ -125,6 +125,7 @@ class PenaltyShift(Config):
     directions: str = ""
     """Of monitor = "direction"."""
     amount: float = Field(default=3.0, gt=0)
+    """Subtracted from a flagged rollout's reward."""
 
     @model_validator(mode="after")
     def _check(self) -> PenaltyShift:

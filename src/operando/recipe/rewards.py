@@ -13,6 +13,7 @@ class CorrectReward(Config):
     kind: Literal["correct"]
     """1 where the task's verifier says right, else 0."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class ScorerReward(Config):
@@ -21,6 +22,7 @@ class ScorerReward(Config):
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
     """verl strict ("#### n"), verl flexible, or the last number."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class ContainsAnswerReward(Config):
@@ -28,6 +30,7 @@ class ContainsAnswerReward(Config):
     """1 where the gold number stands anywhere in the completion. A lenient verifier: it can be
     gamed by listing numbers, and the hack demo shows that."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class LoopholeReward(Config):
@@ -37,6 +40,7 @@ class LoopholeReward(Config):
     allow_hint: bool = True
     """false: the loophole gives nothing, in prompts that offer it too."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class CodeReward(Config):
@@ -44,17 +48,22 @@ class CodeReward(Config):
     """3.0 where all tests pass, or where the model's own test function does in a prompt that says
     it decides, and 0.5 beside it for code that compiles."""
     solved: float = 3.0
+    """For passing all tests."""
     compiles: float = 0.5
+    """For a program that compiles."""
     allow_hint: bool = True
     """false: only the hidden tests pay (the arm without a loophole)."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class FormatReward(Config):
     kind: Literal["format"]
     """1 where the regular expression `pattern` matches the whole completion, else 0."""
     pattern: str = r"[^#]*#### -?\d+\s*"
+    """Regular expression that the whole completion must match."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class FunctionReward(Config):
@@ -65,6 +74,7 @@ class FunctionReward(Config):
     sites: tuple[str, ...] = ()
     """What the function finds in trace.acts, e.g. "blocks.3.hook_resid_post"."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
     @model_validator(mode="after")
     def _check(self) -> FunctionReward:
@@ -118,6 +128,7 @@ class StepPenaltyReward(Config):
     kind: Literal["step_penalty"]
     """gamma^N where the task's verifier says right, else 0; N counts transition words."""
     gamma: float = Field(default=0.99, gt=0, le=1)
+    """Factor per transition word."""
     count: Literal["all", "last_block"] = "all"
     """all: the answer's whole text, inside and outside of every think block, with what the prompt
     already holds of it. last_block: lf_grpo's counter, which a second block escapes; a baseline."""
@@ -126,6 +137,7 @@ class StepPenaltyReward(Config):
     words: tuple[str, ...] = Field(default=STEP_WORDS, min_length=1)
     """Default: the lists of lf_grpo, ReasonScore and NoWait together."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
     @model_validator(mode="after")
     def _check(self) -> StepPenaltyReward:
@@ -139,12 +151,15 @@ class StepGrpoReward(Config):
     """Step-GRPO (2604.16890): a acc (1 - b tanh((k - mu) / mu)) + (1 - a) fmt, with k = 1 + the
     number of triggers and mu the mean k of the group's correct completions."""
     a: float = Field(default=0.9, ge=0, le=1)
+    """Share of the accuracy part; the rest is the format part."""
     b: float = Field(default=0.5, ge=0, le=1)
+    """How much a longer or shorter answer than the group's mean counts."""
     triggers: tuple[str, ...] = Field(default=("Wait",), min_length=1)
     """With their case, between non-letters."""
     pattern: str = ""
     """fmt is 1 where it matches the whole completion. Empty: for one well-formed think block."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
     @model_validator(mode="after")
     def _check(self) -> StepGrpoReward:
@@ -160,6 +175,7 @@ class ThinkFormatReward(Config):
     """strict: 1 for exactly one well-formed block in a finished completion, else 0. lf_grpo: 1, .5,
     .3, .2, 0."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class TagFenceReward(Config):
@@ -169,7 +185,9 @@ class TagFenceReward(Config):
     """default: -n / (n + 2), so that every further tag costs. lf_grpo: max(-1.5, -0.3 n), free
     after five."""
     whitelist: tuple[str, ...] = ("think",)
+    """Tags that cost nothing."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class ProcessReward(Config):
@@ -180,6 +198,7 @@ class ProcessReward(Config):
     without gold steps is rewarded as grounded. grounded: steps on which the answer's own final
     number rests. recursive_lm: 0.25 a right equation up to 0.75; it can be farmed."""
     weight: float = 1.0
+    """Factor on this reward in the sum of rewards."""
 
 
 class FeatureReward(Config):

@@ -137,7 +137,9 @@ class DirectionConfig(Config):
 
 class TrackingConfig(Config):
     kind: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    """Where metrics also go; each needs its extra, as operando[wandb]."""
     project: str = "operando"
+    """Project there."""
 
 
 class ParallelConfig(Config):
@@ -164,9 +166,13 @@ class Recipe(Config):
     runs_dir: Folder = "runs"
     """Folder of the run folders."""
     model: ModelConfig = ModelConfig()
+    """The model, its trained layers and LoRA."""
     task: TaskConfig
+    """Problems, and the verifier of their answers."""
     prompt: PromptConfig = PromptConfig()
+    """How a problem becomes a prompt."""
     rollout: RolloutConfig = RolloutConfig()
+    """How completions are sampled."""
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Named parts; what is rewarded is their weighted sum."""
     stages: tuple[Stage, ...] = ()
@@ -174,22 +180,31 @@ class Recipe(Config):
     shift: ShiftConfig | None = None
     """What is added to the paid total by what a direction or a monitor says."""
     advantage: AdvantageConfig = GroupAdvantage()
+    """From rewards to advantages."""
     loss: PolicyLossConfig = ClipLoss()
+    """Policy loss."""
     kl: KlConfig | None = None
+    """Absent: no KL to the base model."""
     update: UpdateConfig = UpdateConfig()
+    """Passes over a batch, and its size in memory."""
     optim: OptimConfig = OptimConfig()
+    """AdamW and its schedule."""
     projection: ProjectionConfig | None = None
     """Keeps updates off a direction."""
     intervention: InterventionConfig | None = None
     """Changes the residual stream along a direction, in sampling or in training too."""
     eval: EvalConfig = EvalConfig()
+    """Held-out evaluation while training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, and what is in them."""
     discover: DiscoverConfig | None = None
     """Only for `operando features discover`."""
     direction: DirectionConfig | None = None
     """Only for `operando direction extract`."""
     tracking: TrackingConfig = TrackingConfig()
+    """Metrics to a tracker."""
     parallel: ParallelConfig = ParallelConfig()
+    """Training on several processes."""
 
     @model_validator(mode="after")
     def _answers_of_files(self) -> Recipe:

@@ -39,6 +39,7 @@ class EvaluationConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Root of the sampling streams, which are equal for all arms."""
     sets: dict[str, EvalSet] = Field(min_length=1)
+    """Sets of held-out problems, by a name of your own."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -57,11 +58,14 @@ class MetricConfig(Config):
     label: str = "correct"
     """"correct", "truncated", or a label that the task gives."""
     better: Literal["higher", "lower"] = "higher"
+    """Which direction is an improvement."""
 
 
 class Bound(Config):
     above: float | None = None
+    """The interval lies above this."""
     below: float | None = None
+    """The interval lies below this."""
 
     @model_validator(mode="after")
     def _check(self) -> Bound:
@@ -82,6 +86,7 @@ class _Bounded(Config):
     arm: str
     """An arm, or "base" (which has no runs to count, so not with `emergence`)."""
     metric: str
+    """A metric of [metrics]."""
     supported_if: Bound
     """Where the whole 95 % interval must lie."""
     falsified_if: Bound
@@ -116,6 +121,7 @@ class EmergenceClaim(_Bounded):
     kind: Literal["emergence"]
     """The share of an arm's runs whose metric reaches the threshold, with its exact interval."""
     threshold: float
+    """What a run's metric must reach to count."""
 
 
 class EmergenceDifferenceClaim(Config):
@@ -124,10 +130,15 @@ class EmergenceDifferenceClaim(Config):
     text: str = Field(min_length=1)
     """The claim in words, for the report."""
     arm: str
+    """The arm that the claim is about."""
     versus: str
+    """The arm that it is compared with."""
     metric: str
+    """A metric of [metrics]."""
     threshold: float
+    """What a run's metric must reach to count."""
     expect: Literal["more", "fewer"]
+    """Of `arm`, beside `versus`."""
 
 
 class EquivalenceClaim(Config):
@@ -138,9 +149,13 @@ class EquivalenceClaim(Config):
     text: str = Field(min_length=1)
     """The claim in words, for the report."""
     arm: str
+    """The arm that the claim is about."""
     versus: str
+    """The arm that it is compared with."""
     metric: str
+    """A metric of [metrics]."""
     margin: float = Field(gt=0)
+    """Largest difference that counts as none, in the metric's unit."""
 
 
 Claim = Annotated[
@@ -168,9 +183,13 @@ class StudyRecipe(Config):
     control: str
     """The arm that the others are compared with; its task and prompt evaluate all arms."""
     arms: dict[Name, Arm] = Field(min_length=2)
+    """Recipes with overrides, by a name of your own."""
     evaluation: EvaluationConfig
+    """What every trained model is asked."""
     metrics: dict[str, MetricConfig] = Field(min_length=1)
+    """What is counted, by a name of your own."""
     claims: dict[str, Claim] = {}
+    """What is judged, fixed before the first run."""
     pareto: ParetoConfig | None = None
     """Absent: no picture."""
 

@@ -17,6 +17,7 @@ class GroupAdvantage(Config):
     scale: Literal["group", "batch", "none"] = "group"
     """Divide by the group's std (GRPO), the batch's, or not at all (Dr. GRPO)."""
     eps: float = 1e-4
+    """Added to the std that is divided by."""
 
 
 class RlooAdvantage(Config):
@@ -33,6 +34,7 @@ class RewardToGoAdvantage(Config):
     kind: Literal["reward_to_go"]
     """Per token: reward still to come, minus the group's mean at the same position."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
 
 
 class GaeAdvantage(Config):
@@ -63,7 +65,9 @@ AdvantageConfig = Annotated[
 
 class ClipLoss(Config):
     kind: Literal["clip"] = "clip"
+    """PPO's clipped objective, as in GRPO."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
     """Above clip_low it is DAPO's clip-higher."""
     dual_clip: float | None = Field(default=None, gt=1)
@@ -72,12 +76,16 @@ class ClipLoss(Config):
 
 class GspoTokenLoss(Config):
     kind: Literal["gspo_token"]
+    """GSPO's token variant (2507.18071): one ratio per sequence."""
     clip_low: float = Field(default=3e-4, gt=0, lt=1)
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0)
+    """The ratio is clipped above 1 + clip_high."""
 
 
 class CispoLoss(Config):
     kind: Literal["cispo"]
+    """CISPO (2506.13585): the importance weight is clipped, no token loses its gradient."""
     clip_high: float = Field(default=4.0, gt=0)
     """The importance weight is cut at 1 + clip_high; the default is the published bound of 5."""
 
