@@ -20,7 +20,6 @@ from operando.errors import UserError
 from operando.evals.forced import Decoded, Edit, Pair
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.models.recursive import RecursiveCausalLM
 from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
@@ -106,8 +105,6 @@ def measure_depth(
     base, trained = (
         Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed)) for _ in range(2)
     )
-    if isinstance(base.base, RecursiveCausalLM):
-        raise UserError("depth compares models token by token; a recursive model isn't served yet")
     load_weights(run, step, trained)
     tokenizer = base.tokenizer
     others, prompts = make_prompt_sets(wanted, task, tokenizer, base.base.config, start_of(run))
