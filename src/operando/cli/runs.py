@@ -13,7 +13,9 @@ from operando.errors import UserError
 
 @app.command()
 def demo(
-    hack: Annotated[bool, typer.Option(help="Show a reward hack, and what holds it.")] = False,
+    hack: Annotated[
+        bool, typer.Option(help="Show a reward hack, and a grader without one.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     runs_dir: Annotated[str, typer.Option(help="Where run folders go.")] = "runs",
 ) -> None:
