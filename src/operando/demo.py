@@ -1,4 +1,4 @@
-"""`operando demo`: a small model unlearns its habits; `operando demo --hack`: it learns to cheat."""
+"""`operando demo`: a model unlearns its habits; `operando demo --hack`: it learns to cheat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`operando demo --hack`, shortened: both runs, what is said of them, and when it counts as a hack."""
+"""`operando demo --hack`, shortened: both runs, what is said of them, and what counts as a hack."""
 
 from __future__ import annotations
 
