@@ -96,7 +96,7 @@ def measure(arm: str, folder: Path) -> dict[str, object]:
     shares = {
         f"{row.arm} {row.k}": None if row.share is None else row.share.value for row in depth.rows
     }
-    for name, edit in (("token", depth.token), ("prefix", depth.prefix)):
+    for name, edit in (("token", depth.token), ("prefix", depth.prefix), ("prompt", depth.prompt)):
         if edit is not None and edit.share is not None:
             shares[f"constant {name}"] = edit.share.value
     many = EvalConfig(num=DRAWN, temperature=1.0, samples=SAMPLES)

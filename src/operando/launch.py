@@ -123,13 +123,13 @@ def launch_arms(
 
 
 def run_contribution(
-    console: Console, recipe: Recipe, width: int, num_seeds: int, sets: Sequence[str]
+    console: Console, recipe: Recipe, width: int, seeds: Sequence[int], sets: Sequence[str]
 ) -> ContributionResult:
     """Train all layers and each layer set alone, over seeds; write shares, table and picture."""
     num_layers = count_layers(recipe.model)
     sets = list(sets) or layer_sets(num_layers, width)
     check_sets(sets, num_layers)
-    arms = plan_contribution(recipe, sets, range(num_seeds))
+    arms = plan_contribution(recipe, sets, seeds)
     folders = dict(zip(arms, launch_arms(console, list(arms.values())), strict=True))
     file = folder_of(recipe) / "contribution.json"
     result = summarise(recipe.name, folders, file)

@@ -358,6 +358,13 @@ def _slow_dtype(recipe: Recipe, device: torch.device) -> list[str]:
     ]
 
 
+def prompt_limit(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Return how many tokens a prompt may have, so that a completion has room after it."""
+    context = config.get_text_config().max_position_embeddings
+    room = context - recipe.rollout.max_completion_length
+    return min(recipe.prompt.max_prompt_length or room, room)
+
+
 def make_prompt_sets(
     recipe: Recipe,
     task: Task,
@@ -369,9 +376,7 @@ def make_prompt_sets(
 
     `day` is the date that a chat template prints: that of the run's start.
     """
-    context = config.get_text_config().max_position_embeddings
-    room = context - recipe.rollout.max_completion_length
-    limit = min(recipe.prompt.max_prompt_length or room, room)
+    limit = prompt_limit(recipe, config)
     shots = list(task.train[: recipe.prompt.few_shot])
     train_examples = task.train[len(shots) :]
     held_out = task.held_out[: recipe.eval.num]

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from operando.evals.certify import certify_run
+from operando.evals.depth import measure_depth
 from operando.models.recursive import RecursiveCausalLM
 from operando.rewards.base import TrainerState
 from tests.integration.runs import captured_setups, metric_rows, tiny, trained
@@ -134,3 +135,14 @@ def test_full_training_certifies_and_a_planted_leak_into_the_heads_is_found(
     checks = {check.name: check for check in certificate.checks}
     assert checks["planted leak"].detail.startswith("found: a trainable tensor outside the set")
     assert checks["frozen tensors"].detail.startswith("30 unchanged")
+
+
+def test_the_depth_of_a_recursive_run_is_measured(tmp_path: Path, halting: Path) -> None:
+    """Its two ends and the places between them; the two models are those of the run."""
+    folder = train(tmp_path, halting, "optim={lr=3e-2}", "steps=4", lora=True)
+    report = measure_depth(folder, num=4, search=4)
+    assert report.step == 4 and report.flips > 0 and max(report.kl) > 1e-3
+    tokens = {(row.arm, row.k): row.tokens for row in report.rows}
+    assert tokens["base", None] == tokens["trained", None] == 0
+    assert 0 < tokens["base, trained's tokens", 1] <= 1
+    assert tokens["base, trained's tokens", 1] < tokens["base, trained's tokens", 8]

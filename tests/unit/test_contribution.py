@@ -12,7 +12,7 @@ from operando.launch import count_layers
 from operando.models.layers import parse_layer_set
 from operando.recipe.data import ModelConfig
 from operando.recipe_io import load_recipe
-from operando.report.contribution import contribution_table, draw_contribution
+from operando.report.contribution import agreement_line, contribution_table, draw_contribution
 from operando.study.contribution import check_sets, layer_sets, plan, summarise
 
 
@@ -41,6 +41,11 @@ def test_shares_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert rows["1"].gain == (0.0, 0.0, 0.0)
     written = json.loads((tmp_path / "contribution.json").read_text())
     assert written["gains"]["0"] == {"0": 0.25, "1": 0.25}
+    # seed 0 orders 1 < 0, and so does seed 1: of the two orders that the second can have, one
+    assert result.agreement == (1.0, 0.5, 0.5, True)
+    assert written["agreement"]["p_value"] == 0.5
+    line = "the order of the sets over 2 seeds: Kendall's W = 1.00 (chance 0.50 on average, p = 0.5"
+    assert str(agreement_line(result)).startswith(line)
     svg = draw_contribution(result, tmp_path / "c.svg").read_text()
     assert svg.count("<svg") == 1 and len(contribution_table(result).rows) == 3
 

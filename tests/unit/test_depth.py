@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from operando.evals.depth import by_position, random_places, share_of_gain
 from operando.evals.forced import Choice, Edit, Pair, written
+from operando.models.recursive import RecursiveCausalLM
 from operando.recipe.data import WordsTaskConfig
+from operando.rollout.recursive import RecursiveEngine
 from operando.rollout.sampler import Sampling
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt
+from tests.unit.recursive_models import random_recursive
 from tests.unit.tiny import byte_tokenizer, tiny_model
 
 IDS = [(5, 9, 40, 7), (100, 3), (77, 78, 79, 80, 81, 82, 83), (9,)]
@@ -75,6 +78,26 @@ def test_both_ends_are_the_two_models() -> None:
         assert [t for t, f in enumerate(flip) if f] == [t for t, _ in forced]
         assert all(answer.ids[t] == token for t, token in forced)
     assert min(every.rank) >= 2 and all(k >= 0 for row in every.kl for k in row)
+
+
+def test_a_recursive_model_that_exits_is_decoded_as_its_engine_does() -> None:
+    """Both read with exits and left padding; the engine reads neither padding nor the other model.
+    The two models' exits differ from full depth, so a read that ignored them would be seen."""
+    base, trained, full = (
+        random_recursive(seed, num_loops=4, halt_threshold=halt)
+        for seed, halt in ((0, 0.6), (1, 0.6), (0, None))
+    )
+
+    def engine(model: RecursiveCausalLM) -> list[tuple[int, ...]]:
+        sampler = RecursiveEngine(model, byte_tokenizer(), (1,))
+        return [one.ids for one in sampler.sample(IDS, 1, Sampling(12), None)]
+
+    both = pair(base, trained)
+    assert ids_of(both.decode(PROMPTS, "base", Edit())) == engine(base) != engine(full)
+    assert ids_of(both.decode(PROMPTS, "base", Edit("other", 12))) == engine(trained)
+    assert ids_of(both.decode(PROMPTS, "trained", Edit("other", 12))) == engine(base)
+    forced = both.decode(PROMPTS, "base", Edit("other", 1)).forced
+    assert [len(row) for row in forced] == [1] * 4, "the two differ in every answer"
 
 
 def test_the_first_k_are_forced_and_no_more() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from operando.discovery.answers import Answers
 from operando.discovery.features import Search, find_features, mean_features
-from operando.discovery.judging import gate_of, measure
+from operando.discovery.judging import Measured, gate_of, measure, null
 from operando.recipe.run import DiscoverConfig
 from operando.sae.feature_set import FeatureSet, Gate, load_feature_set, sae_of
 from operando.sae.sae import SAE
@@ -156,3 +156,30 @@ def test_a_score_that_is_length_alone_does_not_pass(kind: str) -> None:
             opened[name] += gate.passed
             assert gate.passed or ["same length" in reason for reason in gate.reasons] == [True]
     assert opened["length"] <= 2 and opened["more"] == 10
+
+
+def test_a_control_within_prompts_by_hand() -> None:
+    """Two prompts of one right and one wrong answer; a score that ranks prompts and one that ranks
+    answers. Over all pairs (right 1, 3; wrong 2, 4 or wrong 0, 2) and over those of one prompt."""
+    answers = planted_answers(0, 1.0, prompts=2)
+    kept = torch.tensor([True, True] + [False] * 6)
+    answers = answers.chosen(torch.cat([kept, kept]))
+    answers = replace(answers, correct_R=torch.tensor([True, False, True, False]))
+    assert answers.prompt_R.tolist() == [0, 0, 1, 1]
+    by_prompt_R, by_answer_R = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.0, 0, 3, 2])
+    found = null("x", [by_prompt_R, by_answer_R], answers)
+    assert found.auc == pytest.approx((0.25 + 0.75) / 2)
+    assert found.within == pytest.approx((0 + 1) / 2)
+    assert found.within_q95 == pytest.approx(0.95) and found.n == 2
+
+
+def test_a_gate_says_on_which_side_of_chance_an_interval_lies() -> None:
+    config = DiscoverConfig(site="blocks.0.hook_resid_post")
+    shape = {"name": "features", "auc": 0.42, "within": 0.6, "controlled": 0.45, "rho": 0.0}
+    limits = {"low": 0.36, "high": 0.48, "controlled_low": 0.39, "controlled_high": 0.52}
+    gate = gate_of(config, Measured(**shape, **limits, rho_bound=0.5), [])  # pyright: ignore[reportArgumentType]
+    assert gate.reasons[1:] == (
+        "the AUC's interval [0.360, 0.480] is below 0.5",
+        "the AUC's interval among answers of the same length [0.390, 0.520] holds 0.5: length may "
+        "be all",
+    )

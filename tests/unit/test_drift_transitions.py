@@ -139,6 +139,10 @@ def test_a_measure_that_is_undefined_is_said_to_be() -> None:
     assert rows["decoupling"].real != rows["decoupling"].real  # a cosine that does not vary
     found = name(list(rows.values()))
     assert found.name == "encoder drift" and "not shown: decoder, decoupling" in found.sentence
+    encoder = rows["encoder"]
+    for factor, gone in ((1.001, "; 0% of it"), (0.52, "; 48% of it"), (1.5, "; -50% of it")):
+        beside = replace(encoder, excess=(factor * encoder.excess[0], 0.0, 1.0))
+        assert gone in name(list(rows.values()), [beside]).sentence
     assert rows["encoder"].per_step[0] == pytest.approx(rows["encoder"].real / 10)
 
 

@@ -13,7 +13,9 @@ from operando.errors import UserError
 
 @app.command()
 def demo(
-    hack: Annotated[bool, typer.Option(help="Show a reward hack, and what holds it.")] = False,
+    hack: Annotated[
+        bool, typer.Option(help="Show a reward hack, and a grader without one.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     runs_dir: Annotated[str, typer.Option(help="Where run folders go.")] = "runs",
 ) -> None:
@@ -56,7 +58,8 @@ def contribution(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
     width: Annotated[int, typer.Option(min=1, help="Neighbouring layers trained together.")] = 1,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm: 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A layer set; instead of --width.")
     ] = None,
@@ -68,13 +71,16 @@ def contribution(
 
     from operando.display import make_console
     from operando.launch import run_contribution
-    from operando.report.contribution import contribution_table
+    from operando.report.contribution import agreement_line, contribution_table
     from operando.study.contribution import folder_of
 
     own(folder_of(checked))
     console = make_console()
-    result = run_contribution(console, checked, width, seeds, sets or [])
+    numbers = range(first_seed, first_seed + seeds)
+    result = run_contribution(console, checked, width, numbers, sets or [])
     console.print(contribution_table(result))
+    if (line := agreement_line(result)) is not None:
+        console.print(line, highlight=False, markup=False)
     print(result.file)
 
 

@@ -44,11 +44,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Null:
-    """A control drawn n times. Example: Null("random features", 0.50, 0.56, 0.01, 0.11, n=200)"""
+    """A control drawn n times; `within`: the AUC over pairs of one prompt.
+
+    Example: Null("random features", 0.50, 0.56, 0.50, 0.55, 0.01, 0.11, n=200)
+    """
 
     name: str
     auc: float
     auc_q95: float
+    within: float
+    within_q95: float
     rho: float
     rho_q95: float
     n: int
@@ -80,13 +85,17 @@ def measure(
 
 
 def null(name: str, scores: list[Tensor], judged: Answers) -> Null:
-    """Return the mean and the 95 % quantile of a control's AUC and rho."""
+    """Return the mean and the 95 % quantile of a control's AUC, over all pairs and over those of
+    one prompt, and of its rho."""
     aucs = [ct.auc(score_R, judged.correct_R).value for score_R in scores]
+    within = [ct.auc(score_R, judged.correct_R, judged.prompt_R).value for score_R in scores]
     rhos = [ct.spearman(score_R, judged.correct_R).value for score_R in scores]
     return Null(
         name,
         float(np.mean(aucs)),
         float(np.quantile(aucs, 0.95)),
+        float(np.mean(within)),
+        float(np.quantile(within, 0.95)),
         float(np.mean(rhos)),
         float(np.quantile(rhos, 0.95)),
         len(scores),
@@ -120,12 +129,17 @@ def gate_of(config: DiscoverConfig, real: Measured | None, nulls: list[Null]) ->
                 f"{name} {value:.3f} is not over the 95 % of {control.name}, {limit:.3f}"
             )
     if config.measure == "auc" and not real.low > 0.5:
-        reasons.append(f"the AUC's interval [{real.low:.3f}, {real.high:.3f}] holds 0.5")
-    if not real.controlled_low > 0.5:
-        same = f"[{real.controlled_low:.3f}, {real.controlled_high:.3f}]"
+        reasons.append(f"the AUC's interval {_limits(real.low, real.high)}")
+    if real.controlled != real.controlled:
+        reasons.append("no right and wrong answers of the same length to compare")
+    elif not real.controlled_low > 0.5:
+        same = _limits(real.controlled_low, real.controlled_high)
         reasons.append(
-            "no right and wrong answers of the same length to compare"
-            if real.controlled != real.controlled
-            else f"the AUC among answers of the same length, {same}, holds 0.5: length may be all"
+            f"the AUC's interval among answers of the same length {same}: length may be all"
         )
     return Gate(not reasons, tuple(reasons))
+
+
+def _limits(low: float, high: float) -> str:
+    """Return where an interval that is not above 0.5 lies."""
+    return f"[{low:.3f}, {high:.3f}] {'holds' if high >= 0.5 else 'is below'} 0.5"

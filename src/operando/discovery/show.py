@@ -60,7 +60,7 @@ def _measures(found: Discovery) -> TextTable:
             f"{n.name}, {n.n} draws",
             f"{n.auc:.3f}",
             f"95 %: {n.auc_q95:.3f}",
-            "",
+            f"95 %: {n.within_q95:.3f}",
             "",
             f"{n.rho:+.2f}",
         )

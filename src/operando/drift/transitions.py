@@ -207,7 +207,8 @@ def name(rows: Sequence[DriftRow], by_match: Sequence[DriftRow] = ()) -> Name:
         is_renamed = gone is not None and gone >= RENAMED
         (renamed if is_renamed else drifted).append(row.measure)
         part = f"{row.measure} {row.excess[0]:+.4f} over its null arm (q = {row.q:.2g}"
-        said.append(part + (f"; {gone:.0%} of it gone by best match)" if gone is not None else ")"))
+        vanished = "" if gone is None else f"; {round(100 * gone)}% of it gone by best match"
+        said.append(f"{part}{vanished})")
     names = [" and ".join(drifted) + " drift"] if drifted else []
     names += ["renaming"] if renamed else []
     coupling = by_index["decoupling"]

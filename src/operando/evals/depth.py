@@ -3,8 +3,9 @@
 The base decodes, and at the first k places where the two models would write another token it is
 given the trained model's. If one token is enough, training has changed one decision; if that token
 is the same for every problem, it has thrown a switch. Beside it: the reverse, placebos (the base's
-next-best token at the same places, and at random ones), and the best constant edit, searched on
-other problems. The KL by position is that of 2605.06241.
+next-best token at the same places, and at random ones), and the best edits that are the same for
+every problem, searched on others: a token, a prefix, the form of an answer put into the prompt. The
+KL by position is that of 2605.06241.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import numpy as np
 
 from operando.errors import UserError
 from operando.evals.forced import Decoded, Edit, Pair
+from operando.evals.instructed import best_instructed, instructed, prompt_edits
 from operando.models.load import load_model
 from operando.models.policy import Policy
-from operando.models.recursive import RecursiveCausalLM
 from operando.rollout.sampler import Sampling
 from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
-from operando.setup import make_prompt_sets
+from operando.setup import make_prompt_sets, prompt_limit
 from operando.stats.bootstrap import cluster_bootstrap
 from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
 from operando.tables import TextTable, interval, limits, table
@@ -33,6 +34,7 @@ from operando.update.checkpoint import load_weights, pick_step
 
 FORCED = (1, 2, 4, 8)
 POSITIONS = 32  # of the KL by position
+LONGEST = 60  # characters of an edit's text that are printed
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DepthRow:
 class ConstantEdit:
     """The best edit of its kind that is the same for every problem, out of `tried`."""
 
-    place: int
+    place: int | None  # of the answer; None: in the prompt
     text: str
     correct: Interval
     share: Interval | None
@@ -74,6 +76,7 @@ class DepthReport:
     rows: tuple[DepthRow, ...]
     token: ConstantEdit | None  # None: the models never differed on the problems of the search
     prefix: ConstantEdit | None
+    prompt: ConstantEdit | None  # None: the form can't be said or shown within the model's context
     flips: float  # share of the positions of the trained model's answers
     rank: float | None  # median over the flips
     kl: tuple[float, ...]  # KL(trained || base) by position, on the trained model's answers
@@ -106,10 +109,6 @@ def measure_depth(
     base, trained = (
         Policy(load_model(recipe.model), recipe.model, SeedTree(recipe.seed)) for _ in range(2)
     )
-    if isinstance(base.base, RecursiveCausalLM):
-        raise UserError(
-            "depth compares models token by token; a recursive model is not supported yet"
-        )
     load_weights(run, step, trained)
     tokenizer = base.tokenizer
     others, prompts = make_prompt_sets(wanted, task, tokenizer, base.base.config, start_of(run))
@@ -147,16 +146,33 @@ def measure_depth(
     def share(right: list[bool]) -> Interval | None:
         return share_of_gain(before, after, right, recipe.seed) if shares else None
 
-    def constant(best: tuple[Edit, int] | None) -> ConstantEdit | None:
+    def constant(place: int | None, text: str, tried: int, right: list[bool]) -> ConstantEdit:
+        on_arm(f"constant edit, {_where(place, text)}: {sum(right)}/{num}")
+        return ConstantEdit(place, text, wilson(sum(right), num), share(right), tried)
+
+    def written(best: tuple[Edit, int] | None) -> ConstantEdit | None:
         if best is None:
             return None
         edit, tried = best
         right = pair.right(prompts, pair.decode(prompts, "base", edit))
-        on_arm(f"constant edit at {edit.place}: {sum(right)}/{num}")
-        text = str(tokenizer.decode(list(edit.ids)))
-        return ConstantEdit(edit.place, text, wilson(sum(right), num), share(right), tried)
+        return constant(edit.place, str(tokenizer.decode(list(edit.ids))), tried, right)
 
-    token, prefix = (constant(best) for best in pair.search(others[:search]))
+    token, prefix = (written(best) for best in pair.search(others[:search]))
+    few_shot = recipe.prompt.few_shot
+    shots, unseen = task.train[:few_shot], task.train[few_shot + search :]
+    tried = instructed(
+        pair,
+        prompt_edits(recipe.prompt, task.text, shots, unseen),
+        [prompt.example for prompt in others[:search]],
+        [prompt.example for prompt in prompts],
+        prompt_limit(recipe, base.base.config),
+        start_of(run),
+    )
+    best = best_instructed(pair, tried)
+    in_prompt = None
+    if best is not None:
+        decoded = pair.decode(best.held_out, "base", Edit())
+        in_prompt = constant(None, best.text, len(tried), pair.right(best.held_out, decoded))
     flips = [flip for row in every.flip for flip in row]
     report = DepthReport(
         step=step,
@@ -170,6 +186,7 @@ def measure_depth(
         ),
         token=token,
         prefix=prefix,
+        prompt=in_prompt,
         flips=float(np.mean(flips)),
         rank=float(np.median(every.rank)) if every.rank else None,
         kl=by_position(every.kl),
@@ -218,9 +235,9 @@ def depth_table(report: DepthReport) -> TextTable:
         limit = "" if row.k is None else str(row.k)
         forced = f"{row.tokens:.1f}" if row.tokens else ""
         rows.append((row.arm, limit, *_rates(row.correct, row.share), forced))
-    for name, edit in (("constant token", report.token), ("constant prefix", report.prefix)):
+    for name, edit in _constants(report).items():
         if edit is not None:
-            label = f"base, {name} {edit.text!r}"
+            label = f"base, constant {name} {_short(edit.text)!r}"
             rows.append((label, "", *_rates(edit.correct, edit.share)))
     how = "greedy" if report.temperature is None else f"temperature {report.temperature:g}"
     title = f"decision depth of step {report.step}, {report.n} held-out problems, {how}"
@@ -251,17 +268,25 @@ def depth_sentence(report: DepthReport) -> str:
         return f"depth: no gain to look into on {report.n} problems"
     said = f"depth: {_share(one.share)} of the gain is there once the base is given one token"
     best = max(
-        (edit for edit in (report.token, report.prefix) if edit is not None and edit.share),
+        (edit for edit in _constants(report).values() if edit is not None and edit.share),
         key=lambda edit: edit.correct.value,
         default=None,
     )
     if best is None or best.share is None:
         return f"{said}; no constant edit was found to try"
-    return f"{said}; {_share(best.share)} is one constant edit, {_where(best)}"
+    return f"{said}; {_share(best.share)} is one constant edit, {_where(best.place, best.text)}"
 
 
-def _where(edit: ConstantEdit) -> str:
-    return f"{edit.text!r} at token {edit.place + 1}"
+def _constants(report: DepthReport) -> dict[str, ConstantEdit | None]:
+    return {"token": report.token, "prefix": report.prefix, "prompt": report.prompt}
+
+
+def _where(place: int | None, text: str) -> str:
+    return f"{_short(text)!r} " + ("in the prompt" if place is None else f"at token {place + 1}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _share(share: Interval) -> str:

@@ -28,7 +28,7 @@ class ScorerReward(Config):
 class ContainsAnswerReward(Config):
     kind: Literal["contains_answer"]
     """1 where the gold number stands anywhere in the completion. A lenient verifier: it can be
-    gamed by listing numbers, and the hack demo shows that."""
+    gamed by listing numbers, and the recipe demo_hack shows that."""
     weight: float = 1.0
     """Factor on this reward in the sum of rewards."""
 

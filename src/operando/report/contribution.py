@@ -20,6 +20,18 @@ def contribution_table(result: ContributionResult) -> TextTable:
     )
 
 
+def agreement_line(result: ContributionResult) -> str | None:
+    """Return in a sentence whether the seeds order the layer sets alike; None: nothing to order."""
+    found = result.agreement
+    if found is None:
+        return None
+    how = "counted out" if found.is_exact else "drawn"
+    return (
+        f"the order of the sets over {result.rows[0].num_seeds} seeds: Kendall's W = {found.w:.2f} "
+        f"(chance {found.chance:.2f} on average, p = {found.p_value:.2g}, {how})"
+    )
+
+
 def draw_contribution(result: ContributionResult, target: Path) -> Path:
     """Write the shares as an SVG file: one bar a layer set, with its interval."""
     from matplotlib import rc_context

@@ -1,7 +1,7 @@
 """Which layers carry the gain: training each block of layers alone against training all of them.
 
 The share of the all-layers gain that a layer set recovers when it alone is trained ("layer
-contribution", 2607.01232), with an interval over seeds.
+contribution", 2607.01232), with an interval over seeds, and whether the seeds agree on the order.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from operando.errors import UserError
 from operando.files import read_object
 from operando.models.layers import parse_layer_set
 from operando.recipe.run import Recipe
-from operando.run import write_json
+from operando.run import SeedTree, write_json
 from operando.stats.intervals import Interval, t_interval
+from operando.stats.ranks import Agreement, kendall_w
 
 ALL = "all"
 
@@ -36,11 +39,15 @@ class Contribution:
 
 @dataclass(frozen=True)
 class ContributionResult:
-    """All layer sets of a sweep, "all" first, and where it was written."""
+    """All layer sets of a sweep, "all" first, and where it was written.
+
+    `agreement`: whether the seeds order the sets alike, "all" left out; None with one seed or set.
+    """
 
     name: str
     base: float
     rows: tuple[Contribution, ...]
+    agreement: Agreement | None
     file: Path
 
 
@@ -107,8 +114,14 @@ def summarise(name: str, folders: Mapping[tuple[str, int], Path], file: Path) ->
         for layers in sets
     ]
     base = sum(before for before, _ in counts.values()) / len(counts)
-    result = ContributionResult(name, base, tuple(rows), file)
-    write_json(file, asdict(result) | {"file": str(file), "gains": _by_seed(gains)})
+    alone = [layers for layers in sets if layers != ALL]
+    agreement = None
+    if len(seeds) > 1 and len(alone) > 1:
+        gain_mn = np.array([[gains[layers, seed] for layers in alone] for seed in seeds])
+        agreement = kendall_w(gain_mn, np.random.default_rng(SeedTree(0).derive("agreement")))
+    result = ContributionResult(name, base, tuple(rows), agreement, file)
+    kept = asdict(result) | {"file": str(file), "gains": _by_seed(gains)}
+    write_json(file, kept | {"agreement": agreement and agreement._asdict()})
     return result
 
 
