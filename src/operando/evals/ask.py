@@ -19,7 +19,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
-from operando.models.load import load_model, stop_ids
+from operando.models.load import Dtype, choose_dtype, dtype_name, load_model, open_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe.data import ModelConfig, PromptConfig
 from operando.rollout.greedy_eval import grade
@@ -61,6 +61,8 @@ class Opened:
     sampler: Sampler
     context: int
     """Tokens of prompt and completion together."""
+    dtype: str
+    """Of the weights, as a recipe names it."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,19 @@ def day_of(folder: Path) -> datetime:
     return start_of(folder) if is_run(folder) else datetime.now(UTC)
 
 
-def checkpoints(folder: Path, step: int | None = None) -> list[Checkpoint]:
-    """Return a run's base and saved step (None: the last), or the one model of a model folder."""
+def checkpoints(
+    folder: Path, step: int | None = None, dtype: Dtype | None = None
+) -> list[Checkpoint]:
+    """Return a run's base and saved step (None: the last), or the one model of a model folder.
+
+    `dtype` is a model folder's; None: what "auto" is for a model that is only asked.
+    """
     if not is_run(folder):
         if step is not None:
             raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
-        return [Checkpoint(folder.name, ModelConfig(id=str(folder)))]
+        config = ModelConfig(id=str(folder))
+        dtype = dtype or choose_dtype(config, open_model(config), frozen=True).dtype
+        return [Checkpoint(folder.name, config.model_copy(update={"dtype": dtype}))]
     recipe, at = read_recipe(folder), pick_step(folder, step)
     engine, rows = recipe.rollout.engine, recipe.rollout.max_batch
     return [
@@ -166,7 +175,7 @@ def _open(one: Checkpoint) -> tuple[Policy, Opened]:
     stops = stop_ids(policy.base, tokenizer)
     sampler = make_sampler(one.engine, policy.base, tokenizer, stops, one.max_batch)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
-    return policy, Opened(one.name, tokenizer, sampler, context)
+    return policy, Opened(one.name, tokenizer, sampler, context, dtype_name(loaded.model))
 
 
 def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:

@@ -158,7 +158,7 @@ def evaluate(
     models = _models(folder, step, also)
     recipe = read_recipe(folder) if is_run(folder) else None
     questions = make_questions(config or EvalConfig(), recipe, given)
-    answers = _ask_all(models, questions, folder)
+    answers, dtypes = _ask_all(models, questions, folder)
     seed = SeedTree(0 if recipe is None else recipe.seed).derive("bootstrap")
     rows = [
         _row(question, model.name, answers, models[0].name, seed)
@@ -171,6 +171,7 @@ def evaluate(
     graded_by = {question.name: question.task.graded_by for question in questions}
     columns = answer_columns(answers)
     columns["graded_by"] = [graded_by[str(task)] for task in columns["task"]]
+    columns["dtype"] = [dtypes[str(model)] for model in columns["model"]]
     write_parquet(file, columns)
     return Evaluation(tuple(rows), file)
 
@@ -181,8 +182,11 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
         base, trained = models
         name = f"base {Path(base.config.id).name}"
         models = [base._replace(name=name), trained._replace(name=f"{folder.name} {trained.name}")]
+    # Beside a run a model folder is asked in the run's dtype, or the dtypes would be compared too.
+    own = models[0].config.dtype
+    kept = own if len(models) == 2 and own != "auto" else None
     for other in also:
-        last = checkpoints(other)[-1]
+        last = checkpoints(other, dtype=kept)[-1]
         models.append(last._replace(name=f"{other.name} {last.name}") if last.run else last)
     names = [model.name for model in models]
     if len(set(names)) != len(names):
@@ -192,11 +196,14 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
 
 def _ask_all(
     models: Sequence[Checkpoint], questions: Sequence[Question], folder: Path
-) -> dict[tuple[str, str], list[Answer]]:
-    """Return the answers by task and model, on the problems whose prompts fit every model."""
+) -> tuple[dict[tuple[str, str], list[Answer]], dict[str, str]]:
+    """Return the answers by task and model, on the problems whose prompts fit every model; and the
+    models' dtypes."""
     day = day_of(folder)
     answers: dict[tuple[str, str], list[Answer]] = {}
+    dtypes: dict[str, str] = {}
     for opened in open_each(models):
+        dtypes[opened.name] = opened.dtype
         for question in questions:
             answers[question.name, opened.name] = ask(opened, question, day)
         del opened  # before the next model is opened
@@ -207,7 +214,7 @@ def _ask_all(
             raise UserError(f"{question.name}: no prompt fits the context of every model")
         for key in keys:
             answers[key] = [a for a in answers[key] if a.example.id in fits]
-    return answers
+    return answers, dtypes
 
 
 def _changes(config: EvalConfig, given: Sequence[TaskConfig]) -> str:
