@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +63,8 @@ class Opened:
     """Tokens of prompt and completion together."""
     dtype: str
     """Of the weights, as a recipe names it."""
+    max_batch: int
+    """Completions sampled together."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,21 @@ def _open(one: Checkpoint) -> tuple[Policy, Opened]:
     stops = stop_ids(policy.base, tokenizer)
     sampler = make_sampler(one.engine, policy.base, tokenizer, stops, one.max_batch)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
-    return policy, Opened(one.name, tokenizer, sampler, context, dtype_name(loaded.model))
+    dtype = dtype_name(loaded.model)
+    return policy, Opened(one.name, tokenizer, sampler, context, dtype, one.max_batch)
 
 
-def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
+def ask(
+    model: Opened,
+    question: Question,
+    day: datetime,
+    on_answers: Callable[[int, int], None] = lambda _done, _of: None,
+) -> list[Answer]:
     """Return graded answers, samples of a problem adjacent.
 
     Problems whose prompts leave no room for a completion in the model's context are left out; all
-    of them is an error. `day` is the date that a chat template prints.
+    of them is an error. `day` is the date that a chat template prints. `on_answers` is told how
+    many problems are answered, of how many.
     """
     length = completion_length(model, question)
     prompts = fitting_prompts(model, question, day, length)
@@ -193,8 +202,13 @@ def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
     if question.seeds is not None:
         sampling = sampling._replace(temperature=question.temperature)
         uniforms_BT = uniform_streams(question.seeds, 0, order, question.samples, length)
-    ids = [prompt.ids for prompt in prompts]
-    sampled = model.sampler.sample(ids, question.samples, sampling, uniforms_BT)
+    each, sampled = max(1, model.max_batch // question.samples), []
+    for at in range(0, len(prompts), each):  # as the sampler itself would take them
+        on_answers(at, len(prompts))
+        ids = [prompt.ids for prompt in prompts[at : at + each]]
+        rows = slice(at * question.samples, (at + each) * question.samples)
+        uniforms = None if uniforms_BT is None else uniforms_BT[rows]
+        sampled += model.sampler.sample(ids, question.samples, sampling, uniforms)
     rollouts = as_rollouts(prompts, order, question.samples, sampled)
     return grade_answers(question.task, rollouts, is_cut=question.is_cut)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Group
@@ -147,18 +148,20 @@ def evaluate(
     step: int | None = None,
     also: Sequence[Path] = (),
     given: Sequence[TaskConfig] = (),
+    on_stage: Callable[[str, int, int], None] = lambda _stage, _done, _of: None,
 ) -> Evaluation:
     """Ask a run's base and saved step (None: the last), or a model folder, and those of `also` the
     same problems; write every answer to FOLDER/evals/.
 
-    Of a run in `also` the last step is asked. A task in `given` is asked as it says.
+    Of a run in `also` the last step is asked. A task in `given` is asked as it says. `on_stage` is
+    told who is asked what, and how many problems are answered, of how many.
 
     Example: evaluate(Path("runs/demo"), EvalConfig(num=400)).rows[1].change
     """
     models = _models(folder, step, also)
     recipe = read_recipe(folder) if is_run(folder) else None
     questions = make_questions(config or EvalConfig(), recipe, given)
-    answers, dtypes = _ask_all(models, questions, folder)
+    answers, dtypes = _ask_all(models, questions, folder, on_stage)
     seed = SeedTree(0 if recipe is None else recipe.seed).derive("bootstrap")
     rows = [
         _row(question, model.name, answers, models[0].name, seed)
@@ -195,7 +198,10 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
 
 
 def _ask_all(
-    models: Sequence[Checkpoint], questions: Sequence[Question], folder: Path
+    models: Sequence[Checkpoint],
+    questions: Sequence[Question],
+    folder: Path,
+    on_stage: Callable[[str, int, int], None],
 ) -> tuple[dict[tuple[str, str], list[Answer]], dict[str, str]]:
     """Return the answers by task and model, on the problems whose prompts fit every model; and the
     models' dtypes."""
@@ -205,7 +211,10 @@ def _ask_all(
     for opened in open_each(models):
         dtypes[opened.name] = opened.dtype
         for question in questions:
-            answers[question.name, opened.name] = ask(opened, question, day)
+            stage = f"{opened.name} on {question.name}, {opened.dtype}"
+            answers[question.name, opened.name] = ask(
+                opened, question, day, partial(on_stage, stage)
+            )
         del opened  # before the next model is opened
     for question in questions:
         keys = [(question.name, model.name) for model in models]

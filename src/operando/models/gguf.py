@@ -49,6 +49,7 @@ LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 GPT2 = ("default", "gpt-2")
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 SPECIALS = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
@@ -239,7 +240,8 @@ def _load(file: Path, on_stage: OnStage) -> tuple[PreTrainedTokenizerBase, PreTr
     else:
         _name_specials(opened, tokenizer)
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
-    ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
+    found = (tokenizer.eos_token_id, _turn_end(tokenizer), *_document_ends(tokenizer))
+    ends = dict.fromkeys(i for i in found if i is not None)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_token_id,
@@ -315,6 +317,15 @@ def _begin_as(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
             (token, tokenizer.convert_tokens_to_ids(token)) for token in {*around[0], *around[1]}
         ],
     )
+
+
+def _document_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that end a document in every family that has them.
+
+    A file names one end of sequence, for a chat model that of its turns; llama.cpp knows these by
+    their spelling, and the published generation configs list them beside it.
+    """
+    return [i for i, t in tokenizer.added_tokens_decoder.items() if t.content in DOCUMENT_ENDS]
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -234,7 +234,7 @@ def _opened(subject: Subject, model: RecursiveCausalLM | None = None) -> Opened:
         model, tokenizer, stop_ids(model, tokenizer), draft_tokens=0, halt_threshold=math.inf
     )
     context = model.config.max_position_embeddings
-    return Opened(subject.name, tokenizer, engine, context, dtype_name(model))
+    return Opened(subject.name, tokenizer, engine, context, dtype_name(model), engine.max_batch)
 
 
 # --- the terminal --------------------------------------------------------------------------------
