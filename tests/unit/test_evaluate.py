@@ -173,9 +173,9 @@ def test_a_model_is_let_go_before_the_next_is_opened(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ask_module, "load_model", load)
     models = [Checkpoint("a", ModelConfig()), Checkpoint("b", ModelConfig(id="deep"))]
-    answers = _ask_all(
-        models, [replace(question("words"), examples=question("words").examples[:2])], STARTER
-    )
+    two = replace(question("words"), examples=question("words").examples[:2])
+    answers, dtypes = _ask_all(models, [two], STARTER, lambda _stage, _done, _of: None)
+    assert dtypes == {"a": "float32", "b": "float32"}
     assert len(answers) == 2 and seen == [0, 0]
 
 

@@ -80,8 +80,9 @@ class Gsm8kTaskConfig(Config):
     test: str = "openai/gsm8k"
     """As `train`; the held-out split."""
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
-    """Who says a completion is right: verl strict, verl flexible, or the last number, which must
-    be one number and no part of an expression, a list or a choice."""
+    """Who says a completion is right: verl strict, verl flexible, or the number behind the last
+    "####", else in the last box, else the last one, which must be one number and no part of an
+    expression, a list or a choice."""
     num_train: int | None = Field(default=None, ge=1)
     """Train on the first n problems only; absent means all."""
     num_held_out: int | None = Field(default=None, ge=1)
