@@ -1,4 +1,5 @@
-"""What the terminal shows of a run: a live table on a terminal, else one line an evaluation."""
+"""What the terminal shows of a run: a live table on a terminal, else one line an evaluation, and
+one a minute where steps are slow."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from operando.setup import StepReport
 from operando.tables import TextTable, progress_bar, table
 from operando.text import shown
 
+QUIET = 60.0  # seconds without a line, off a terminal
 SHOWN = (
     ("reward", "reward", "{:.3f}"),
     ("true accuracy, rollouts", "train/correct", "{:.1%}"),
@@ -54,7 +56,7 @@ class RunDisplay:
         self.last: dict[str, float] = {}
         self.held_out: list[tuple[int, float]] = []
         self.sample = ""
-        self.started = time.monotonic()
+        self.started = self.told = time.monotonic()
         self.progress = progress_bar(console, "step {task.completed}/{task.total}")
         self.task = self.progress.add_task("train", total=steps)
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -88,7 +90,8 @@ class RunDisplay:
             self.progress.update(self.task, completed=report.step)
             self.live.update(Group(self._table(), Text(self.sample, style="dim"), self.progress))
             self.live.refresh()
-        elif "eval/correct" in metrics:
+        elif "eval/correct" in metrics or time.monotonic() - self.told >= QUIET:
+            self.told = time.monotonic()
             self.console.print(self._line(report), highlight=False, soft_wrap=True)
 
     def _table(self) -> TextTable:
@@ -108,7 +111,9 @@ class RunDisplay:
     def _line(self, report: StepReport) -> str:
         m: Mapping[str, float] = report.metrics
         seconds = time.monotonic() - self.started
-        text = f"step {report.step}/{report.steps}  held-out {m['eval/correct']:.1%}"
+        text = f"step {report.step}/{report.steps}"
+        if "eval/correct" in m:
+            text += f"  held-out {m['eval/correct']:.1%}"
         for label, key, form in SHOWN:
             if key in m:
                 text += f"  {label} {form.format(m[key])}"

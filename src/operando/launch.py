@@ -25,8 +25,8 @@ from operando.recipe_io import to_toml
 from operando.report.contribution import draw_contribution
 from operando.report.study import StudyResult, write_study
 from operando.rewards.base import RewardFunction
-from operando.run import Run, remove
-from operando.run_folder import read_metrics, read_rows, start_of
+from operando.run import Run, remove, with_dtype
+from operando.run_folder import read_manifest, read_metrics, read_recipe, read_rows, start_of
 from operando.setup import StepReport
 from operando.study.analysis import base_of, pareto_points, rows_of, visible_differences
 from operando.study.arms import LocalRunner, RayRunner, Study, plan, preregister, train_jobs
@@ -156,7 +156,9 @@ def run_study(console: Console, study: Study, at_once: int, on_ray: bool) -> Stu
             train_jobs(list(jobs.values()), local, at_once, lambda job: display.show(job.name))
     values = {}
     with StudyDisplay(console, "asked", *[len(jobs) + len(study.arms)] * 2) as display:
-        for arm, recipe in study.arms.items():
+        for arm, planned in study.arms.items():
+            trained = read_recipe(jobs[arm, study.recipe.seeds[0]].folder)
+            recipe = with_dtype(planned, trained.model.dtype)  # the base is asked in its arm's
             values[base_of(arm)] = read_metrics_of(study, [measure_base(study, recipe)])
             display.show(base_of(arm))
             files = []
@@ -243,11 +245,17 @@ def dry_run(console: Console, recipe: Recipe) -> None:
         run = Run.create(trial)
         try:
             setup = set_up(trial, run, {}, refresh=refresher(trial, start_of(run.folder)))
+            chosen = read_manifest(run.folder).get("dtype")
+            why = chosen["why"] if isinstance(chosen, dict) else None
         finally:
             run.close()
     trainable = setup.policy.trainable()
     count = sum(p.numel() for p in trainable.values())
-    console.print(to_toml(recipe), highlight=False, markup=False, soft_wrap=True)
+    dtype = setup.recipe.model.dtype
+    text = to_toml(with_dtype(recipe, dtype))
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if why is not None:
+        console.print(f'model.dtype = "auto" is {dtype} here: {why}', highlight=False)
     for line in [] if setup.memory is None else memory_lines(setup.memory):
         console.print(line, highlight=False, markup=False)
     console.print(

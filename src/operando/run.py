@@ -31,6 +31,7 @@ import torch
 from operando.errors import UserError
 from operando.files import plain
 from operando.owned import FolderLock, part_of
+from operando.recipe.data import ModelDtype
 from operando.recipe.run import Recipe
 from operando.recipe_io import to_toml
 from operando.run_folder import FORMAT, STARTED, metric_lines, read_manifest, read_recipe, step_of
@@ -195,6 +196,8 @@ class Run:
         recipe must be the one it began with."""
         folder = Path(recipe.runs_dir) / recipe.name
         old = read_recipe(folder)
+        if recipe.model.dtype == "auto":  # the run keeps what it is on the machine it began on
+            recipe = with_dtype(recipe, old.model.dtype)
         if old != recipe:
             changed = differences(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
             raise UserError(
@@ -207,6 +210,14 @@ class Run:
     def follow(cls, recipe: Recipe) -> Run:
         """Return the run that rank 0 made or resumed, for the other ranks; they write nothing."""
         return cls(Path(recipe.runs_dir) / recipe.name, recipe)
+
+    def settle_dtype(self, dtype: ModelDtype) -> None:
+        """Put what model.dtype = "auto" was into recipe.toml, so that every reader goes by it."""
+        if self.recipe.model.dtype == dtype:
+            return
+        self.recipe = with_dtype(self.recipe, dtype)
+        with atomic_path(self.folder / "recipe.toml") as temporary:
+            temporary.write_text(to_toml(self.recipe), encoding="utf-8")
 
     def warnings(self) -> list[str]:
         """Return the warnings so far."""
@@ -269,6 +280,11 @@ class Run:
         self._metrics.close()
         if self._lock is not None:
             self._lock.release()
+
+
+def with_dtype(recipe: Recipe, dtype: ModelDtype) -> Recipe:
+    """Return the recipe with another model.dtype."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
 def _list(value: object) -> list[object]:

@@ -22,9 +22,13 @@ from operando.models.freeze import Insulation, joint_digest
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
 from operando.models.load import (
+    DtypeChoice,
     Loaded,
+    Opened,
     auto_class,
     bfloat16_slowdown,
+    choose_dtype,
+    dtype_name,
     load_model,
     open_model,
     opened_of,
@@ -37,6 +41,7 @@ from operando.models.policy import Policy
 from operando.models.scoring import Tap, whole_site
 from operando.models.steering import change_for, hook_blocks
 from operando.models.tokens import check_stop
+from operando.recipe.data import ModelDtype
 from operando.recipe.projection import SuppressIntervention
 from operando.recipe.run import Recipe
 from operando.recipe.update import GaeAdvantage
@@ -46,7 +51,7 @@ from operando.rewards.shift import Shift, make_shift
 from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Sampler
 from operando.rollout.steered import SteeredSampler
-from operando.run import Run
+from operando.run import Run, with_dtype
 from operando.run_folder import read_manifest, read_metrics, start_of
 from operando.sae.feature_set import model_digest
 from operando.tasks.base import Task
@@ -108,7 +113,7 @@ def set_up(
 
     `task` is one of the caller's own, of a recipe whose task.kind is "python".
     """
-    if recipe.model.dtype != "float32" and recipe.model.lora is None:
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
         raise UserError(
             f"model.dtype = {recipe.model.dtype!r} without model.lora: the trained weights would "
             "be 16 bit, and small steps are rounded away (50 steps at lr 1e-6 leave 98 % as "
@@ -126,6 +131,7 @@ def set_up(
     parts = make_parts(recipe, task, functions)
     opened = open_model(recipe.model) if loaded is None else opened_of(loaded)
     config, device = opened.config, opened.device
+    recipe, chosen = settle_dtype(recipe, run, opened, loaded)
     train_prompts, held_out_prompts = make_prompt_sets(
         recipe, task, opened.tokenizer, config, start_of(run.folder)
     )
@@ -176,7 +182,9 @@ def set_up(
         kl_coef=recipe.kl.coef if recipe.kl is not None else 0.0,
     )
     if parallel.rank() == 0:
+        run.settle_dtype(recipe.model.dtype)
         run.note(
+            **({} if chosen is None else {"dtype": chosen._asdict()}),
             model=loaded.identity,
             model_class=auto_class(loaded.model.config).__name__,
             model_type=loaded.model.config.model_type,
@@ -199,6 +207,31 @@ def set_up(
         if sampler.name == "hf" and recipe.rollout.engine == "auto":
             run.warn("this model is sampled with HF generate: the engine does not support it")
     return setup
+
+
+def settle_dtype(
+    recipe: Recipe, run: Run, opened: Opened, loaded: Loaded | None
+) -> tuple[Recipe, DtypeChoice | None]:
+    """Return the recipe with a dtype in the place of "auto", and why it is that one.
+
+    A run that has begun keeps what it began with, on whatever machine it goes on: None, as where
+    the recipe names a dtype itself.
+    """
+    if recipe.model.dtype != "auto":
+        return recipe, None
+    kept: ModelDtype = run.recipe.model.dtype
+    chosen: DtypeChoice | None = None
+    if kept == "auto":
+        chosen = (
+            choose_dtype(recipe.model, opened)
+            if loaded is None
+            else DtypeChoice(dtype_name(loaded.model), "the model was given loaded")
+        )
+        kept = chosen.dtype
+    # Rank 0's: it alone has read the run folder, and a measurement may differ by machine.
+    mine: tuple[ModelDtype, DtypeChoice | None] = (kept, chosen)
+    kept, chosen = parallel.gather_list([mine])[0]
+    return with_dtype(recipe, kept), chosen
 
 
 def check_room(
@@ -248,7 +281,7 @@ def make_projector(
     config = recipe.projection
     if config is None:
         return None
-    directions = open_directions(config.directions, recipe, policy)
+    directions = open_directions(config.directions, policy)
     noise = run.seeds.generator("projection", "null")
     folder = run.folder / "directions"
     projector = Projector(config, policy, optimizer, directions, folder, noise, refresh)
@@ -257,10 +290,10 @@ def make_projector(
     return projector
 
 
-def open_directions(path: str, recipe: Recipe, policy: Policy) -> DirectionSet:
+def open_directions(path: str, policy: Policy) -> DirectionSet:
     """Return the directions of a file, which must be of the recipe's model and dtype."""
     directions = load_directions(path)
-    check_directions(directions, path, model_digest(policy.identity), recipe.model.dtype)
+    check_directions(directions, path, model_digest(policy.identity), dtype_name(policy.base))
     return directions
 
 
@@ -270,7 +303,7 @@ def open_shift(recipe: Recipe, task: Task, policy: Policy) -> Shift | None:
     if config is None:
         return None
     path = config.directions
-    directions = open_directions(path, recipe, policy) if path else None
+    directions = open_directions(path, policy) if path else None
     return make_shift(config, directions, task, recipe.rollout.num_generations)
 
 
@@ -286,7 +319,7 @@ def steered(recipe: Recipe, policy: Policy, sampler: Sampler) -> Sampler:
     config = recipe.intervention
     if config is None:
         return sampler
-    directions = open_directions(config.directions, recipe, policy)
+    directions = open_directions(config.directions, policy)
     layers = directions.layers
     if config.layers:
         layers = parse_layer_set(config.layers, len(policy.blocks))

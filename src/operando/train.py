@@ -84,6 +84,7 @@ def train(
     Example: train(recipe, Run.create(recipe), functions={"mine": f})
     """
     setup = set_up(recipe, run, functions or {}, loaded, refresh, task)
+    recipe = setup.recipe
     tracked = recipe.tracking if parallel.rank() == 0 else TrackingConfig()
     tracker = open_tracker(tracked, recipe.name, recipe.model_dump(mode="json"))
     add_transforms(setup, gradient_transforms, update_transforms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from operando import cli
 from operando.evals.evaluate import evaluate
 from operando.evals.questions import EvalConfig
+from operando.models.load import STARTER
 from tests.integration.runs import tiny, trained
 
 
@@ -81,6 +83,8 @@ def test_three_tasks_from_local_files(
         r"answers_step_00002_gsm8k-mmlu-math500_raw_greedy_[0-9a-f]{6}.parquet", name
     )
     assert "1 too long" in said.err
+    for stage in ("base on gsm8k, float32", "step 2 on mmlu, float32"):
+        assert f" s  {stage}\n" in said.err
     every = pq.read_table(out[-1]).to_pylist()
     rows = [r for r in every if r["model"] == "base"]
     assert len(every) == 10 and {r["model"] for r in every} == {"base", "step 2"}
@@ -92,6 +96,21 @@ def test_three_tasks_from_local_files(
     assert first["example_id"] == "gsm8k/test/0" and first["answer"] == "5"
     assert rows[2]["prompt"].endswith("\nD. never\nAnswer:")
     assert rows[4]["prompt"] == "Q: What is 1+1?\nPut the final answer in \\boxed{}.\nA:"
+
+
+def test_an_imported_model_is_asked_by_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPERANDO_HOME", str(tmp_path / "home"))
+    (tmp_path / "home/models").mkdir(parents=True)
+    shutil.copytree(STARTER, tmp_path / "home/models/mine")
+    monkeypatch.chdir(tmp_path)
+    asked = ("--tasks", "gsm8k", "--data", f"gsm8k={data / 'gsm8k.jsonl'}", "--num", "2")
+    assert run_cli(monkeypatch, "eval", "mine", *asked) == 0
+    file = Path(capsys.readouterr().out.strip().splitlines()[-1])
+    assert file.parent == tmp_path / "home/models/mine/evals"
+    assert run_cli(monkeypatch, "eval", "mime", *asked) == 2
+    assert "mine" in capsys.readouterr().err
 
 
 def test_both_arms_are_asked_the_same_and_answer_apart(run: Path, data: Path) -> None:

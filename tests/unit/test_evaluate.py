@@ -118,6 +118,21 @@ def test_the_limit_holds_the_gold_answers_or_is_an_error() -> None:
         completion_length(roomy, replace(asked, max_completion_length=128))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_asking_in_parts_changes_no_answer_and_tells_how_far_it_is(samples: int) -> None:
+    asked = question("words")
+    if samples > 1:
+        asked = replace(asked, samples=samples, seeds=SeedTree(4))
+    told: list[tuple[int, int]] = []
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    (opened,) = open_each([Checkpoint("starter", ModelConfig(), max_batch=8)])
+    some = ask(opened, asked, day, lambda done, of: told.append((done, of)))
+    whole = ask(replace(opened, max_batch=len(asked.examples) * samples), asked, day)
+    assert [a.text for a in some] == [a.text for a in whole]
+    step = 8 // samples
+    assert told == [(at, len(asked.examples)) for at in range(0, len(asked.examples), step)]
+
+
 @pytest.mark.parametrize("kind", ASKABLE)
 def test_every_task_has_a_text_of_its_own_question_and_answer(kind: str) -> None:
     """A new kind is asked by name with no other place to enter it."""
@@ -158,9 +173,9 @@ def test_a_model_is_let_go_before_the_next_is_opened(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ask_module, "load_model", load)
     models = [Checkpoint("a", ModelConfig()), Checkpoint("b", ModelConfig(id="deep"))]
-    answers = _ask_all(
-        models, [replace(question("words"), examples=question("words").examples[:2])], STARTER
-    )
+    two = replace(question("words"), examples=question("words").examples[:2])
+    answers, dtypes = _ask_all(models, [two], STARTER, lambda _stage, _done, _of: None)
+    assert dtypes == {"a": "float32", "b": "float32"}
     assert len(answers) == 2 and seen == [0, 0]
 
 

@@ -106,6 +106,7 @@ def write(
     model: PreTrainedModel,
     *extra: Keys,
     tensors: Mapping[str, np.ndarray] | None = None,
+    raw: Mapping[str, tuple[torch.Tensor, str]] | None = None,
     copy_head: bool = False,
 ) -> Path:
     """Write a model as llama.cpp would: its names, its order of q and k, Gemma's norms plus one."""
@@ -150,7 +151,11 @@ def write(
         assert tied
         found["output.weight"] = found["token_embd.weight"]
     for name, weight in found.items():
-        writer.add_tensor(name, weight)
+        if name not in (raw or {}):
+            writer.add_tensor(name, weight)
+    for name, (given, kind) in (raw or {}).items():
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(given.numpy(), number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -332,3 +337,53 @@ def test_what_can_not_be_honoured_is_named(
     file = write(tmp_path / "x.gguf", "llama", llama(), *extra, **more)
     with pytest.raises(UserError, match=said):
         read_model(GgufFile.open(file))
+
+
+def two_copies(file: Path, head: torch.Tensor, kinds: tuple[str, str]) -> PreTrainedModel:
+    """Read a Qwen2 whose embedding and `head` are written each in a quantisation of its own."""
+    model = qwen2(tie_word_embeddings=True)
+    embedding = model.get_input_embeddings().weight.detach()
+    found = {"token_embd.weight": embedding, "output.weight": head}
+    write(file, "qwen2", model, raw={n: (found[n], k) for n, k in zip(found, kinds, strict=True)})
+    return read_model(GgufFile.open(file))
+
+
+def as_stored(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    number = gguf.GGMLQuantizationType[kind]
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), number), number))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "finer"),
+    [(("Q5_0", "Q8_0"), "Q8_0"), (("Q8_0", "Q4_0"), "Q8_0"), (("Q4_0", "F16"), "F16")],
+)
+def test_two_quantisations_of_one_matrix_are_tied_and_the_finer_stands_for_both(
+    kinds: tuple[str, str], finer: str, tmp_path: Path
+) -> None:
+    embedding = qwen2(tie_word_embeddings=True).get_input_embeddings().weight.detach()
+    read = two_copies(tmp_path / "x.gguf", embedding, kinds)
+    assert read.config.tie_word_embeddings
+    assert read.get_output_embeddings().weight is read.get_input_embeddings().weight
+    assert torch.equal(read.get_input_embeddings().weight, as_stored(embedding, finer))
+
+
+@pytest.mark.parametrize("kinds", [("Q5_0", "Q8_0"), ("Q8_0", "Q8_0"), ("F32", "F32")])
+@pytest.mark.parametrize("moved", [0.2, 1.0])
+def test_a_head_that_was_trained_away_from_the_embedding_stays_its_own(
+    kinds: tuple[str, str], moved: float, tmp_path: Path
+) -> None:
+    embedding = qwen2(tie_word_embeddings=True).get_input_embeddings().weight.detach()
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(3))
+    head = embedding + moved * float(embedding.std()) * noise
+    read = two_copies(tmp_path / "x.gguf", head, kinds)
+    assert not read.config.tie_word_embeddings
+    assert torch.equal(read.get_output_embeddings().weight, as_stored(head, kinds[1]))
+    assert torch.equal(read.get_input_embeddings().weight, as_stored(embedding, kinds[0]))
+
+
+def test_a_head_that_was_not_quantised_is_the_embedding_only_if_every_bit_is(
+    tmp_path: Path,
+) -> None:
+    embedding = qwen2(tie_word_embeddings=True).get_input_embeddings().weight.detach()
+    read = two_copies(tmp_path / "x.gguf", embedding * 1.001, ("F32", "F32"))
+    assert not read.config.tie_word_embeddings

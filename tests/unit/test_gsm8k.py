@@ -31,6 +31,16 @@ needs_data = pytest.mark.skipif(
 # completion, gold, verl strict, verl flexible, last number
 GOLDEN = [
     ("So it is 72.\n#### 72", "72", True, True, True),
+    (r"She saves \(\boxed{6}\) dollars by buying 18 flowers.", "6", False, False, True),
+    (r"She saves \(\boxed{6}\) dollars by buying 18 flowers.", "18", False, True, False),
+    (r"\[ \boxed{575 \text{ miles}} \] after 4 hours", "575", False, False, True),
+    (r"\boxed{5} no, \boxed{\$1,000.00}", "1000", False, False, True),
+    (r"\boxed{20 - 5 = 15}", "15", False, True, True),
+    (r"\boxed{20 - 5}", "5", False, True, False),
+    (r"\boxed{12 or 13}", "13", False, True, False),
+    (r"\boxed{x} of 72", "72", False, True, False),
+    (r"\boxed{71}" + "\n#### 72", "72", True, True, True),
+    (r"the answer is \boxed{72", "72", False, True, True),
     ("#### 71", "72", False, False, False),
     ("####72", "72", False, True, True),
     ("####  72", "72", False, True, True),

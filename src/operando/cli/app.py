@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from operando.errors import UserError, nearest
 from operando.owned import owned
 
 app = typer.Typer(
@@ -38,6 +39,22 @@ def own_run(folder: Path) -> None:
 
     read_recipe(folder)
     own(folder)
+
+
+def model_or_run(given: Path) -> Path:
+    """Return the folder given, or an imported model's where it is no folder but such a name."""
+    from operando.models.home import cache_folder, imported_models
+
+    if given.exists():
+        return given
+    names = imported_models()
+    if str(given) in names:
+        return cache_folder() / "models" / given
+    raise UserError(
+        f"{given}: neither a run folder (with manifest.json) nor a model folder (with "
+        f"config.json), nor an imported model.{nearest(str(given), names)} Imported: "
+        f"{', '.join(names) or 'none'}"
+    )
 
 
 def own_if_run(folder: Path) -> None:

@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
-from operando.cli.app import Overrides, app, own_if_run, own_run
+from operando.cli.app import Overrides, app, model_or_run, own_if_run, own_run
 from operando.errors import UserError
 
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or model folder.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run or model folder, or a name that `operando import` made."
+        ),
+    ],
     num: Annotated[int | None, typer.Option(min=1, help="Held-out problems; default: all.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="A saved step; default: last.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
@@ -21,7 +26,7 @@ def evaluate(
         str | None, typer.Option(help="Such as gsm8k,mmlu or words; default: the run's own.")
     ] = None,
     also: Annotated[
-        list[Path] | None, typer.Option(help="One more run or model folder, beside the first.")
+        list[Path] | None, typer.Option(help="One more run or model, beside the first.")
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="Nodes of the graphs asked, such as 4,5,8.")
@@ -43,8 +48,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Ask the base, the trained model and others the same held-out problems, and compare them."""
+    run, others = model_or_run(run), [model_or_run(one) for one in also or []]
     own_if_run(run)
-    from operando.display import make_console
+    from operando.display import StageDisplay, make_console
     from operando.evals.evaluate import eval_config, evaluation_tables
     from operando.evals.evaluate import evaluate as evaluate_models
     from operando.launch import quieten_libraries
@@ -63,8 +69,10 @@ def evaluate(
         sizes,
     )
     quieten_libraries()
-    result = evaluate_models(run, config, step=step, also=also or [])
-    make_console().print(evaluation_tables(result), highlight=False, markup=False)
+    console = make_console()
+    with StageDisplay(console) as display:
+        result = evaluate_models(run, config, step=step, also=others, on_stage=display.show)
+    console.print(evaluation_tables(result), highlight=False, markup=False)
     print(result.file)
 
 

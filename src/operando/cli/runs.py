@@ -155,9 +155,17 @@ def import_model(
     ),
 ) -> None:
     """Import a model file into the local cache; train it with model.id = NAME."""
+    from operando.display import StageDisplay, make_console
+    from operando.launch import quieten_libraries
     from operando.models.gguf import import_gguf, import_smollm2
 
-    folder = import_smollm2() if source == "smollm2" else import_gguf(Path(source), name)
+    quieten_libraries()
+    with StageDisplay(make_console()) as display:
+        folder = (
+            import_smollm2(display.show)
+            if source == "smollm2"
+            else import_gguf(Path(source), name, display.show)
+        )
     print(folder)
 
 

@@ -24,7 +24,7 @@ from operando.models import directions as dr
 from operando.models.directions import DirectionArm, DirectionSet
 from operando.models.hooks import ActivationReader
 from operando.models.layers import parse_layer_set
-from operando.models.load import Loaded, load_model, stop_ids
+from operando.models.load import Loaded, dtype_name, load_model, stop_ids
 from operando.models.policy import Policy
 from operando.models.tokens import text_ids
 from operando.recipe.run import Recipe
@@ -259,7 +259,7 @@ def _made(bench: Workbench, read: _Read, arm: DirectionArm, v_D: Tensor) -> Dire
         config.position,
         recipe.model.id,
         model_digest(bench.loaded.identity),
-        recipe.model.dtype,
+        dtype_name(bench.loaded.model),
         share,
         modules=_own_rows(bench, arm, v_D, read.own),
         inputs=read.inputs,
@@ -395,7 +395,9 @@ def validate(recipe: Recipe) -> dict[str, Interval]:
     for arm in ARMS:
         file = Path(recipe.runs_dir) / f"{recipe.name}_directions" / f"{arm}.safetensors"
         made = dr.load_directions(file)
-        dr.check_directions(made, file, model_digest(bench.loaded.identity), recipe.model.dtype)
+        dr.check_directions(
+            made, file, model_digest(bench.loaded.identity), dtype_name(bench.loaded.model)
+        )
         if made.layers != bench.layers:
             raise UserError(
                 f"{file} is of layers {list(made.layers)}, the recipe's {list(bench.layers)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from operando.errors import UserError
-from operando.models.load import load_model, stop_ids
+from operando.models.load import Dtype, choose_dtype, dtype_name, load_model, open_model, stop_ids
 from operando.models.policy import Policy
 from operando.recipe.data import ModelConfig, PromptConfig
 from operando.rollout.greedy_eval import grade
@@ -61,6 +61,10 @@ class Opened:
     sampler: Sampler
     context: int
     """Tokens of prompt and completion together."""
+    dtype: str
+    """Of the weights, as a recipe names it."""
+    max_batch: int
+    """Completions sampled together."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,19 @@ def day_of(folder: Path) -> datetime:
     return start_of(folder) if is_run(folder) else datetime.now(UTC)
 
 
-def checkpoints(folder: Path, step: int | None = None) -> list[Checkpoint]:
-    """Return a run's base and saved step (None: the last), or the one model of a model folder."""
+def checkpoints(
+    folder: Path, step: int | None = None, dtype: Dtype | None = None
+) -> list[Checkpoint]:
+    """Return a run's base and saved step (None: the last), or the one model of a model folder.
+
+    `dtype` is a model folder's; None: what "auto" is for a model that is only asked.
+    """
     if not is_run(folder):
         if step is not None:
             raise UserError(f"--step {step}: {folder} is a model folder; it has no steps")
-        return [Checkpoint(folder.name, ModelConfig(id=str(folder)))]
+        config = ModelConfig(id=str(folder))
+        dtype = dtype or choose_dtype(config, open_model(config), frozen=True).dtype
+        return [Checkpoint(folder.name, config.model_copy(update={"dtype": dtype}))]
     recipe, at = read_recipe(folder), pick_step(folder, step)
     engine, rows = recipe.rollout.engine, recipe.rollout.max_batch
     return [
@@ -166,14 +177,21 @@ def _open(one: Checkpoint) -> tuple[Policy, Opened]:
     stops = stop_ids(policy.base, tokenizer)
     sampler = make_sampler(one.engine, policy.base, tokenizer, stops, one.max_batch)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
-    return policy, Opened(one.name, tokenizer, sampler, context)
+    dtype = dtype_name(loaded.model)
+    return policy, Opened(one.name, tokenizer, sampler, context, dtype, one.max_batch)
 
 
-def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
+def ask(
+    model: Opened,
+    question: Question,
+    day: datetime,
+    on_answers: Callable[[int, int], None] = lambda _done, _of: None,
+) -> list[Answer]:
     """Return graded answers, samples of a problem adjacent.
 
     Problems whose prompts leave no room for a completion in the model's context are left out; all
-    of them is an error. `day` is the date that a chat template prints.
+    of them is an error. `day` is the date that a chat template prints. `on_answers` is told how
+    many problems are answered, of how many.
     """
     length = completion_length(model, question)
     prompts = fitting_prompts(model, question, day, length)
@@ -184,8 +202,11 @@ def ask(model: Opened, question: Question, day: datetime) -> list[Answer]:
     if question.seeds is not None:
         sampling = sampling._replace(temperature=question.temperature)
         uniforms_BT = uniform_streams(question.seeds, 0, order, question.samples, length)
-    ids = [prompt.ids for prompt in prompts]
-    sampled = model.sampler.sample(Request(ids, question.samples, sampling, uniforms_BT))
+    request = Request([p.ids for p in prompts], question.samples, sampling, uniforms_BT)
+    sampled = []
+    for at, chunk in request.chunks(model.max_batch):  # as the sampler itself would take them
+        on_answers(at, len(prompts))
+        sampled += model.sampler.sample(chunk)
     rollouts = as_rollouts(prompts, order, question.samples, sampled)
     return grade_answers(question.task, rollouts, is_cut=question.is_cut)
 

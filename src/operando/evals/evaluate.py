@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Group
@@ -149,18 +150,20 @@ def evaluate(
     step: int | None = None,
     also: Sequence[Path] = (),
     given: Sequence[TaskConfig] = (),
+    on_stage: Callable[[str, int, int], None] = lambda _stage, _done, _of: None,
 ) -> Evaluation:
     """Ask a run's base and saved step (None: the last), or a model folder, and those of `also` the
     same problems; write every answer to FOLDER/evals/.
 
-    Of a run in `also` the last step is asked. A task in `given` is asked as it says.
+    Of a run in `also` the last step is asked. A task in `given` is asked as it says. `on_stage` is
+    told who is asked what, and how many problems are answered, of how many.
 
     Example: evaluate(Path("runs/demo"), EvalConfig(num=400)).rows[1].change
     """
     models = _models(folder, step, also)
     recipe = read_recipe(folder) if is_run(folder) else None
     questions = make_questions(config or EvalConfig(), recipe, given)
-    answers = _ask_all(models, questions, folder)
+    answers, dtypes = _ask_all(models, questions, folder, on_stage)
     seed = SeedTree(0 if recipe is None else recipe.seed).derive("bootstrap")
     rows = [
         _row(question, model.name, answers, models[0].name, seed)
@@ -173,6 +176,7 @@ def evaluate(
     graded_by = {question.name: question.task.graded_by for question in questions}
     columns = answer_columns(answers)
     columns["graded_by"] = [graded_by[str(task)] for task in columns["task"]]
+    columns["dtype"] = [dtypes[str(model)] for model in columns["model"]]
     write_parquet(file, columns)
     return Evaluation(tuple(rows), file)
 
@@ -183,8 +187,11 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
         base, trained = models
         name = f"base {Path(base.config.id).name}"
         models = [base._replace(name=name), trained._replace(name=f"{folder.name} {trained.name}")]
+    # Beside a run a model folder is asked in the run's dtype, or the dtypes would be compared too.
+    own = models[0].config.dtype
+    kept = own if len(models) == 2 and own != "auto" else None
     for other in also:
-        last = checkpoints(other)[-1]
+        last = checkpoints(other, dtype=kept)[-1]
         models.append(last._replace(name=f"{other.name} {last.name}") if last.run else last)
     names = [model.name for model in models]
     if len(set(names)) != len(names):
@@ -193,14 +200,23 @@ def _models(folder: Path, step: int | None, also: Sequence[Path]) -> list[Checkp
 
 
 def _ask_all(
-    models: Sequence[Checkpoint], questions: Sequence[Question], folder: Path
-) -> dict[tuple[str, str], list[Answer]]:
-    """Return the answers by task and model, on the problems whose prompts fit every model."""
+    models: Sequence[Checkpoint],
+    questions: Sequence[Question],
+    folder: Path,
+    on_stage: Callable[[str, int, int], None],
+) -> tuple[dict[tuple[str, str], list[Answer]], dict[str, str]]:
+    """Return the answers by task and model, on the problems whose prompts fit every model; and the
+    models' dtypes."""
     day = day_of(folder)
     answers: dict[tuple[str, str], list[Answer]] = {}
+    dtypes: dict[str, str] = {}
     for opened in open_each(models):
+        dtypes[opened.name] = opened.dtype
         for question in questions:
-            answers[question.name, opened.name] = ask(opened, question, day)
+            stage = f"{opened.name} on {question.name}, {opened.dtype}"
+            answers[question.name, opened.name] = ask(
+                opened, question, day, partial(on_stage, stage)
+            )
         del opened  # before the next model is opened
     for question in questions:
         keys = [(question.name, model.name) for model in models]
@@ -209,7 +225,7 @@ def _ask_all(
             raise UserError(f"{question.name}: no prompt fits the context of every model")
         for key in keys:
             answers[key] = [a for a in answers[key] if a.example.id in fits]
-    return answers
+    return answers, dtypes
 
 
 def _changes(config: EvalConfig, given: Sequence[TaskConfig]) -> str:

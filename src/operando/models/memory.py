@@ -24,7 +24,7 @@ GIB = 2**30
 OVERHEAD = 3 * GIB // 2  # CUDA's context, its libraries and what the allocator can't use
 NF4_BYTES = 0.5 + 4 / 64  # four bits a weight, and a float32 scale for 64 of them
 FAMILY = ("llama", "qwen2", "qwen3", "gemma")
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"auto": 4, "float32": 4, "bfloat16": 2}  # "auto", not yet settled: the larger
 
 
 class Shapes(NamedTuple):

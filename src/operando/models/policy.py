@@ -155,10 +155,10 @@ class Policy:
 
     def shard(self) -> None:
         """Shard the model over the ranks (FSDP2); LoRA needs float32 weights beside its own."""
-        if self.config.lora is not None and self.config.dtype != "float32":
+        if self.config.lora is not None and self.base.dtype != torch.float32:
             raise UserError(
                 f'parallel.kind = "fsdp" with LoRA needs model.dtype = "float32", got '
-                f"{self.config.dtype!r}; or use ddp"
+                f"{str(self.base.dtype).removeprefix('torch.')!r}; or use ddp"
             )
         self.first_trained = 0  # a sharded block is gathered whether it computes or not
         parallel.shard_model(self.base.get_decoder(), self.blocks)

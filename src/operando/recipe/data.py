@@ -24,15 +24,21 @@ class LoraConfig(Config):
     """Names of the linear modules inside a decoder block that get an update."""
 
 
+ModelDtype = Literal["auto", "float32", "bfloat16"]
+
+
 class ModelConfig(Config):
     id: Annotated[str, Field(min_length=1)] = "starter"
     """"starter" or "deep" (in the package), a name made by `operando import`, a folder, a GGUF
     file, or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub id; absent means the hub's main."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: ModelDtype = "auto"
     """Of the frozen weights. Trained weights and all losses are float32, so bfloat16 needs `lora`.
-    (No float16: its gradients need a loss scale, which operando does not have.)"""
+    "auto": float32 without `lora`, for recursive models and up to 100 million parameters; else
+    bfloat16 on CUDA, and on a CPU that multiplies it at least 1.5 times as fast as float32. What
+    was chosen stands in the run's recipe.toml, and its manifest says why. (No float16: its
+    gradients need a loss scale, which operando does not have.)"""
     tf32: bool = False
     """On a CUDA device, multiply float32 matrices in TF32, with 10 bits of mantissa in place of 23:
     faster, and `sampler/gap_mean` says what it costs."""
@@ -80,8 +86,9 @@ class Gsm8kTaskConfig(Config):
     test: str = "openai/gsm8k"
     """As `train`; the held-out split."""
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
-    """Who says a completion is right: verl strict, verl flexible, or the last number, which must
-    be one number and no part of an expression, a list or a choice."""
+    """Who says a completion is right: verl strict, verl flexible, or the number behind the last
+    "####", else in the last box, else the last one, which must be one number and no part of an
+    expression, a list or a choice."""
     num_train: int | None = Field(default=None, ge=1)
     """Train on the first n problems only; absent means all."""
     num_held_out: int | None = Field(default=None, ge=1)

@@ -20,7 +20,7 @@ class ScorerReward(Config):
     kind: Literal["scorer"]
     """1 where one of the GSM8K scorers says right, else 0, whatever the task's verifier says."""
     scorer: Literal["strict", "flexible", "last_number"] = "last_number"
-    """verl strict ("#### n"), verl flexible, or the last number."""
+    """verl strict ("#### n"), verl flexible, or the number after "####", in a box, or the last."""
     weight: float = 1.0
     """Factor on this reward in the sum of rewards."""
 

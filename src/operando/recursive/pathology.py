@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from operando.errors import UserError
 from operando.evals.ask import Opened, Question, ask, day_of, fitting_prompts, gold_answers, is_run
 from operando.evals.questions import ASKABLE, task_prompt
-from operando.models.load import pad_id, stop_ids
+from operando.models.load import dtype_name, pad_id, stop_ids
 from operando.models.recursive import RecursiveCausalLM
 from operando.models.tokens import text_ids
 from operando.recipe.base import Config
@@ -233,7 +233,8 @@ def _opened(subject: Subject, model: RecursiveCausalLM | None = None) -> Opened:
     engine = RecursiveEngine(
         model, tokenizer, stop_ids(model, tokenizer), draft_tokens=0, halt_threshold=math.inf
     )
-    return Opened(subject.name, tokenizer, engine, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    return Opened(subject.name, tokenizer, engine, context, dtype_name(model), engine.max_batch)
 
 
 # --- the terminal --------------------------------------------------------------------------------

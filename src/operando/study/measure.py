@@ -18,6 +18,7 @@ from operando.files import read_object
 from operando.recipe.data import ModelConfig
 from operando.recipe.run import Recipe
 from operando.run import SeedTree, hash_file, write_json, write_parquet
+from operando.run_folder import read_recipe
 from operando.study.arms import Job, Study, start_of_study
 from operando.tables import read_parquet
 from operando.update.checkpoint import checkpoint_folder, pick_step
@@ -84,7 +85,8 @@ def answer(
     (null in the sets whose task does not give it).
     """
     engine, rows = recipe.rollout.engine, recipe.rollout.max_batch
-    checkpoint = Checkpoint(recipe.name, recipe.model, run, step or 0, engine, rows)
+    model = recipe.model if run is None else read_recipe(run).model  # with the dtype it began with
+    checkpoint = Checkpoint(recipe.name, model, run, step or 0, engine, rows)
     (opened,) = open_each([checkpoint])
     labels = sorted({label for names in study.label_names.values() for label in names})
     heads = ("set", "example_id", "sample", "completion", "correct", "truncated", *labels)

@@ -24,6 +24,7 @@ from operando.recipe.data import Gsm8kTaskConfig
 from operando.run import hash_file
 from operando.tasks.base import Task, TaskText
 from operando.tasks.files import Row, Source, read_rows
+from operando.tasks.math500 import last_boxed
 from operando.types import Example, Verdict
 
 TEXT = TaskText()
@@ -109,7 +110,10 @@ def last_number(completion: str, gold: str) -> Verdict:
     "=", no "or", and no operator before it: "72 (of 80)" is 72, but "2(3+4)", "72 - (8)" and
     "12 (13)" are none.
 
-    Without '####' it is the last number, which must not hang on the one before it by an operator,
+    Without '####' it is what stands in the last closed \\boxed{}, read in the same way: models that
+    were taught mathematics answer so, and go on ("\\boxed{6} dollars for 18 flowers").
+
+    Without either it is the last number, which must not hang on the one before it by an operator,
     a bracket, a comma without a space or an "or": "80-72" is no 72. A space or a comma with a space
     is prose: "On day 2 100 people" is 100 and "In 2020, 18" is 18.
 
@@ -122,16 +126,18 @@ def last_number(completion: str, gold: str) -> Verdict:
     """
     text = POWER.sub(r"\g<unit>", BULLET.sub("", completion))
     _, mark, after = text.rpartition("####")
-    if mark:
-        line = BOLD.sub(r"\1", after.strip().partition("\n")[0])
+    box = None if mark else last_boxed(text)
+    if mark or box is not None:
+        where = "after '####'" if mark else "in the last box"
+        line = BOLD.sub(r"\1", after.strip().partition("\n")[0]) if box is None else box
         before = ASIDE.sub("", line)
         line = before if NUMBER.search(before) else line
         line = next((part for part in reversed(line.split("=")) if NUMBER.search(part)), line)
         found = list(NUMBER.finditer(line))
         if not found:
-            return Verdict(False, "no number after '####'")
+            return Verdict(False, f"no number {where}")
         if len({_value(one) for one in found}) > 1 or _is_joined(line, found, JOINED):
-            return Verdict(False, f"no one number after '####': {line.strip()[:80]}")
+            return Verdict(False, f"no one number {where}: {line.strip()[:80]}")
     else:
         found = list(PROSE_NUMBER.finditer(text))
         if not found:
