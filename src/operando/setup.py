@@ -55,7 +55,7 @@ from operando.run import Run, with_dtype
 from operando.run_folder import read_manifest, read_metrics, start_of
 from operando.sae.feature_set import model_digest
 from operando.tasks.base import Task
-from operando.tasks.load import given_task, load_task
+from operando.tasks.load import recipe_task
 from operando.tasks.prompts import make_prompts, missing_start
 from operando.types import Batch, Prompt, Rewards, Rollout, Trace
 from operando.update import checks
@@ -124,7 +124,7 @@ def set_up(
             f"rollout.num_prompts = {recipe.rollout.num_prompts} does not divide over "
             f"{parallel.world_size()} processes"
         )
-    task = load_task(recipe.task) if task is None else given_task(recipe.task, task)
+    task = recipe_task(recipe, task)
     examples_sha256 = check_examples(run, task)
     if not task.train:
         raise UserError(f"task {task.name} is for evaluation: it has no training split")

@@ -21,7 +21,7 @@ from operando.rollout.make import make_sampler
 from operando.rollout.sampler import Request, Sampling, as_rollouts, uniform_streams
 from operando.run import SeedTree
 from operando.setup import make_prompt_sets
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.types import Rollout, make_batch
 
 AT_ONCE = 16  # prompts
@@ -75,7 +75,7 @@ def sample_answers(
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Return the base model's answers to the first training prompts, sampled as in training."""
-    task = load_task(recipe.task)
+    task = recipe_task(recipe)
     prompts, _ = make_prompt_sets(
         recipe, task, loaded.tokenizer, loaded.model.config, datetime.now(UTC)
     )

@@ -35,7 +35,7 @@ from operando.sae.feature_set import model_digest
 from operando.setup import make_prompt_sets
 from operando.stats.intervals import Interval, wilson
 from operando.tasks.base import Task
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.types import Prompt
 
 SIZES = (8, 16, 32)  # singular vectors kept
@@ -87,7 +87,7 @@ class Workbench:
         if recipe.direction is None:
             raise UserError(f"recipe {recipe.name!r} has no [direction] table; add one")
         self.recipe, self.config = recipe, recipe.direction
-        self.task: Task = load_task(recipe.task)
+        self.task: Task = recipe_task(recipe)
         if self.task.pair is None:
             raise UserError(
                 f"task {self.task.name} has no contrastive pairs; words (with loophole = true) and "

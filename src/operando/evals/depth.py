@@ -29,7 +29,7 @@ from operando.setup import make_prompt_sets, prompt_limit
 from operando.stats.bootstrap import cluster_bootstrap
 from operando.stats.intervals import Interval, PairedDifference, paired_difference, wilson
 from operando.tables import TextTable, interval, limits, table
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.update.checkpoint import load_weights, pick_step
 
 FORCED = (1, 2, 4, 8)
@@ -101,7 +101,7 @@ def measure_depth(
     """
     recipe = read_recipe(run)
     step = pick_step(run, step)
-    task = load_task(recipe.task)
+    task = recipe_task(recipe)
     for option, given, most in (("num", num, task.held_out), ("search", search, task.train)):
         if given > len(most):
             raise UserError(f"--{option} {given}: the split has {len(most)} problems")

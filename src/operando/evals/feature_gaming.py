@@ -31,7 +31,7 @@ from operando.run import SeedTree, write_json
 from operando.run_folder import read_recipe, start_of
 from operando.setup import make_prompt_sets, make_taps
 from operando.stats.intervals import Interval, wilson
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.types import Batch, Rewards, Rollout, Trace, make_batch
 from operando.update.checkpoint import load_weights, pick_step
 from operando.update.objective import compute_advantages
@@ -70,7 +70,7 @@ class _Bench:
     def __init__(self, folder: Path, recipe: Recipe, step: int) -> None:
         self.recipe = recipe
         self.day = start_of(folder)
-        self.task = load_task(recipe.task)
+        self.task = recipe_task(recipe)
         self.loaded = load_model(recipe.model)
         self.policy = Policy(
             self.loaded,

@@ -31,7 +31,7 @@ from operando.run import write_json
 from operando.run_folder import read_recipe
 from operando.tables import table
 from operando.tasks.base import Task
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.tasks.user_code import load_function
 from operando.types import Rollout
 
@@ -155,7 +155,7 @@ def fuzz_target(
     """
     folder = Path(target) if Path(target).is_dir() else None
     recipe = _recipe_of(target, folder, overrides)
-    task = load_task(recipe.task)
+    task = recipe_task(recipe)
     own = functions or {}
     if reward is not None:
         parts = [RewardPart("reward", function=load_function(reward))]

@@ -14,7 +14,7 @@ from operando.recipe.run import Recipe, TaskConfig
 from operando.recipe_io import check
 from operando.run import SeedTree
 from operando.tasks.base import Task, TaskText
-from operando.tasks.load import KINDS, UNASKABLE, load_task
+from operando.tasks.load import KINDS, UNASKABLE, load_task, recipe_task
 
 Format = Literal["raw", "chat"]
 FORMATS: Mapping[str, Format] = {"raw": "raw", "chat": "chat"}
@@ -117,7 +117,7 @@ def _question(
     few_shot = config.few_shot
     if few_shot is None:
         few_shot = 0 if recipe is None else recipe.prompt.few_shot
-    task = load_task(own.task) if own is not None else _load(name, config, given, few_shot)
+    task = recipe_task(own) if own is not None else _load(name, config, given, few_shot)
     is_generated = own is None and not _data_field(name)
     count = len(task.held_out) if config.num is None else config.num
     if count > len(task.held_out):

@@ -27,7 +27,7 @@ from operando.stats.intervals import Interval
 from operando.tables import interval
 from operando.tasks.base import Answered, Task
 from operando.tasks.file_task import question_key
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 from operando.tasks.prompts import make_prompts
 from operando.types import Example
 
@@ -120,7 +120,7 @@ def check_task(recipe: Recipe, *, num: int = 32, samples: int | None = 8) -> Tas
 
     `num` training questions are drawn by the recipe's seed.
     """
-    task = load_task(recipe.task)
+    task = recipe_task(recipe)
     examples = [*task.train, *task.held_out]
     golds = [gold_completion(recipe, task, example) for example in examples]
     tokenizer = open_model(recipe.model).tokenizer

@@ -284,6 +284,10 @@ class PromptConfig(Config):
     prefill: str = ""
     """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
     steps count it as part of the answer, as they do a <think> that the template ends with."""
+    answer_after: str = ""
+    """Verifier and labels see what follows the first place of this text, such as "</think>", and
+    nothing where it is missing; rewards of form and of words see the whole completion. Write it
+    into answer_template too."""
     separator: str = "\n\n"
     """Between worked examples; raw only."""
     system: str | None = None
@@ -301,6 +305,11 @@ class PromptConfig(Config):
             raise ValueError(f"template must contain {{question}}, got {self.template!r}")
         if self.system is not None and self.format == "raw":
             raise ValueError('system is for format = "chat"; in raw text put it in the template')
+        if self.answer_after not in self.answer_template:
+            raise ValueError(
+                f"answer_after = {self.answer_after!r} is not in answer_template = "
+                f"{self.answer_template!r}, so no worked answer would be right; write it there"
+            )
         if self.chat_template_kwargs and self.format == "raw":
             raise ValueError('chat_template_kwargs is for format = "chat"; raw has no template')
         return self

@@ -44,7 +44,7 @@ from operando.run import SeedTree, atomic_path, write_json
 from operando.run_folder import read_recipe
 from operando.tables import TextTable, table
 from operando.tasks.base import Task
-from operando.tasks.load import KINDS, UNASKABLE, load_task
+from operando.tasks.load import KINDS, UNASKABLE, answering_after, load_task
 from operando.tasks.prompts import make_prompts
 from operando.types import Prompt
 from operando.update.checkpoint import load_weights, pick_step
@@ -170,7 +170,7 @@ def open_source(folder: Path, config: SourceConfig) -> Source:
     asked, length = _asked(folder, config)
     opened = open_recursive(folder, config.step)
     model, tokenizer = opened.model, opened.tokenizer
-    task = load_task(asked.task)
+    task = answering_after(load_task(asked.task), asked.prompt.answer_after)
     length = config.max_completion_length or length or _longest(asked, task, tokenizer)
     day = day_of(folder)
     prompts = _prompts(task, asked.prompt, config, model, tokenizer, length, day)

@@ -56,7 +56,7 @@ from operando.rollout.recursive import RecursiveEngine
 from operando.run import write_json
 from operando.run_folder import read_recipe
 from operando.tables import table
-from operando.tasks.load import KINDS, load_task
+from operando.tasks.load import KINDS, load_task, recipe_task
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _question(
         known = "|".join(ASKABLE)
         raise UserError(f"--task {kind}: its gold answers are no text; expected {known}")
     if own and recipe is not None:
-        loaded = load_task(recipe.task)
+        loaded = recipe_task(recipe)
         prompt = task_prompt(loaded.text, recipe, None, 0, is_own=True)
         prompt = prompt.model_copy(update={"answer_template": loaded.text.answer})
     else:

@@ -24,7 +24,7 @@ from operando.recipe_io import load_recipe, load_study_recipe, recipe_file, to_t
 from operando.run import Run, atomic_path, differences, write_json
 from operando.run_folder import STARTED
 from operando.tasks.base import Task
-from operando.tasks.load import load_task
+from operando.tasks.load import recipe_task
 
 ASKED = ("task", "prompt")  # the tables that an evaluation set may change as a whole
 ASKED_ROLLOUT = ("max_completion_length", "stop")
@@ -101,7 +101,7 @@ def load_study(name: str) -> Study:
     asked, tasks, label_names, problems = {}, {}, {}, []
     for set_name in recipe.evaluation.sets:
         asked[set_name] = _asked(recipe, set_name, beside)
-        task = tasks[set_name] = load_task(asked[set_name].task)
+        task = tasks[set_name] = recipe_task(asked[set_name])
         if recipe.evaluation.num > len(task.held_out):
             problems.append(
                 f"evaluation.num = {recipe.evaluation.num}: the set {set_name!r} has "

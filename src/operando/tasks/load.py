@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import get_args
 
 from operando.errors import UserError
@@ -20,7 +21,7 @@ from operando.recipe.data import (
     WordsTaskConfig,
 )
 from operando.recipe.deep import DeepTaskConfig
-from operando.recipe.run import TaskConfig
+from operando.recipe.run import Recipe, TaskConfig
 from operando.tasks.base import Task
 from operando.tasks.canary import load_canary
 from operando.tasks.clrs import load_clrs
@@ -89,6 +90,32 @@ def load_task(config: TaskConfig, prefix: str = "task.", *, to_train: bool = Tru
             return load_canary(family=family)
     _check_splits(task, to_train=to_train)
     return task
+
+
+def recipe_task(recipe: Recipe, task: Task | None = None) -> Task:
+    """Return the task of a recipe, or the one given, whose verifier sees the text that
+    `prompt.answer_after` leaves to it."""
+    task = load_task(recipe.task) if task is None else given_task(recipe.task, task)
+    return answering_after(task, recipe.prompt.answer_after)
+
+
+def answering_after(task: Task, mark: str) -> Task:
+    """Return a task that judges what follows `mark` in a completion; empty: all of it."""
+    if not mark:
+        return task
+    verify, labels, grades, measures = task.verify, task.labels, task.grades, task.measures
+
+    def answer(completion: str) -> str:
+        return completion.partition(mark)[2]
+
+    return replace(
+        task,
+        verify=lambda example, text, cut: verify(example, answer(text), cut),
+        labels=labels and (lambda example, text, cut: labels(example, answer(text), cut)),
+        grades=grades
+        and (lambda many: grades([a._replace(completion=answer(a.completion)) for a in many])),
+        measures=measures and (lambda example, text: measures(example, answer(text))),
+    )
 
 
 def given_task(config: TaskConfig, task: Task) -> Task:
