@@ -204,7 +204,7 @@ def test_a_trl_function_is_fuzzed(tmp_path: Path) -> None:
         ("raises", "raised ZeroDivisionError"),
         ("nan", "not finite"),
         ("short", "returned 1 values for"),
-        ("traced", "wants `trace`"),
+        ("traced", "needs `trace`"),
     ],
 )
 def test_a_broken_function_is_one_clear_message(tmp_path: Path, name: str, cause: str) -> None:
