@@ -40,10 +40,20 @@ def make_console() -> Console:
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a callable (done, of) that shows a bar with rate and time left; quiet off a terminal."""
+    """Give a callable (done, of) that shows a bar with rate and time left; off a terminal a line a
+    minute."""
+    told = time.monotonic()
+
+    def tell(done: int, of: int) -> None:
+        nonlocal told
+        progress.update(task, completed=done, total=of)
+        if not console.is_terminal and time.monotonic() - told >= QUIET:
+            told = time.monotonic()
+            console.print(f"{what} {done}/{of}", highlight=False, markup=False)
+
     with progress_bar(console) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
+        yield tell
 
 
 class RunDisplay:

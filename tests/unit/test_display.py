@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from operando import display
-from operando.display import RunDisplay
+from operando.display import RunDisplay, counting
 from operando.setup import StepReport
 
 
@@ -28,3 +28,14 @@ def test_slow_steps_are_told_between_evaluations(
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == list(told)
     assert ["held-out" in line for line in lines] == [step in (0, 4) for step in told]
     assert all("reward 0.500" in line for line in lines)
+
+
+def test_counting_is_told_once_a_minute_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    written = io.StringIO()
+    with counting(Console(file=written, width=80), "answers") as tell:
+        for done in range(5):
+            tell(done, 9)
+            clock[0] += 25.0
+    assert written.getvalue() == "answers 3/9\n"
