@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ON_TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 
 .PHONY: demo hack-demo test test-newest test-lowest check format install lock interop storm gpu docs clean
 
@@ -13,9 +14,12 @@ demo: $(VENV)/installed
 hack-demo: $(VENV)/installed
 	$(BIN)/operando demo --hack
 
-# On two cores; then, one by one, the tests that count processes or seconds.
+# On two cores, file by file in the order of tests/conftest.py; then, one by one, the tests that count
+# processes or seconds. Shapes and types of every call are checked in the unit tests; in the integration
+# tests, which spend most of their time in the loop, they would double it.
 test: $(VENV)/installed check
-	$(PYTEST) -n 2 --dist loadfile -m "not alone"
+	$(PYTEST) $(ON_TWO_CORES) tests/unit
+	$(PYTEST) $(ON_TWO_CORES) -o addopts=-q tests/integration
 	$(PYTEST) -m alone
 
 check: $(VENV)/installed
