@@ -416,7 +416,7 @@ def test_the_source_must_be_recursive_and_the_target_new(folder: Path, tmp_path:
         ("missing", r"model\.depth_gate is missing, expected with shape \(32,\)"),
         ("unexpected", r"model\.gate_of_old of shape \(3,\) is in the file"),
         ("shape", r"model\.depth_gate has shape \(16,\), expected \(32,\)"),
-        ("cut", "cut short or no safetensors file"),
+        ("cut", "truncated or not a safetensors file"),
     ],
 )
 def test_a_checkpoint_of_another_layout_is_one_message(

@@ -14,7 +14,7 @@ from operando.evals.forced import Choice, Edit, Pair, written
 from operando.models.recursive import RecursiveCausalLM
 from operando.recipe.data import WordsTaskConfig
 from operando.rollout.recursive import RecursiveEngine
-from operando.rollout.sampler import Sampling
+from operando.rollout.sampler import Request, Sampling
 from operando.tasks.words import load_words
 from operando.types import Example, Prompt
 from tests.unit.recursive_models import random_recursive
@@ -90,7 +90,7 @@ def test_a_recursive_model_that_exits_is_decoded_as_its_engine_does() -> None:
 
     def engine(model: RecursiveCausalLM) -> list[tuple[int, ...]]:
         sampler = RecursiveEngine(model, byte_tokenizer(), (1,))
-        return [one.ids for one in sampler.sample(IDS, 1, Sampling(12), None)]
+        return [one.ids for one in sampler.sample(Request(IDS, 1, Sampling(12)))]
 
     both = pair(base, trained)
     assert ids_of(both.decode(PROMPTS, "base", Edit())) == engine(base) != engine(full)

@@ -210,5 +210,5 @@ def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     folder = trained(tiny(tmp_path, "steps=2"))
     file = checkpoint_folder(folder, 2) / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="adapter_model.safetensors is cut short"):
+    with pytest.raises(UserError, match="adapter_model.safetensors is truncated"):
         certify_run(folder)

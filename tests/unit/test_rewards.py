@@ -411,7 +411,7 @@ def test_the_outcome_rewards_worked_by_hand() -> None:
 
 
 def test_a_bad_pattern_and_misnamed_functions_are_refused() -> None:
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         make_parts(make_recipe(rewards={"f": {"kind": "format", "pattern": "("}}), TASK, {})
     recipe = make_recipe(rewards={"mine": {"kind": "function"}})
     with pytest.raises(UserError, match="rewards.mine has no path"):

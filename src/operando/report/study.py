@@ -74,7 +74,7 @@ def visible_sentences(result: StudyResult) -> list[str]:
         if v.difference is not None:
             text = (
                 f"{v.metric}: a difference to the control has a standard error of "
-                f"{100 * v.se:.1f} points, paired by seed and problem, so {v.num_seeds} seeds an "
+                f"{100 * v.se:.1f} points, paired by seed and problem, so {v.num_seeds} seeds per "
                 f"arm show one of {100 * v.difference:.1f} points with 80 % power"
             )
         sentences.append(f"{text}.")

@@ -93,7 +93,7 @@ def check_padding(policy: Policy, batch: Batch) -> list[str]:
     beside = policy.scored(batch, [*packs, [long]])
     padded = beside.logp_BT[flat_rows(packs).index(short)]
     gap = float((alone - padded).abs()[batch.mask_BT[short]].mean())
-    if gap > PADDING_LIMIT[getattr(torch, policy.config.dtype)]:
+    if gap > PADDING_LIMIT[policy.base.dtype]:
         return [
             f"padding or siblings change log-probs by {gap:.3f} nats per token: this architecture "
             "is not causal under right padding, and its scores can't be trusted"
