@@ -186,7 +186,7 @@ def show_plan(console: Console, study: Study) -> None:
     for (arm, seed), job in plan(study).items():
         state = "done" if job.is_done else "started" if job.is_started else "to do"
         console.print(
-            f"{state:6} {arm} seed {seed}: {job.recipe.steps} steps, {job.folder}",
+            f"{state:7} {arm} seed {seed}: {job.recipe.steps} steps, {job.folder}",
             highlight=False,
             soft_wrap=True,
         )

@@ -15,7 +15,7 @@ from operando.evals.questions import EvalConfig
 from operando.models.load import load_model, stop_ids
 from operando.report.html import write_report
 from operando.rollout.make import make_sampler
-from operando.rollout.sampler import Sampling
+from operando.rollout.sampler import Request, Sampling
 from operando.run_folder import read_recipe, start_of
 from operando.tasks.load import load_task
 from operando.tasks.prompts import make_prompts
@@ -62,7 +62,7 @@ def test_the_prompt_edit_is_what_the_base_answers_behind_it(run: Path) -> None:
     tokenizer, day = loaded.tokenizer, start_of(run)
     prompts = make_prompts(task.held_out, shots, config, tokenizer, 500, day)
     sampler = make_sampler("auto", loaded.model, tokenizer, stop_ids(loaded.model, tokenizer), 16)
-    answers = sampler.sample([p.ids for p in prompts], 1, Sampling(32), None)
+    answers = sampler.sample(Request([p.ids for p in prompts], 1, Sampling(32)))
     verdicts = [
         task.verify(example, answer.text, answer.is_truncated)
         for example, answer in zip(task.held_out, answers, strict=True)

@@ -99,9 +99,11 @@ def test_a_killed_study_goes_on_is_judged_and_is_not_done_twice(folder: Path) ->
     plan = study(folder, "--dry-run")
     assert plan.returncode == 0 and plan.stdout == ""
     lines = plan.stderr.splitlines()
-    assert lines[0].startswith("done   trained seed 0: 3 steps, runs/small/small-trained-s0")
-    assert lines[1].startswith("begun  trained seed 1")
-    assert lines[2].startswith("to do  still seed 0") and lines[3].startswith("to do  still seed 1")
+    assert lines[0].startswith("done    trained seed 0: 3 steps, runs/small/small-trained-s0")
+    assert lines[1].startswith("started trained seed 1")
+    assert lines[2].startswith("to do   still seed 0") and lines[3].startswith(
+        "to do   still seed 1"
+    )
 
     first = folder / "runs/small/small-trained-s0"
     before = (first / "results.json").stat().st_mtime_ns
