@@ -31,9 +31,15 @@ from operando.tables import read_parquet
 
 LORA = ModelConfig(lora=LoraConfig())
 STEPS = (
-    "steps=2", "rollout.num_prompts=2", "rollout.num_generations=2", "eval.num=4", "eval.every=1",
-    "checkpoint.every=1", "rollout.max_completion_length=8", "task.num_held_out=8",
-)  # fmt: skip
+    "steps=2",
+    "rollout.num_prompts=2",
+    "rollout.num_generations=2",
+    "eval.num=4",
+    "eval.every=1",
+    "checkpoint.every=1",
+    "rollout.max_completion_length=8",
+    "task.num_held_out=8",
+)
 
 
 def qwen(layers: int = 24) -> Qwen2Config:

@@ -285,9 +285,9 @@ class PromptConfig(Config):
     """The answer's first text, at the end of the prompt, e.g. " <think>". Rewards of form and of
     steps count it as part of the answer, as they do a <think> that the template ends with."""
     answer_after: str = ""
-    """Verifier and labels see what follows the first place of this text, such as "</think>", and
-    nothing where it is missing; rewards of form and of words see the whole completion. Write it
-    into answer_template too."""
+    """Verifier, labels and the rewards that ask them see what follows the first place of this text,
+    such as "</think>", and nothing where it is missing. Rewards that read the text themselves
+    (scorer, contains_answer, format ...) see all of it. Write it into answer_template too."""
     separator: str = "\n\n"
     """Between worked examples; raw only."""
     system: str | None = None
